@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sphinx configuration. Build with `make html`."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "docs" / "_ext"), str(HERE)]
+
+project = "NeMo RL: algorithm development"
+author = "The authors of this repository"
+copyright = "the authors, Apache-2.0"  # noqa: A001, Sphinx's name
+root_doc = "index"
+
+extensions = [
+    # our own, in docs/_ext
+    "page_paths",
+    "strict_builds",
+    "front_matter",
+    "local_mathjax",
+    "notebook_pages",
+    "embed",
+    "stored_values",
+    # others
+    "myst_nb",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+
+# Sources are found by docs/_ext/page_paths.py in docs/ and notebooks/ alone.
+exclude_patterns = ["_build"]
+templates_path = ["docs/_templates"]
+nitpicky = True
+suppress_warnings = ["design.card_legacy"]
+
+# Notebooks are executed by docs/_ext/execution.py before any page is read. MyST-NB is given
+# executed copies (.ipynb text under the name of the .py file) and must not execute.
+nb_execution_mode = "off"
+nb_custom_formats = {".py": ["nbformat.reads", {"as_version": 4}]}
+nb_merge_streams = True
+
+myst_enable_extensions = [
+    "amsmath",
+    "attrs_block",
+    "attrs_inline",
+    "colon_fence",
+    "deflist",
+    "dollarmath",
+    "fieldlist",
+    "smartquotes",
+    "tasklist",
+]
+myst_heading_anchors = 4
+myst_dmath_double_inline = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+copybutton_prompt_text = r">>> |\.\.\. |\$ |In \[\d*\]: | {2,5}\.\.\.: | {5,8}: "
+copybutton_prompt_is_regexp = True
+copybutton_exclude = ".linenos, .gp, .go"
+
+html_theme = "pydata_sphinx_theme"
+html_title = project
+html_static_path = ["docs/_static"]
+html_css_files = ["custom.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_theme_options = {
+    "logo": {"text": project},
+    "navbar_align": "left",
+    "navbar_end": ["theme-switcher"],
+    "secondary_sidebar_items": ["page-toc"],
+    "footer_start": ["copyright"],
+    "footer_end": [],
+    "show_prev_next": True,
+    "navigation_with_keys": False,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
