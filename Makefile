@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+# For GNU make 3.81 (macOS) and later. Paths are relative, so that the folder's own path may
+# contain spaces.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help html test serve notebooks bench clean distclean venv
+
+# Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
+#   PYTHON        the interpreter that makes .venv
+#   REQUIREMENTS  the file with the pins
+SPHINXOPTS ?=
+PYTESTARGS ?=
+PORT ?= 8000
+
+# What another active environment would bring in. IPython, for one, puts VIRTUAL_ENV on its path.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX JUPYTER_PATH
+# The reader's own IPython start-up files stay out of the notebooks.
+export IPYTHONDIR := $(CURDIR)/_build/ipython
+
+PY := .venv/bin/python
+SPHINXFLAGS := -j auto $(SPHINXOPTS) . _build/html
+
+help: ## print this list
+	@echo "Usage: make <target>"
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1=\2/p' Makefile | \
+		while IFS='=' read -r target text; do printf '  %-10s  %s\n' "$$target" "$$text"; done
+	@echo
+	@echo "Variables: PYTHON=python3.12  SPHINXOPTS=...  PYTESTARGS=\"-k loss\"  PORT=8000"
+
+html: venv ## execute what changed, build the site into _build/html; a warning is an error
+	@$(PY) -m sphinx -W --keep-going $(SPHINXFLAGS)
+	@$(PY) -c 'from pathlib import Path; page = Path("_build/html/index.html").resolve(); \
+		print("The site: %s\n          %s" % (page, page.as_uri()))'
+
+test: venv ## run the tests
+	@$(PY) -m pytest $(PYTESTARGS)
+
+serve: venv ## build the site, serve it on localhost, rebuild it after each change
+	@$(PY) -m sphinx_autobuild --port $(PORT) --ignore _build --re-ignore '__pycache__|[.]pyc$$' \
+		$(SPHINXFLAGS)
+
+notebooks: venv ## write each notebook as .ipynb, not executed, into _build/ipynb
+	@mkdir -p _build/ipynb
+	@for notebook in notebooks/*.py; do \
+		name=$${notebook##*/}; \
+		$(PY) -m jupytext --quiet --to ipynb --output "_build/ipynb/$${name%.py}.ipynb" \
+			"$$notebook" || exit 1; \
+		echo "_build/ipynb/$${name%.py}.ipynb"; \
+	done
+
+bench: venv ## run the benchmarks, tests/benchmarks/*.py
+	@for script in tests/benchmarks/*.py; do \
+		[ -f "$$script" ] || { echo "error: no script in tests/benchmarks" >&2; exit 1; }; \
+		echo "$$script"; $(PY) "$$script" || exit 1; \
+	done
+
+clean: ## remove what was built; .venv stays
+	@rm -rf _build build .pytest_cache .hypothesis .coverage htmlcov ./*.egg-info
+	@find . -name .venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv
+	@rm -rf .venv .venv.old .venv.lock
+
+venv: ## make .venv and install requirements.txt, if that is not done yet
+	@sh .ci/venv.sh
