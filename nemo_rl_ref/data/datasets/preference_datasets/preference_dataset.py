@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pairs written as a context and ranked completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nemo_rl_ref.records import DataError, Records
+
+
+class PreferenceDataset(Records):
+    """Preference data in ranked form, one JSON object a line.
+
+    A record is ``{"context": [messages], "completions": [{"rank": 0, "completion": [messages]},
+    {"rank": 1, "completion": [messages]}]}``; the lower rank is preferred. A message is
+    ``{"role": …, "content": …}``. Training takes exactly two completions with different ranks.
+
+    Args:
+        data_path: A ``.jsonl`` file, or the name of a Hugging Face dataset with these fields.
+        subset: Subset of a Hugging Face dataset.
+        split: Split of a Hugging Face dataset; ``train`` if not given.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        DataError: For a malformed line, a missing field, a wrong number of completions, a tie,
+            two equal completions, or an empty file. The message names file and line.
+    """
+
+    def __init__(
+        self,
+        data_path: str,
+        subset: str | None = None,
+        split: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_path, subset, split)
+        for record, place in zip(self.dataset, self.places, strict=True):
+            _check_ranked(record, place)
+        self.dataset = [{**record, "task_name": self.task_name} for record in self.dataset]
+
+
+def _check_ranked(record: dict[str, Any], place: str) -> None:
+    for key in ("context", "completions"):
+        if key not in record:
+            raise DataError(
+                f"{place}: no field {key!r}; got {sorted(record)}, expected context, completions"
+            )
+        if not isinstance(record[key], list):
+            raise DataError(
+                f"{place}: field {key!r} is {type(record[key]).__name__}, expected a list"
+            )
+    completions = record["completions"]
+    if len(completions) != 2:
+        raise DataError(f"{place}: got {len(completions)} completions, expected 2")
+    for number, entry in enumerate(completions):
+        if not isinstance(entry, dict) or "rank" not in entry or "completion" not in entry:
+            raise DataError(
+                f"{place}: completions[{number}] is {entry!r:.80}, "
+                'expected {"rank": int, "completion": [messages]}'
+            )
+        _check_messages(entry["completion"], f"{place}: completions[{number}].completion")
+    _check_messages(record["context"], f"{place}: context")
+    first, second = completions
+    if first["rank"] == second["rank"]:
+        raise DataError(
+            f"{place}: both completions have rank {first['rank']}; a tie expresses no preference"
+        )
+    if first["completion"] == second["completion"]:
+        raise DataError(
+            f"{place}: both completions are {first['completion']!r:.80}; "
+            "a pair must differ to express a preference"
+        )
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    valid = isinstance(messages, list) and len(messages) > 0
+    valid = valid and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+    if not valid:
+        raise DataError(
+            f'{where} is {messages!r:.80}, expected a list of {{"role": …, "content": …}}'
+        )
