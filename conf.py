@@ -34,6 +34,11 @@ extensions = [
 exclude_patterns = ["_build"]
 templates_path = ["docs/_templates"]
 nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!nemo_rl_ref).*"),  # other projects' classes
+    ("py:.*", r"nemo_rl_ref\..*\.(T|DictT)"),  # type variables
+]
+default_role = "literal"  # single backquotes in docstrings are code
 suppress_warnings = ["design.card_legacy"]
 
 # Notebooks are executed by docs/_ext/execution.py before any page is read. MyST-NB is given
@@ -58,7 +63,11 @@ myst_dmath_double_inline = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {
+    "members": True,
+    "special-members": "__call__",
+    "show-inheritance": True,
+}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -71,6 +80,8 @@ html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["docs/_static"]
 html_css_files = ["custom.css"]
+html_favicon = "docs/_static/favicon.svg"
+html_context = {"default_mode": "auto"}
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
@@ -78,6 +89,7 @@ html_theme_options = {
     "logo": {"text": project},
     "navbar_align": "left",
     "navbar_end": ["theme-switcher"],
+    "primary_sidebar_end": [],
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
     "footer_end": [],

@@ -297,12 +297,12 @@ def run_cells(notebook: Notebook, content: Any) -> None:
     with tempfile.TemporaryDirectory(prefix="notebook-") as scratch:
         client = make_client(content, notebook.root, Path(scratch))
         environment = kernel_environment(notebook.root, Path(scratch))
-        with client.setup_kernel(
-            env=environment, cwd=str(notebook.root), cleanup_kc=True
-        ):
+        folder = str(notebook.root)
+        with client.setup_kernel(env=environment, cwd=folder, cleanup_kc=True):
             for index, cell in enumerate(content.cells):
                 try:
-                    client.execute_cell(cell, index)
+                    with without_options(cell):
+                        client.execute_cell(cell, index)
                 except CellExecutionError as error:
                     raise NotebookFailure(failure_text(notebook, content, index, error)) from None
                 except CellTimeoutError:
@@ -312,6 +312,18 @@ def run_cells(notebook: Notebook, content: Any) -> None:
                     place = cell_place(notebook, content, index)
                     raise NotebookFailure(f"{place} ended the kernel: {error}") from None
                 check_expected_error(notebook, content, index)
+
+
+@contextlib.contextmanager
+def without_options(cell: Any) -> Iterator[None]:
+    """Hide a cell's option lines from the kernel, so that tracebacks count lines as pages do."""
+    source = cell.source
+    if cell.cell_type == "code":
+        cell.source = split_options(source)[1]
+    try:
+        yield
+    finally:
+        cell.source = source
 
 
 def check_expected_error(notebook: Notebook, content: Any, index: int) -> None:
@@ -335,18 +347,19 @@ def cell_place(notebook: Notebook, content: Any, index: int) -> str:
 def failure_text(notebook: Notebook, content: Any, index: int, error: Any) -> str:
     """Describe a cell that raised: where, what, the lines around, the traceback."""
     cell = content.cells[index]
-    start = content.metadata["source_map"][index]
+    code = split_options(cell.source)[1].split("\n")
+    above = content.metadata["source_map"][index] + cell.source.count("\n") + 1 - len(code)
     tracebacks = [o.traceback for o in cell.outputs if o.output_type == "error"]
     trace = plain_traceback(tracebacks[-1], notebook.root) if tracebacks else ""
     frames = re.findall(r"Cell In\s?\[\d+\], line (\d+)", trace)
     bad = int(frames[0]) if frames else None
     text = [f"{cell_place(notebook, content, index)} raised {error.ename}: {error.evalue}"]
     if bad is not None:
-        text.append(f"at {notebook.shown}:{start + bad}")
+        text.append(f"at {notebook.shown}:{above + bad}")
     text.append("")
-    for number, line in enumerate(cell.source.split("\n"), start=1):
+    for number, line in enumerate(code, start=1):
         if bad is None or abs(number - bad) <= 4:
-            text.append(f"{'>' if number == bad else ' '} {start + number:5d} | {line}")
+            text.append(f"{'>' if number == bad else ' '} {above + number:5d} | {line}")
     return "\n".join([*text, "", textwrap.indent(trace, "    ")])
 
 

@@ -255,16 +255,16 @@ class NotebookLinks(SphinxPostTransform):
         """Write one notebook's links; on the notebook's own page only the downloads."""
         builder = self.app.builder
         here = builder.get_target_uri(docname)
+        line = nodes.paragraph()
         if notebook == own:
-            line = nodes.paragraph("", "This notebook: ")
+            line += nodes.Text("Download this notebook: ")
         else:
             page = nodes.reference("", notebook, internal=True)
             page["refuri"] = builder.get_relative_uri(docname, notebook)
-            line = nodes.paragraph("", "Code and results: ", page, nodes.Text(", "))
-        for suffix, comma in ((".ipynb", ", "), (".py", "")):
-            file = notebook + suffix
-            link = nodes.reference("", suffix, refuri=relative_uri(here, file), internal=True)
-            line += [link, nodes.Text(comma)]
+            line += [nodes.Text("Code and results: "), page, nodes.Text(", download ")]
+        for suffix, after in ((".ipynb", ", "), (".py", "")):
+            target = relative_uri(here, notebook + suffix)
+            line += [nodes.reference("", suffix, refuri=target, internal=True), nodes.Text(after)]
         return line
 
 

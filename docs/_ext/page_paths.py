@@ -52,7 +52,7 @@ def docname_of(path: PurePosixPath) -> str | None:
 def source_files(top: Path) -> Iterator[PurePosixPath]:
     """Yield every file in the two source folders, in a stable order, relative to `top`."""
     for folder in (PAGES, NOTEBOOKS):
-        for directory, subfolders, files in os.walk(top / folder):
+        for directory, subfolders, files in os.walk(top / folder, followlinks=True):
             subfolders.sort()
             relative = Path(directory).relative_to(top)
             yield from (PurePosixPath((relative / name).as_posix()) for name in sorted(files))
