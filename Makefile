@@ -24,7 +24,7 @@ SPHINXFLAGS := -j auto $(SPHINXOPTS) . _build/html
 help: ## print this list
 	@echo "Usage: make <target>"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1=\2/p' Makefile | \
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1=\2/p' Makefile | \
 		while IFS='=' read -r target text; do printf '  %-10s  %s\n' "$$target" "$$text"; done
 	@echo
 	@echo "Variables: PYTHON=python3.12  SPHINXOPTS=...  PYTESTARGS=\"-k loss\"  PORT=8000"

@@ -23,15 +23,13 @@ VENV = Path(".venv")
 OLD = Path(".venv.old")
 KEY_FILE = VENV / "made-by-make.json"
 
-# A user's pip settings that would install elsewhere or not at all. The environment wins over
-# pip's configuration files; an empty value counts as not set.
-PIP_HERE = {
-    "PIP_USER": "0",
-    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    "PIP_NO_INPUT": "1",
-} | dict.fromkeys(
-    ["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN", "PIP_NO_DEPS"], ""
+# A user's pip settings that would install elsewhere or not at all. An option overrules pip's
+# configuration files and the environment; an empty value counts as not set.
+PIP_INSTALL = ["-m", "pip", "install", "--no-input", "--no-user", "--target="]
+PIP_ENVIRONMENT = dict.fromkeys(
+    ["PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN", "PIP_NO_DEPS"], ""
 )
+PIP_ENVIRONMENT |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
 def wanted_key(requirements: Path) -> dict[str, str]:
@@ -83,8 +81,8 @@ def make(requirements: Path, lock: int) -> None:
     # pip inherits the lock: should this process be killed, the next make waits until pip ends.
     print(f"Installing {requirements} into .venv", flush=True)
     python = str(VENV / "bin" / "python")
-    pip = [python, "-m", "pip", "install", "-r", str(requirements)]
-    subprocess.run(pip, check=True, env=os.environ | PIP_HERE, pass_fds=[lock])
+    pip = [python, *PIP_INSTALL, "-r", str(requirements)]
+    subprocess.run(pip, check=True, env=os.environ | PIP_ENVIRONMENT, pass_fds=[lock])
 
     # The repository itself, importable from any working directory: notebooks run in their own.
     where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
@@ -125,8 +123,8 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        command = " ".join(error.cmd[1:])
-        sys.exit(f"error: '{command}' failed (see above); the next make starts it again")
+        name = error.cmd[2] if error.cmd[1] == "-m" else error.cmd[0]
+        sys.exit(f"error: {name} failed, see above; .venv is unfinished and the next make redoes it")
     except OSError as error:
         sys.exit(f"error: .venv cannot be made: {error}")
     except KeyboardInterrupt:

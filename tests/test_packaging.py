@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""requirements.txt, pyproject.toml and the wheel that `pip install .` builds."""
+
+import ast
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nemo_rl_ref"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+DIRECT, TRANSITIVE = re.split(
+    "^# What the above need.*$", (ROOT / "requirements.txt").read_text(encoding="utf-8"), flags=re.M
+)
+
+
+def pins(text: str) -> dict[str, Requirement]:
+    """The requirements in a part of requirements.txt, by normalised name."""
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    requirements = [Requirement(line) for line in lines if line]
+    names = [canonicalize_name(r.name) for r in requirements]
+    assert len(set(names)) == len(names), "a package is pinned twice"
+    return dict(zip(names, requirements, strict=True))
+
+
+PINS = pins(DIRECT) | pins(TRANSITIVE)
+
+
+def needed(names: set[str]) -> set[str]:
+    """The packages that `names` need here, directly or not, by what is installed."""
+    found: set[str] = set()
+    todo = [Requirement(name) for name in names]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        key = f"{name}[{','.join(sorted(requirement.extras))}]"
+        if key in found:
+            continue
+        found.add(key)
+        for line in importlib.metadata.requires(name) or []:
+            child = Requirement(line)
+            extras = requirement.extras or {""}
+            if child.marker is None or any(child.marker.evaluate({"extra": e}) for e in extras):
+                todo.append(child)
+    return {key.split("[")[0] for key in found}
+
+
+def is_cuda(name: str) -> bool:
+    return name.startswith(("nvidia-", "cuda-")) or name == "triton"
+
+
+def test_every_line_is_an_exact_pin_and_explained():
+    for name, requirement in PINS.items():
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", name
+        assert not specifier.version.endswith("*"), name
+        assert not is_cuda(name), f"{name} is only in CUDA builds of PyTorch"
+    unexplained = [x for x in DIRECT.splitlines() if "==" in x and not re.search(r" # \w", x)]
+    assert unexplained == []
+
+
+def test_pins_are_what_is_installed():
+    for name, requirement in PINS.items():
+        if requirement.marker is None or requirement.marker.evaluate():
+            assert Version(importlib.metadata.version(name)) in requirement.specifier, name
+
+
+def test_everything_needed_is_pinned_and_nothing_else():
+    here = {n for n, r in PINS.items() if r.marker is None or r.marker.evaluate()}
+    with_extras = {str(Requirement(n)) for n in pins(DIRECT)}
+    missing = {name for name in needed(with_extras) - here if not is_cuda(name)}
+    assert missing == set()
+    assert here - needed(with_extras) == set()
+
+
+def imported_modules() -> dict[str, str]:
+    """Every module that a file of ours imports, with one such file; not our own modules."""
+    files = [ROOT / "conf.py"]
+    for folder in ("nemo_rl_ref", "docs", "notebooks", "tests"):
+        files += sorted((ROOT / folder).rglob("*.py"))
+    own = {"nemo_rl_ref"} | {f.stem for f in files} | {f.parent.name for f in files}
+    found: dict[str, str] = {}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            else:
+                continue
+            for name in names:
+                found.setdefault(name.split(".")[0], str(file.relative_to(ROOT)))
+    known = own | set(sys.stdlib_module_names)
+    return {module: file for module, file in found.items() if module not in known}
+
+
+def test_what_is_imported_is_chosen_by_hand():
+    distributions = importlib.metadata.packages_distributions()
+    for module, file in imported_modules().items():
+        names = {canonicalize_name(name) for name in distributions.get(module, [])}
+        assert names & set(pins(DIRECT)), f"{file} imports {module}: not in requirements.txt"
+
+
+def extras() -> list[Requirement]:
+    lines = sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])
+    return [r for r in map(Requirement, lines) if r.name != PROJECT["name"]]
+
+
+def test_pins_lie_within_the_projects_ranges():
+    for requirement in extras():
+        (pin,) = PINS[canonicalize_name(requirement.name)].specifier
+        assert Version(pin.version) in requirement.specifier, str(requirement)
+
+
+def test_python_versions_agree():
+    assert PROJECT["requires-python"] == ">=3.11,<3.14"
+    assert "(3, 11) <= v[:2] <= (3, 13)" in (ROOT / ".ci" / "venv.sh").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy so that no build folder is left in the repository."""
+    folder = tmp_path_factory.mktemp("a wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(PACKAGE, source / "nemo_rl_ref", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
+    command += ["--no-index", "--disable-pip-version-check", "-q", "-w", str(folder)]
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_wheel_holds_every_file_of_the_package(wheel):
+    ours = [p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    expected = {str(p.relative_to(ROOT)) for p in ours if p.name != ".DS_Store"}
+    assert any(name.endswith(".safetensors") for name in expected)
+    with zipfile.ZipFile(wheel) as archive:
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        assert names == expected
+        assert any(n.endswith("dist-info/licenses/LICENSE") for n in archive.namelist())
+
+
+def test_wheel_needs_only_torch_and_pydantic(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+        info = zipfile.Path(archive, name.removesuffix("METADATA"))
+        metadata = importlib.metadata.PathDistribution(info).metadata
+    assert metadata["Name"] == "nemo-rl-ref"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] in (">=3.11,<3.14", "<3.14,>=3.11")
+    needs = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    minimal = {r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})}
+    assert minimal == {"torch", "pydantic"}
+    assert set(metadata.get_all("Provides-Extra")) == {"train", "trl", "docs", "test"}
+
+
+def test_import_from_the_wheel_loads_no_trainer(wheel):
+    """Also with the modules that every reader starts from, and from outside the repository."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import nemo_rl_ref; "
+        "assert nemo_rl_ref.__file__.startswith(sys.argv[1]), nemo_rl_ref.__file__; "
+        "import nemo_rl_ref.algorithms.loss, nemo_rl_ref.logprobs; "
+        "import nemo_rl_ref.distributed.batched_data_dict; "
+        "print(*{m.split('.')[0] for m in sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(wheel)], cwd="/", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    heavy = {"transformers", "trl", "accelerate", "datasets", "tokenizers", "matplotlib", "rich"}
+    assert "torch" in loaded
+    assert loaded & heavy == set()
