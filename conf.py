@@ -27,12 +27,11 @@ extensions = [
     "sphinx_design",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
+    "module_sources",
 ]
 
 # Sources are found by docs/_ext/page_paths.py in docs/ and notebooks/ alone.
 exclude_patterns = ["_build"]
-templates_path = ["docs/_templates"]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!nemo_rl_ref).*"),  # other projects' classes
@@ -75,6 +74,10 @@ napoleon_use_rtype = False
 copybutton_prompt_text = r">>> |\.\.\. |\$ |In \[\d*\]: | {2,5}\.\.\.: | {5,8}: "
 copybutton_prompt_is_regexp = True
 copybutton_exclude = ".linenos, .gp, .go"
+
+bibtex_bibfiles = ["docs/references.bib"]
+bibtex_reference_style = "author_year"
+bibtex_default_style = "plain"
 
 html_theme = "pydata_sphinx_theme"
 html_title = project

@@ -32,7 +32,6 @@ from notebook_cells import (
 )
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.errors import SphinxError
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util import logging
 from sphinx.util.osutil import relative_uri
@@ -41,12 +40,6 @@ from sphinx.util.typing import ExtensionMetadata
 logger = logging.getLogger(__name__)
 
 FOLDER = "notebooks"
-
-
-class NotebookError(SphinxError):
-    """A notebook that could not be executed."""
-
-    category = "Notebook error"
 
 
 @dataclass
@@ -97,12 +90,16 @@ def collect(copies: dict[str, Path]) -> Executed:
 
 
 def execute_all(app: Sphinx) -> None:
-    """Execute the notebooks and put the result where the rest of the build finds it."""
+    """Execute the notebooks and put the result where the rest of the build finds it.
+
+    A failure ends the build here and now: an exception would have Sphinx bury the message
+    between a list of versions and a request to report a bug.
+    """
     store = Path(app.outdir).parent / FOLDER
     try:
         copies = ensure_executed(Path(app.srcdir), store, logger.info)
     except NotebookFailure as failure:
-        raise NotebookError(str(failure)) from None
+        raise SystemExit(f"\nNotebook error: {failure}") from None
     app.executed_notebooks = collect(copies)
     warn_of_duplicates("label", app.executed_notebooks.labels)
     warn_of_duplicates("value", app.executed_notebooks.values)
