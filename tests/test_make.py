@@ -121,6 +121,15 @@ def version(number: str) -> str:
     return f"import sys; sys.version_info = ({number.replace('.', ', ')}, 'final', 0)"
 
 
+def bare_path(checkout: Checkout) -> Path:
+    """A folder with the programs that the scripts use, and no Python."""
+    path = checkout.folder / "path"
+    path.mkdir()
+    for tool in ("sh", "sed", "env"):
+        (path / tool).symlink_to(shutil.which(tool))
+    return path
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path / "it's a checkout")
@@ -163,7 +172,7 @@ def test_second_run_installs_nothing(fake_tools):
     os.utime(fake_tools.folder / "requirements.txt", (1, 1))
     assert fake_tools.succeed("venv") == ""
     del fake_tools.env["PYTHON"]  # without it, the Python of .venv is kept
-    assert fake_tools.succeed("venv", PATH="/usr/bin:/bin") == ""
+    assert fake_tools.succeed("venv", PATH=str(bare_path(fake_tools))) == ""
     assert len(fake_tools.pip_calls()) == 1
 
 
@@ -331,10 +340,7 @@ def test_a_python_without_ensurepip(checkout):
 
 
 def test_the_first_python_that_fits_is_taken(fake_tools):
-    path = fake_tools.folder / "path"
-    path.mkdir()
-    for tool in ("sh", "sed", "env"):
-        (path / tool).symlink_to(shutil.which(tool))
+    path = bare_path(fake_tools)
     python = fake_tools.env.pop("PYTHON")
     fake_tools.env["PATH"] = str(path)
     assert fake_tools.fail("venv") == f"error: no Python found; {NEEDS}: install one, or name it " \
@@ -344,6 +350,30 @@ def test_the_first_python_that_fits_is_taken(fake_tools):
     assert "error: python3 is Python 3.9.6; python is Python 2.7.18; this" in fake_tools.fail("venv")
     (path / "python3.12").symlink_to(python)
     assert "Making .venv" in fake_tools.succeed("venv")
+
+
+def test_html_test_and_serve_run_in_the_environment(fake_tools):
+    for module in ("sphinx", "sphinx_autobuild", "pytest"):
+        report = f"import sys; print('{module}', sys.prefix, *sys.argv[1:], sep='|')\n"
+        (fake_tools.folder / f"{module}.py").write_text(report)
+    fake_tools.succeed("venv")
+    page = fake_tools.folder / "_build" / "html" / "index.html"
+    prefix = fake_tools.folder / ".venv"
+    assert fake_tools.succeed("html", "SPHINXOPTS=-v -n").splitlines() == [
+        f"sphinx|{prefix}|-W|--keep-going|-j|auto|-v|-n|.|_build/html",
+        f"The site: {page}",
+        f"          {page.as_uri()}",
+    ]
+    output = fake_tools.succeed("test", "PYTESTARGS=-k 'a or b'")
+    assert output == f"pytest|{prefix}|-k|a or b\n"
+    output = fake_tools.succeed("serve", "PORT=8123")
+    assert output.startswith(f"sphinx_autobuild|{prefix}|--port|8123|--ignore|_build|")
+    assert output.endswith("|-j|auto|.|_build/html\n")
+    for module in ("sphinx", "pytest"):
+        (fake_tools.folder / f"{module}.py").write_text("raise SystemExit(3)\n")
+    status, output = fake_tools.make("html")
+    assert status != 0 and "The site" not in output
+    assert fake_tools.make("test")[0] != 0
 
 
 def test_notebooks_are_written_without_outputs(checkout):
