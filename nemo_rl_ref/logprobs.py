@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 #: Targets with this value are left out: log-probability 0, entropy 0, no gradient.
 IGNORE_INDEX = -100
 
-#: Logits are worked on in pieces of about this many elements (4 MiB a float32 piece on CPU: it
-#: stays in cache; larger on a GPU, where each piece costs kernel launches).
-_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+# Logits are worked on in pieces of at most this many elements (of one row, where that is more).
+# On CPU a float32 piece of 1 MiB a thread stays in its cache; smaller and much larger ones measured
+# slower. On a GPU each piece costs a few kernel launches, so it is larger: 128 MiB.
+_PIECE_ELEMENTS = 1 << 18
+_GPU_PIECE_ELEMENTS = 1 << 25
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,43 +84,48 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(logits, targets, entropy)
         ctx.temperature = temperature
         ctx.has_ignored = has_ignored
-        ctx.set_materialize_grads(False)  # an output that the loss does not use costs nothing
+        ctx.set_materialize_grads(False)  # an output that the loss does not use stays None
         return logprobs, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None, None
         logits, targets, entropy = ctx.saved_tensors
-        pieces = _pieces(logits)
-        if len(pieces) == 1:
-            grad = _backward_piece(ctx, logits, targets, entropy, grad_logprobs, grad_entropy)
-            return grad.to(logits.dtype), None, None, None, None
-        grad = torch.empty_like(logits)
-        for piece in pieces:
-            grad[piece] = _backward_piece(
-                ctx,
-                logits[piece],
-                targets[piece],
-                None if entropy is None else entropy[piece],
-                None if grad_logprobs is None else grad_logprobs[piece],
-                None if grad_entropy is None else grad_entropy[piece],
-            )
+        if grad_entropy is None:
+            entropy = None
+        tensors = (logits, targets, grad_logprobs, entropy, grad_entropy)
+        with torch.no_grad():
+            grad = _backward(tensors, ctx.temperature, ctx.has_ignored)
+        if torch.is_grad_enabled():  # with create_graph=True
+            grad = _NoSecondDerivative.apply(grad, logits)
         return grad, None, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes a gradient on and raises where it would be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, grad, logits):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("token_logprobs has no second derivative: it was differentiated twice")
 
 
 def _forward(
     logits: Tensor, targets: Tensor, temperature: float, return_entropy: bool, has_ignored: bool
 ) -> tuple[Tensor, Tensor | None]:
+    options = (temperature, return_entropy, has_ignored)
     pieces = _pieces(logits)
     if len(pieces) == 1:
-        return _forward_piece(logits, targets, temperature, return_entropy, has_ignored)
+        return _forward_piece(logits, targets, *options)
     logprobs = torch.empty(targets.shape, dtype=_work_dtype(logits), device=logits.device)
     entropy = torch.empty_like(logprobs) if return_entropy else None
     for piece in pieces:
-        logprobs[piece], piece_entropy = _forward_piece(
-            logits[piece], targets[piece], temperature, return_entropy, has_ignored
-        )
-        if return_entropy:
+        logprobs[piece], piece_entropy = _forward_piece(logits[piece], targets[piece], *options)
+        if entropy is not None:
             entropy[piece] = piece_entropy
     return logprobs, entropy
 
@@ -132,11 +138,7 @@ def _forward_piece(
         ignored = targets == IGNORE_INDEX
         targets = targets.masked_fill(ignored, 0)
     logprobs = logp.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    entropy = None
-    if return_entropy:
-        # p log p is 0 at p = 0, where log p is -inf: a finite log p makes the product 0.
-        p = logp.exp()
-        entropy = -p.mul_(logp.clamp_(min=torch.finfo(logp.dtype).min)).sum(-1)
+    entropy = logp.exp().mul_(_finite(logp)).sum(-1).neg_() if return_entropy else None
     if has_ignored:
         logprobs.masked_fill_(ignored, 0.0)
         if entropy is not None:
@@ -144,42 +146,58 @@ def _forward_piece(
     return logprobs, entropy
 
 
+def _backward(tensors: tuple[Tensor | None, ...], temperature: float, has_ignored: bool) -> Tensor:
+    """Gradient of the logits, `tensors[0]`, from the arguments of `_backward_piece`."""
+    logits = tensors[0]
+    pieces = _pieces(logits)
+    if len(pieces) == 1:
+        return _backward_piece(*tensors, temperature, has_ignored).to(logits.dtype)
+    grad = torch.empty_like(logits)
+    for piece in pieces:
+        part = (None if tensor is None else tensor[piece] for tensor in tensors)
+        grad[piece] = _backward_piece(*part, temperature, has_ignored)
+    return grad
+
+
 def _backward_piece(
-    ctx,
     logits: Tensor,
     targets: Tensor,
-    entropy: Tensor | None,
     grad_logprobs: Tensor | None,
+    entropy: Tensor | None,
     grad_entropy: Tensor | None,
+    temperature: float,
+    has_ignored: bool,
 ) -> Tensor:
-    """Gradient of the logits: g_v = (a (1[v=y] - p_v) - b p_v (log p_v + H)) / T.
+    """Gradient of the logits: (a 1[v=y] - p_v (a + b (log p_v + H))) / T.
 
     a and b are the gradients of the log-probability and of the entropy H. The softmax is
-    computed again; it was not saved.
+    computed again, not saved. The result is float32; the caller rounds it once.
     """
+    a = None if grad_logprobs is None else grad_logprobs.unsqueeze(-1) / temperature
     if grad_entropy is None:
-        p = torch.softmax(_scaled(logits, ctx.temperature), -1, dtype=_work_dtype(logits))
-        weight = grad_logprobs.unsqueeze(-1)
+        grad = torch.softmax(_scaled(logits, temperature), -1, dtype=_work_dtype(logits))
+        grad.mul_(-a)
     else:
-        logp = _log_softmax(logits, ctx.temperature)
-        p = logp.exp()
-        weight = logp.clamp_(min=torch.finfo(logp.dtype).min).add_(entropy.unsqueeze(-1))
-        weight.mul_(grad_entropy.unsqueeze(-1))
-        if grad_logprobs is not None:
-            weight.add_(grad_logprobs.unsqueeze(-1))
-    grad = p.mul_(weight).neg_()
+        b = grad_entropy.unsqueeze(-1) / temperature
+        logp = _log_softmax(logits, temperature)
+        grad = logp.exp()
+        factor = _finite(logp).add_(entropy.unsqueeze(-1)).mul_(-b)
+        grad.mul_(factor if a is None else factor.sub_(a))
 
-    ignored = (targets == IGNORE_INDEX).unsqueeze(-1) if ctx.has_ignored else None
-    if grad_logprobs is not None:
-        index = targets.unsqueeze(-1)
-        if ignored is not None:
-            index = index.masked_fill(ignored, 0)
-        grad.scatter_add_(-1, index, grad_logprobs.unsqueeze(-1))
-    if ctx.temperature != 1.0:
-        grad.div_(ctx.temperature)
-    if ignored is not None:
-        grad.masked_fill_(ignored, 0.0)  # last, so that a NaN in the row does not survive
+    index = targets.unsqueeze(-1)
+    if has_ignored:
+        ignored = index == IGNORE_INDEX
+        index = index.masked_fill(ignored, 0)
+    if a is not None:
+        grad.scatter_add_(-1, index, a)
+    if has_ignored:
+        grad.masked_fill_(ignored, 0.0)  # a fill, because a NaN times 0 would stay
     return grad
+
+
+def _finite(logp: Tensor) -> Tensor:
+    """Replaces -inf, in place, so that p log p is 0 where p is 0."""
+    return logp.clamp_(min=torch.finfo(logp.dtype).min)
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -196,9 +214,10 @@ def _work_dtype(logits: Tensor) -> torch.dtype:
 
 def _pieces(logits: Tensor) -> list[tuple[int | slice, ...]]:
     """Cuts the rows of the logits into pieces: indices that give views, whatever the strides."""
-    limit = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS["cpu"])
-    if logits.numel() <= limit:
-        return [()]
+    if logits.numel() <= _PIECE_ELEMENTS:
+        return [()]  # the index of everything
+    on_cpu = logits.device.type == "cpu"
+    limit = _PIECE_ELEMENTS * torch.get_num_threads() if on_cpu else _GPU_PIECE_ELEMENTS
     return list(_cut(tuple(logits.shape), limit))
 
 
@@ -247,7 +266,5 @@ def _check_targets(targets: Tensor, vocabulary: int) -> bool:
         has_ignored = False
     if low < 0 or high >= vocabulary:
         bad = low if low < 0 else high
-        raise ValueError(
-            f"targets holds {bad}, expected {IGNORE_INDEX} or 0 to {vocabulary - 1}"
-        )
+        raise ValueError(f"targets holds {bad}, expected {IGNORE_INDEX} or 0 to {vocabulary - 1}")
     return has_ignored

@@ -23,9 +23,6 @@ class BatchedDataDict(UserDict, Generic[DictT]):
     ``BatchedDataDict[DPOLossDataDict]`` tells a reader and a type checker which keys it holds.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-
     @classmethod
     def from_batches(
         cls,
@@ -204,13 +201,13 @@ class BatchedDataDict(UserDict, Generic[DictT]):
         result = SlicedDataDict()
         for key, value in self.data.items():
             if isinstance(value, torch.Tensor) and end > value.shape[0]:
-                raise ValueError(f"end is {end}, expected at most {value.shape[0]}, rows of {key!r}")
+                raise ValueError(
+                    f"end is {end}, expected at most {value.shape[0]}, rows of {key!r}"
+                )
             result[key] = value[start:end]
         return result
 
-    def repeat_interleave(
-        self, num_repeats: int, *, share_immutable_media: bool = False
-    ) -> Self:
+    def repeat_interleave(self, num_repeats: int, *, share_immutable_media: bool = False) -> Self:
         """Repeats each row `num_repeats` times: a b becomes a a b b. List items are deep copies.
 
         Args:
@@ -307,10 +304,11 @@ def _concatenate(key: Any, values: list[Any], pad_value: int | float) -> Any:
             raise _unsupported(key, value)
     if all(value.ndim == 1 for value in values):
         return torch.cat(values)
-    longest = max(value.shape[1] for value in values)
+    # As in NeMo RL, a (0, S) batch does not widen the others, and a (0, S, ...) batch does.
+    longest = max((v.shape[1] for v in values if v.ndim > 2 or len(v)), default=0)
     padded = []
     for value in values:
-        # `pad` counts dimensions from the last; dimension 1 comes last here.
+        # `pad` counts dimensions from the last, and takes negative widths to cut.
         widths = (0, 0) * (value.ndim - 2) + (0, longest - value.shape[1])
         padded.append(torch.nn.functional.pad(value, widths, value=pad_value))
     return torch.cat(padded)

@@ -46,9 +46,7 @@ def check_sample_mask(loss_name: str, data: Mapping[str, Any], rows: int) -> Non
     """Checks that ``data["sample_mask"]`` is there and has shape (rows,)."""
     shape = get_tensor(loss_name, data, "sample_mask").shape
     if shape != (rows,):
-        raise ValueError(
-            f"data['sample_mask'] has shape {tuple(shape)}, expected (B,) = {(rows,)}"
-        )
+        raise ValueError(f"data['sample_mask'] has shape {tuple(shape)}, expected (B,) = {(rows,)}")
 
 
 def check_pairs(name: str, tensor: torch.Tensor, global_valid_seqs: Any) -> None:

@@ -102,7 +102,7 @@ class PreferenceLossFn(LossFunction):
             ValueError: if a shape does not fit or the number of rows is odd.
         """
         check_floating("logits", logits)
-        if logits.shape not in ((len(logits),), (len(logits), 1)):
+        if logits.ndim == 0 or logits.shape[1:] not in ((), (1,)):
             raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (B, 1) or (B,)")
         check_pairs("logits", logits, global_valid_seqs)
         check_sample_mask("PreferenceLossFn", data, len(logits))
@@ -153,10 +153,9 @@ class DPOLossFn(PreferenceLossFn):
 
     .. math::
         L(θ) &= w_p L_p(θ) + w_s L_s(θ) \\
-        L_p(θ) &= -\frac{1}{P} \sum_i m_i \log σ\big(β (r_θ(x_i, y_i^w) - r_θ(x_i, y_i^l))\big),
-        \qquad r_θ(x, y) = \sum_t \log \frac{π_θ(y_t \mid x, y_{<t})}{π_{ref}(y_t \mid x, y_{<t})}
-        \\
-        L_s(θ) &= -\frac{1}{P} \sum_i m_i \sum_t \log π_θ(y^w_{i,t} \mid x_i, y^w_{i,<t})
+        L_p(θ) &= -\frac{1}{P} \sum_i m_i \log σ\big(β (r_θ(x_i, y_i^w) - r_θ(x_i, y_i^l))\big) \\
+        L_s(θ) &= -\frac{1}{P} \sum_i m_i \sum_t \log π_θ(y^w_{i,t} \mid x_i, y^w_{i,<t}) \\
+        r_θ(x, y) &= \sum_t \log \frac{π_θ(y_t \mid x, y_{<t})}{π_{ref}(y_t \mid x, y_{<t})}
 
     with P the number of valid pairs in the global batch, ``global_valid_seqs / 2``. Both sums over
     t can be made means over the response's tokens. The gradient of a pair's term in L_p is
