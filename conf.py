@@ -27,7 +27,9 @@ extensions = [
     "sphinx_design",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinxcontrib.bibtex",
     "module_sources",
+    "sphinxcontrib.bibtex",
 ]
 
 # Sources are found by docs/_ext/page_paths.py in docs/ and notebooks/ alone.
@@ -58,6 +60,9 @@ myst_enable_extensions = [
     "tasklist",
 ]
 myst_heading_anchors = 4
+bibtex_bibfiles = ["docs/references.bib"]
+bibtex_default_style = "plain"
+bibtex_reference_style = "author_year"
 myst_dmath_double_inline = True
 
 autodoc_member_order = "bysource"

@@ -1,0 +1,537 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Custom DPO, step by step
+#
+# You will read preference pairs, check the DPO loss against its definition, write a loss of your
+# own in one cell, train both, and lay the result beside TRL's trainer. The text that explains the
+# steps is on the page [Custom DPO Implementation](../docs/advanced/algorithm-development/custom-dpo.md).
+#
+# The notebook runs on a CPU. Where PyTorch sees a CUDA device it uses that, and longer runs.
+
+# %%
+#| label: dpo-setup
+import functools
+import statistics
+import warnings
+
+import torch
+from accelerate import Accelerator
+from IPython.display import Markdown
+
+from nemo_rl_ref import tiny
+from nemo_rl_ref.display import values
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
+
+on_gpu = torch.cuda.is_available()
+STEPS = 500 if on_gpu else 200  # optimizer steps of a run
+PAIRS = 32  # preference pairs a step
+SEEDS = range(5 if on_gpu else 3)  # a seed decides the order of the pairs
+BETA = 0.1  # NeMo RL: dpo.reference_policy_kl_penalty
+LEARNING_RATE = 3e-4  # NeMo RL: policy.optimizer.kwargs.lr
+
+accelerator = Accelerator()
+tokenizer = tiny.load_tokenizer()  # or load_tokenizer("Qwen/Qwen3-0.6B")
+reference = tiny.load_policy().eval().to(accelerator.device)
+print(f"{reference.num_parameters():,} parameters on {accelerator.device}")
+
+# %% [markdown]
+# ## The data
+
+# %%
+#| label: dpo-data
+from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
+from nemo_rl_ref.preferences import load_preferences, preference_batches
+
+train_data = BinaryPreferenceDataset(str(tiny.TRAIN_PAIRS))
+held_out_data = BinaryPreferenceDataset(str(tiny.VALIDATION_PAIRS))
+train_pairs = load_preferences(train_data, tokenizer, max_seq_length=16)
+held_out_pairs = load_preferences(held_out_data, tokenizer, max_seq_length=16)
+print(f"{len(train_pairs)} pairs to train on, {len(held_out_pairs)} held out. The first:")
+print(tiny.TRAIN_PAIRS.read_text().splitlines()[0])
+
+answers = [
+    [completion["completion"][0]["content"] for completion in record["completions"]]
+    for record in train_data.dataset
+]
+same_start = sum(chosen[0] == rejected[0] for chosen, rejected in answers) / len(answers)
+same_length = sum(len(chosen) == len(rejected) for chosen, rejected in answers) / len(answers)
+values(
+    pairs_train=f"{len(train_pairs):,}",
+    pairs_held_out=len(held_out_pairs),
+    pairs_same_start=f"{same_start:.0%}",
+    pairs_same_length=f"{same_length:.0%}",
+)
+
+# %%
+#| label: dpo-batch
+batch = next(preference_batches(train_pairs, tokenizer, batch_size=2))
+for name, tensor in batch.items():
+    print(f"{name:14} {str(tensor.dtype):14} {tuple(tensor.shape)}")
+
+
+def token_table(batch):
+    """One row a sequence; tokens the loss looks at in bold."""
+    lines = ["| row | answer | tokens |", "| --- | --- | --- |"]
+    for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["token_mask"], strict=True)):
+        tokens = [t.strip("<>") for t in tokenizer.convert_ids_to_tokens(ids)]
+        shown = [f"**`{t}`**" if m else f"`{t}`" for t, m in zip(tokens, mask, strict=True)]
+        lines.append(f"| {row} | {('chosen', 'rejected')[row % 2]} | {' '.join(shown)} |")
+    return Markdown("\n".join(lines))
+
+
+token_table(batch)
+
+# %% [markdown]
+# ## The loss from its definition
+#
+# In float64, from log-probabilities drawn at random: equation by equation, without the class.
+
+# %%
+#| label: dpo-by-hand
+torch.manual_seed(0)
+pairs, length = 4, 7
+log_pi = torch.randn(2 * pairs, length - 1, dtype=torch.float64, requires_grad=True)
+log_pi_ref = torch.randn(2 * pairs, length - 1, dtype=torch.float64)
+answer = torch.ones(2 * pairs, length, dtype=torch.float64)
+answer[:, :3] = 0  # three prompt tokens
+
+h = ((log_pi - log_pi_ref) * answer[:, 1:]).sum(1)  # log-ratio of each answer
+margin = BETA * (h[0::2] - h[1::2])  # even rows are chosen, odd rows rejected
+by_hand = -torch.log(torch.sigmoid(margin)).mean()
+(gradient,) = torch.autograd.grad(by_hand, log_pi)
+
+# %%
+#| label: dpo-by-class
+from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
+
+loss_fn = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=BETA))
+loss, metrics = loss_fn(
+    log_pi,
+    data={
+        # (B, S): column t holds the log-probability of token t + 1, the last column is not read
+        "reference_policy_logprobs": torch.nn.functional.pad(log_pi_ref, (0, 1)),
+        "token_mask": answer,
+        "sample_mask": torch.ones(2 * pairs, dtype=torch.float64),
+    },
+    global_valid_seqs=torch.tensor(2.0 * pairs, dtype=torch.float64),
+    global_valid_toks=answer[:, 1:].sum(),
+)
+(class_gradient,) = torch.autograd.grad(loss, log_pi)
+print(metrics)
+
+# The gradient as the page derives it: -β σ(-margin) / pairs on every chosen token.
+weight = BETA * torch.sigmoid(-margin.detach()) / pairs
+sign = torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(pairs)
+derived = sign[:, None] * weight.repeat_interleave(2)[:, None] * answer[:, 1:]
+
+loss_error = (loss - by_hand).abs().item()
+gradient_error = (class_gradient - gradient).abs().max().item()
+derivation_error = (derived - gradient).abs().max().item()
+assert loss_error < 1e-7 and gradient_error < 1e-7 and derivation_error < 1e-15
+values(
+    dpo_loss_error=f"{loss_error:.1e}",
+    dpo_gradient_error=f"{gradient_error:.1e}",
+    dpo_derivation_error=f"{derivation_error:.1e}",
+)
+
+# %% [markdown]
+# ## A loss of one's own
+#
+# DPO-Positive. The cell stands alone: copied into a file, with the import prefix changed to
+# `nemo_rl`, it is a loss for NeMo RL.
+
+# %%
+#| label: dpop-loss
+import torch
+
+from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
+
+
+class DPOPLossFn(DPOLossFn):
+    """DPO-Positive: DPO that also objects when the chosen answer becomes less likely.
+
+    The chosen answer's log-ratio h_w enters as h_w - λ max(0, -h_w). (Pal et al., 2024,
+    https://arxiv.org/abs/2402.13228.) λ is the config key `dpo.dpop_penalty`, 5 if not given.
+    """
+
+    def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
+        super().__init__(cfg, use_fused_linear_logprobs)
+        self.penalty = getattr(cfg, "dpop_penalty", 5.0)
+        if not self.penalty >= 0:
+            raise ValueError(f"dpop_penalty: got {self.penalty}, expected 0 or more")
+
+    def _preference_loss(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
+        chosen, rejected = self.split_output_tensor(rewards)
+        penalised = chosen - self.penalty * torch.relu(-chosen)
+        rows = torch.stack([penalised, rejected], dim=1).flatten()
+        loss, *_ = super()._preference_loss(rows, sample_mask, global_valid_seqs, beta)
+        # The metrics stay those of the true rewards, so that they compare with DPO's.
+        _, *metrics = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)
+        return loss, *metrics
+
+
+# %%
+#| label: dpop-checks
+def loss_and_gradient(loss_fn, logprobs, data):
+    """The loss over all rows at once, normalised by their number, and its gradient."""
+    logprobs = logprobs.detach().requires_grad_()
+    seqs = torch.tensor(float(len(data["sample_mask"])), dtype=logprobs.dtype)
+    loss, _ = loss_fn(logprobs, data, seqs, data["token_mask"][:, 1:].sum())
+    return loss, torch.autograd.grad(loss, logprobs)[0]
+
+
+data = {
+    "reference_policy_logprobs": torch.nn.functional.pad(log_pi_ref, (0, 1)),
+    "token_mask": answer,
+    "sample_mask": torch.ones(2 * pairs, dtype=torch.float64),
+}
+settings = {"reference_policy_kl_penalty": BETA}
+dpop = DPOPLossFn(DPOLossConfig(**settings, dpop_penalty=5.0))
+
+# Without the penalty it is DPO, to the bit.
+plain = DPOPLossFn(DPOLossConfig(**settings, dpop_penalty=0.0))
+for ours, dpo in zip(
+    loss_and_gradient(plain, log_pi, data), loss_and_gradient(loss_fn, log_pi, data), strict=True
+):
+    assert torch.equal(ours, dpo)
+
+# Its value is the paper's equation.
+h_w, h_l = h.detach()[0::2], h.detach()[1::2]
+paper = -torch.log(torch.sigmoid(BETA * (h_w - h_l - 5.0 * torch.relu(-h_w)))).mean()
+dpop_error = (loss_and_gradient(dpop, log_pi, data)[0] - paper).abs().item()
+assert dpop_error < 1e-7
+
+# Micro-batches of one pair and of three pairs add up to the whole batch.
+whole, whole_gradient = loss_and_gradient(dpop, log_pi, data)
+seqs = torch.tensor(2.0 * pairs, dtype=torch.float64)
+logprobs = log_pi.detach().requires_grad_()
+parts = sum(
+    dpop(logprobs[rows], {k: v[rows] for k, v in data.items()}, seqs, None)[0]
+    for rows in (slice(0, 2), slice(2, 8))
+)
+parts_gradient = torch.autograd.grad(parts, logprobs)[0]
+split_error = max(
+    (parts - whole).abs().item(), (parts_gradient - whole_gradient).abs().max().item()
+)
+assert split_error < 1e-15
+values(dpop_paper_error=f"{dpop_error:.1e}", dpop_split_error=f"{split_error:.1e}")
+
+# %% [markdown]
+# ## Training
+
+# %%
+#| label: dpo-run
+from nemo_rl_ref.generation import answer_kl, sample_answers
+from nemo_rl_ref.tiny.addition import is_correct, problems, prompt
+from nemo_rl_ref.training import add_reference_logprobs, evaluate, train
+
+_, never_seen = problems()
+prompts = [prompt(problem) for problem in never_seen[:500]]
+held_out = add_reference_logprobs(
+    reference, preference_batches(held_out_pairs, tokenizer, batch_size=256, drop_last=False)
+)
+
+
+@functools.cache
+def shuffled(seed):
+    """Global batches for a whole run, reference log-probabilities included."""
+    epochs = -(-STEPS * PAIRS // len(train_pairs))
+    batches = [
+        batch
+        for epoch in range(epochs)
+        for batch in preference_batches(
+            train_pairs, tokenizer, batch_size=PAIRS, seed=1000 * seed + epoch
+        )
+    ]
+    return add_reference_logprobs(reference, batches[:STEPS])
+
+
+def measure(policy, loss_fn):
+    """What the policy does on pairs and problems it was not trained on."""
+    pairs = evaluate(policy, loss_fn, held_out)
+    samples = sample_answers(policy, tokenizer, prompts, max_new_tokens=5, seed=5)
+    right = map(is_correct, prompts, samples.texts(tokenizer))
+    return {
+        "preference accuracy": pairs["accuracy"],
+        "reward margin": BETA * (pairs["rewards_chosen_mean"] - pairs["rewards_rejected_mean"]),
+        "chosen log-ratio": pairs["rewards_chosen_mean"],
+        "exact match": sum(right) / len(prompts),
+        "KL to reference": answer_kl(policy, reference, samples),
+    }
+
+
+def run(loss_fn, seed):
+    """Train a fresh copy of the policy. Return the losses, and what was measured when."""
+    policy = tiny.load_policy()
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
+    )
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    losses, measured = [], {0: measure(policy, loss_fn)}
+    steps = train(policy, loss_fn, shuffled(seed), optimizer, accelerator, max_grad_norm=1.0)
+    for step, metrics in enumerate(steps, start=1):
+        losses.append(metrics["loss"])
+        if step % (STEPS // 4) == 0:
+            measured[step] = measure(policy, loss_fn)
+    return losses, measured
+
+
+# %%
+#| label: dpo-compare
+contenders = {
+    "DPO": DPOLossFn(DPOLossConfig(**settings)),
+    "DPO + SFT term": DPOLossFn(DPOLossConfig(**settings, sft_loss_weight=0.1)),
+    "DPOP (ours)": DPOPLossFn(DPOLossConfig(**settings, dpop_penalty=5.0)),
+}
+runs = {name: [run(loss_fn, seed)[1] for seed in SEEDS] for name, loss_fn in contenders.items()}
+
+
+def at_end(name, quantity):
+    """Mean and standard deviation over the seeds after the last step."""
+    finals = [measured[STEPS][quantity] for measured in runs[name]]
+    return statistics.mean(finals), statistics.stdev(finals)
+
+
+quantities = list(runs["DPO"][0][0])
+table = [
+    "| | " + " | ".join(["before", *runs]) + " |",
+    "| --- " * (len(runs) + 2) + "|",
+]
+for quantity in quantities:
+    cells = [f"{runs['DPO'][0][0][quantity]:.3f}"]
+    cells += ["{:.3f} ± {:.3f}".format(*at_end(name, quantity)) for name in runs]
+    table.append(f"| {quantity} | " + " | ".join(cells) + " |")
+Markdown("\n".join(table))
+
+# %%
+#| label: dpo-numbers
+before = runs["DPO"][0][0]
+values(
+    dpo_seeds=len(SEEDS),
+    dpo_steps=STEPS,
+    dpo_pairs=PAIRS,
+    exact_before=f"{before['exact match']:.1%}",
+    **{
+        f"{key}_{short}": text.format(at_end(name, quantity)[0])
+        for name, short in zip(runs, ("dpo", "sft", "dpop"), strict=True)
+        for key, quantity, text in (
+            ("exact", "exact match", "{:.1%}"),
+            ("accuracy", "preference accuracy", "{:.1%}"),
+            ("chosen", "chosen log-ratio", "{:+.2f}"),
+            ("kl", "KL to reference", "{:.2f}"),
+        )
+    },
+)
+
+# %%
+#| label: dpo-curves-pairs
+#| alt: Two panels over training steps for DPO, DPO with an SFT term, and DPOP. Above, held-out
+#|   preference accuracy, which rises for all three. Below, the log-ratio of the chosen answers,
+#|   which falls far below zero for DPO and stays near zero for the other two.
+from nemo_rl_ref.plotting import band, panels
+
+
+def curves(*titled):
+    """A panel for each quantity: mean over the seeds, and the range from lowest to highest."""
+    figure, axes = panels(len(titled))
+    for axis, (quantity, title) in zip(axes, titled, strict=True):
+        for line, (name, seeds) in enumerate(runs.items()):
+            steps = list(seeds[0])
+            band(axis, steps, [[m[s][quantity] for s in steps] for m in seeds], name, line)
+        axis.set_title(title)
+    axes[-1].set_xlabel("optimizer steps")
+    axes[0].legend(fontsize=9)
+    return figure
+
+
+curves(
+    ("preference accuracy", "Held-out pairs in the right order"),
+    ("chosen log-ratio", "log π/π_ref of chosen answers (nats)"),
+);
+
+# %%
+#| label: dpo-curves-answers
+#| alt: Two panels over training steps for the same three losses. Above, the share of sampled
+#|   answers that are exactly right. Below, the KL divergence to the reference in nats an answer,
+#|   largest for DPO.
+curves(
+    ("exact match", "Sampled answers that are exactly right"),
+    ("KL to reference", "KL to the reference (nats an answer)"),
+);
+
+# %%
+#| label: dpo-margins
+#| alt: Reward margin on held-out pairs over training steps, in units of β times log-ratio, for the
+#|   same three losses.
+curves(("reward margin", "Reward margin β (h_w − h_l), held out"));
+
+# %% [markdown]
+# ## The same run in TRL
+#
+# Same weights, pairs, order, batch layout and optimizer. TRL's defaults that change the numbers
+# are switched off: bfloat16, activation checkpointing, the linear learning-rate decay.
+
+# %%
+#| label: dpo-trl
+import logging
+import tempfile
+
+import datasets
+import transformers
+from torch.utils.data import SequentialSampler
+from trl import DPOConfig, DPOTrainer
+
+datasets.disable_progress_bars()
+transformers.logging.set_verbosity_error()
+logging.getLogger("trl").setLevel(logging.ERROR)
+
+TRL_STEPS, TRL_LEARNING_RATE = 200, 1e-4
+
+
+class InOrder(DPOTrainer):
+    """TRL's trainer, taking the pairs as they come and keeping every loss unrounded."""
+
+    losses: list
+
+    def _get_train_sampler(self, dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, *args, **kwargs):
+        result = super().compute_loss(*args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        self.losses.append(loss.item())
+        return result
+
+
+order = [(17 * i) % len(train_data) for i in range(TRL_STEPS * PAIRS)]
+records = [train_data[i] for i in order]
+with tempfile.TemporaryDirectory() as folder:
+    trainer = InOrder(
+        model=tiny.load_policy(),
+        args=DPOConfig(
+            output_dir=folder,
+            beta=BETA,
+            per_device_train_batch_size=PAIRS,
+            max_steps=TRL_STEPS,
+            learning_rate=TRL_LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            use_cpu=not on_gpu,
+        ),
+        train_dataset=datasets.Dataset.from_list(
+            [
+                {
+                    "prompt": record["context"],
+                    "chosen": record["completions"][0]["completion"],
+                    "rejected": record["completions"][1]["completion"],
+                }
+                for record in records
+            ]
+        ),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.losses = []
+    trainer.train();
+
+policy = tiny.load_policy()
+optimizer = torch.optim.AdamW(
+    policy.parameters(), lr=TRL_LEARNING_RATE, weight_decay=0.0, fused=True
+)
+policy, optimizer = accelerator.prepare(policy, optimizer)
+batches = add_reference_logprobs(
+    reference, preference_batches([train_pairs[i] for i in order], tokenizer, batch_size=PAIRS)
+)
+ours = [
+    metrics["loss"]
+    for metrics in train(policy, contenders["DPO"], batches, optimizer, accelerator)
+]
+differences = [abs(a - b) for a, b in zip(ours, trainer.losses, strict=True)]
+assert max(differences) < 1e-4
+values(trl_max_diff=f"{max(differences):.1e}", trl_steps=len(differences))
+
+# %%
+#| label: dpo-trl-curve
+#| alt: Above, the DPO loss over 200 steps from this trainer and from TRL's; the curves coincide.
+#|   Below, the absolute difference on a logarithmic axis.
+from nemo_rl_ref.plotting import LINES
+
+figure, (above, below) = panels(2)
+above.plot(trainer.losses, label="TRL", color=LINES[1]["color"], linewidth=3.5, alpha=0.5)
+above.plot(ours, label="this trainer", color=LINES[0]["color"], linewidth=1)
+above.set_title("DPO loss (nats)")
+above.legend(fontsize=9)
+below.semilogy([max(d, 1e-9) for d in differences], color=LINES[2]["color"], linewidth=1)
+below.set_title("absolute difference")
+below.set_xlabel("optimizer steps");
+
+# %% [markdown]
+# ## How the class reaches another process
+#
+# Ray ships a loss with cloudpickle. The cell does the same by hand: it pickles a loss here and
+# unpickles it in a fresh interpreter that knows nothing of this notebook, nor of the folder in
+# which `my_losses.py` stands.
+
+# %%
+#| label: dpo-pickle
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import cloudpickle
+
+receiver = "import pickle, sys; print(type(pickle.load(sys.stdin.buffer)).__name__, 'arrived')"
+
+
+def ship(loss_fn):
+    """Send a loss to a fresh Python process; return the last line of what it says."""
+    result = subprocess.run(
+        [sys.executable, "-c", receiver],
+        input=cloudpickle.dumps(loss_fn),
+        capture_output=True,
+        env={"PYTHONPATH": str(Path(tiny.__file__).parents[2])},  # nemo_rl_ref is installed there
+        check=False,
+    )
+    return (result.stdout or result.stderr).decode().strip().splitlines()[-1]
+
+
+config = DPOLossConfig(**settings)
+with tempfile.TemporaryDirectory() as folder:
+    Path(folder, "my_losses.py").write_text(
+        "from nemo_rl_ref.algorithms.loss import DPOLossFn\n\n\nclass MyLossFn(DPOLossFn): ...\n"
+    )
+    sys.path.insert(0, folder)
+    my_losses = importlib.import_module("my_losses")
+    in_main = ship(DPOPLossFn(config))
+    by_reference = ship(my_losses.MyLossFn(config))
+    cloudpickle.register_pickle_by_value(my_losses)
+    by_value = ship(my_losses.MyLossFn(config))
+    sys.path.remove(folder)
+
+print(f"defined in this notebook:    {in_main}")
+print(f"in a module, by reference:   {by_reference}")
+print(f"in a module, by value:       {by_value}")
+assert "DPOPLossFn arrived" in in_main and "MyLossFn arrived" in by_value
+assert "ModuleNotFoundError" in by_reference
