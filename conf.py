@@ -47,6 +47,7 @@ suppress_warnings = ["design.card_legacy"]
 nb_execution_mode = "off"
 nb_custom_formats = {".py": ["nbformat.reads", {"as_version": 4}]}
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # Markdown outputs may hold tables and formulas
 
 myst_enable_extensions = [
     "amsmath",

@@ -459,24 +459,29 @@ def ensure_executed(root: Path, store: Path, log: Log = print) -> dict[str, Path
 
 
 def executed_copy(notebook: Notebook, environment: str, store: Path, log: Log) -> Path:
-    """Return the executed copy of one notebook, executing it if there is none."""
-    path = stored_path(store, notebook, notebook_key(notebook, environment))
+    """Return the executed copy of one notebook, executing it if there is none.
+
+    Where something it stands on was edited while it ran, nobody can say which state its outputs
+    belong to. This build uses them, under a key that no later build asks for.
+    """
+    key = notebook_key(notebook, environment)
+    path = stored_path(store, notebook, key)
     if path.is_file():
         return path
     with locked(store / notebook.name):
-        while not path.is_file():
-            log(f"executing {notebook.shown} ...")
-            began = time.perf_counter()
-            content = execute(notebook, log)
-            seconds = time.perf_counter() - began
-            key = notebook_key(notebook, environment_key(notebook.root))
-            if path != stored_path(store, notebook, key):
-                log(f"{notebook.shown}: something it stands on changed meanwhile, once more")
-                path = stored_path(store, notebook, key)
-                continue
-            write_atomically(path, content)
-            remove_old(store / notebook.name, keep=path)
-            log(f"executed {notebook.shown} in {seconds:.1f} s")
+        if path.is_file():
+            return path
+        log(f"executing {notebook.shown} ...")
+        began = time.perf_counter()
+        content = execute(notebook, log)
+        log(f"executed {notebook.shown} in {time.perf_counter() - began:.1f} s")
+        after = notebook_key(notebook, environment_key(notebook.root))
+        if after != key:
+            log(f"{notebook.shown} or the package was edited meanwhile; build once more")
+            mixed = hashlib.sha256(f"{key}\0{after}".encode()).hexdigest()
+            path = stored_path(store, notebook, mixed)
+        write_atomically(path, content)
+        remove_old(store / notebook.name, keep=path)
     return path
 
 

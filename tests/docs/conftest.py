@@ -102,6 +102,7 @@ def make_site(top: Path) -> Site:
     shutil.copy(TOP / "nemo_rl_ref" / "display.py", top / "nemo_rl_ref")
     site.write("nemo_rl_ref/number.py", "NUMBER = 17\n")
     site.write("requirements.txt", "sphinx==0  # not read by these tests\n")
+    site.write("docs/references.bib", "")
     site.write("docs/index.md", "# Home\n")
     return site
 
@@ -136,8 +137,9 @@ def fill(site: Site) -> None:
         """,
         """
         #| label: table-and-formula
-        from IPython.display import HTML, Latex, SVG, display
+        from IPython.display import HTML, Latex, Markdown, display
         display(HTML("<table><tr><td>cell of a table</td></tr></table>"))
+        display(Markdown("| loss |\\n| --- |\\n| *of* $\\\\beta$ |"))
         display(Latex(r"$\\frac{a}{b}$"))
         """,
         """

@@ -43,9 +43,12 @@ def test_image_with_its_alternative_text(built, cells):
     assert built.site.html.joinpath("deep/down", image["src"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_html_table_and_formula(cells):
-    assert cells[3].find("td").get_text() == "cell of a table"
-    assert r"\[\frac{a}{b}\]" in cells[3].select_one(".math").get_text()
+def test_tables_and_formula(cells):
+    html, markdown = cells[3].find_all("table")
+    assert html.find("td").get_text() == "cell of a table"
+    assert markdown.find("th").get_text() == "loss"
+    assert markdown.find("td").get_text().strip() == r"of \(\beta\)"
+    assert r"\[\frac{a}{b}\]" in cells[3].select_one("div.math").get_text()
 
 
 def test_error(cells):
