@@ -79,7 +79,7 @@ napoleon_use_rtype = False
 
 copybutton_prompt_text = r">>> |\.\.\. |\$ |In \[\d*\]: | {2,5}\.\.\.: | {5,8}: "
 copybutton_prompt_is_regexp = True
-copybutton_exclude = ".linenos, .gp, .go"
+copybutton_line_continuation_character = "\\"
 
 bibtex_bibfiles = ["docs/references.bib"]
 bibtex_reference_style = "author_year"

@@ -2,8 +2,9 @@
 """MathJax from our own site, so that equations need no other host.
 
 The files come from the installed package `sphinx-mathjax-offline` (MathJax 3.2.2). Its own
-extension would copy every build of MathJax into the site, 24 MB; a page needs one of them, its
-fonts, and what its accessibility menu loads.
+extension would copy every build of MathJax into the site, 24 MB. A page loads one of them and its
+fonts; the other folders are for what a reader may choose in MathJax's menu (speech, another
+renderer), which is loaded when it is chosen.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from sphinx.util.typing import ExtensionMetadata
 
 PACKAGE = "sphinx-mathjax-offline"
 SCRIPT = "tex-chtml-full.js"
-NEEDED = (SCRIPT, "output/chtml/fonts", "a11y", "sre")
+NEEDED = (SCRIPT, "a11y", "input", "output", "sre", "ui")
 
 
 def mathjax_folder() -> Path:

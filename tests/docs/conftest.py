@@ -179,8 +179,11 @@ def fill(site: Site) -> None:
         ```{toctree}
         deep/index
         deep/down/losses
+        wide
+        prompts
         notebooks/first
         notebooks/second
+        notebooks/broad
         ```
         """,
     )
@@ -214,6 +217,56 @@ def fill(site: Site) -> None:
         :::
         """,
     )
+    site.notebook(
+        "broad",
+        "# %% [markdown]\n# # Broad notebook",
+        """
+        #| label: broad
+        from IPython.display import HTML
+        row = "".join(f"<td>column {number}</td>" for number in range(40))  # a line too long here
+        print("x" * 300)
+        HTML(f"<table><tr>{row}</tr></table>")
+        """,
+    )
+    site.write(
+        "docs/wide.md",
+        r"""
+        # Wide things
+
+        `nemo_rl_ref.algorithms.loss.interfaces.LossFunction.__call__(logprobs,data,seqs,toks)`
+
+        ```{embed} #broad
+        ```
+
+        | first | second | third | fourth | fifth | sixth | seventh | eighth |
+        | --- | --- | --- | --- | --- | --- | --- | --- |
+        | aaaaaaaaaa | bbbbbbbbbb | cccccccccc | dddddddddd | eeeeeeeeee | f | g | h |
+
+        $$
+        a + b + c + d + e + f + g + h + i + j + k + l + m + n + o + p + q + r + s + t + u + v + w
+        = \frac{1}{\text{a long denominator in words}}
+        $$ (long)
+        """,
+    )
+    site.write(
+        "docs/prompts.md",
+        """
+        # Prompts
+
+        ```console
+        $ make html
+        some output
+        $ make test
+        ```
+
+        ```pycon
+        >>> print("x")
+        x
+        >>> for i in y:
+        ...     pass
+        ```
+        """,
+    )
     site.write("docs/deep/down/listing.txt", "a listing beside the page\n")
     (site.top / "docs/deep/down/dot.png").write_bytes(base64.b64decode(PNG))
 
@@ -226,3 +279,16 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     result = site.build("-j", "2")
     assert result.code == 0, result.text
     return result
+
+
+@pytest.fixture(scope="session")
+def project_html() -> Path:
+    """The project's own site, brought up to date as `make html` does."""
+    done = subprocess.run(
+        [sys.executable, *("-m", "sphinx", "-W", "--keep-going", "-j", "auto", ".", "_build/html")],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr}"
+    return TOP / "_build" / "html"

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built site in Chromium, with every other host out of reach."""
+
+import functools
+import http.server
+import json
+import shutil
+import threading
+
+import pytest
+
+playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PHONE = {"width": 390, "height": 844}
+CONTRAST = """
+([selector]) => {
+  const parse = text => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const element = document.querySelector(selector);
+  let behind = element;
+  while (parse(getComputedStyle(behind).backgroundColor)[3] === 0) behind = behind.parentElement;
+  const [a, b] = [getComputedStyle(element).color, getComputedStyle(behind).backgroundColor]
+    .map(text => light(parse(text))).sort((x, y) => y - x);
+  return (a + 0.05) / (b + 0.05);
+}
+"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """Serve folders on localhost; give a function from a folder to its address."""
+    servers = []
+
+    def start(folder):
+        handler = functools.partial(Quiet, directory=str(folder))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, installed on the machine or by playwright."""
+    installed = next(filter(None, map(shutil.which, BROWSERS)), None)
+    with playwright_api.sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=installed, args=FLAGS)
+        except playwright_api.Error as error:
+            pytest.skip(f"no Chromium on this machine: {error.message.splitlines()[0]}")
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A new page that notes what it asked for and what went wrong."""
+    context = browser.new_context(viewport=PHONE)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab = context.new_page()
+    tab.requests, tab.problems = [], []
+    tab.on("request", lambda request: tab.requests.append(request.url))
+    tab.on("pageerror", lambda error: tab.problems.append(f"error: {error}"))
+    tab.on(
+        "console",
+        lambda message: (
+            tab.problems.append(f"{message.type}: {message.text}")
+            if message.type in ("error", "warning")
+            else None
+        ),
+    )
+    yield tab
+    context.close()
+
+
+def elsewhere(requests, address):
+    """List the requests that went to another host."""
+    return [url for url in requests if not url.startswith((address, "data:", "blob:"))]
+
+
+def wait_for_equations(page):
+    """Wait until MathJax has drawn the page's equations; return how many there are."""
+    count = page.locator("article .math").count()
+    if count:
+        page.wait_for_function("window.MathJax?.startup?.promise")
+        page.evaluate("MathJax.startup.promise.then(() => true)")
+    return count
+
+
+def test_every_page_of_the_site(page, serve, project_html):
+    address = serve(project_html)
+    names = [path.relative_to(project_html).as_posix() for path in project_html.rglob("*.html")]
+    drawn = 0
+    for name in sorted(names):
+        page.goto(f"{address}/{name}")
+        count = wait_for_equations(page)
+        drawn += count
+        if count:
+            assert page.locator("article mjx-container").count() >= count, name
+            assert page.locator("mjx-merror").count() == 0, name
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+        assert page.evaluate("document.querySelectorAll('img:not([alt])').length") == 0, name
+    assert drawn > 0
+    assert elsewhere(page.requests, address) == []
+    assert page.problems == []
+
+
+def test_root_and_search(page, serve, project_html):
+    address = serve(project_html)
+    page.goto(f"{address}/")
+    title = page.locator("h1").inner_text()
+    assert "NeMo RL" in title
+    page.goto(f"{address}/search.html?q=DPO")
+    results = page.locator("#search-results ul.search li a")
+    results.first.wait_for()
+    links = [results.nth(i).get_attribute("href") for i in range(results.count())]
+    assert any("custom-dpo.html" in link for link in links), links
+    page.goto(f"{address}/{links[0].split('?')[0]}")
+    assert page.locator("article h1").count() == 1
+    assert elsewhere(page.requests, address) == []
+
+
+def test_light_and_dark(browser, serve, built):
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, color_scheme="light")
+    page = context.new_page()
+    page.goto(f"{serve(built.site.html)}/deep/down/losses.html")
+    backgrounds = set()
+    for scheme in ("light", "dark"):
+        page.locator("button.dropdown-toggle:has(.theme-switch)").first.click()
+        page.locator(f"button.theme-change-button[data-mode={scheme}]").first.click()
+        assert page.locator("html").get_attribute("data-theme") == scheme
+        backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        for selector in (
+            "article > section > p",
+            ".cell_input .highlight pre",
+            ".cell_output .highlight pre",
+            ".notebook-links a",
+            ".embedded-from a",
+            ".cell_output .text_html td",
+        ):
+            assert page.evaluate(CONTRAST, [selector]) >= 4.5, (scheme, selector)
+    assert len(backgrounds) == 2
+    context.close()
+
+
+def test_wide_things_scroll_in_their_box(page, serve, built):
+    page.goto(f"{serve(built.site.html)}/wide.html")
+    wait_for_equations(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    scrolling = page.evaluate("""
+        [...document.querySelectorAll('article *')].filter(e =>
+            e.scrollWidth > e.clientWidth + 1 &&
+            ['auto', 'scroll'].includes(getComputedStyle(e).overflowX)).length
+    """)
+    assert scrolling >= 5  # a code cell, its text, its table, the page's table, the equation
+
+
+@pytest.mark.parametrize(
+    ("block", "copied"), [(0, "make html\nmake test"), (1, 'print("x")\nfor i in y:\n    pass')]
+)
+def test_copy_buttons_leave_out_prompts(page, serve, built, block, copied):
+    page.goto(f"{serve(built.site.html)}/prompts.html")
+    page.locator("button.copybtn").nth(block).click(force=True)
+    page.wait_for_selector("button.copybtn.success")
+    assert page.evaluate("navigator.clipboard.readText()").strip() == copied
+
+
+def test_equations_for_screen_readers_stay_on_this_host(page, serve, built):
+    address = serve(built.site.html)
+    page.goto(f"{address}/wide.html")
+    settings = json.dumps({"explorer": True, "collapsible": True})
+    page.evaluate(f"localStorage.setItem('MathJax-Menu-Settings', {json.dumps(settings)})")
+    page.reload()
+    page.wait_for_selector("mjx-container [data-semantic-id]", state="attached", timeout=10_000)
+    assert any("/mathjax/a11y/" in url for url in page.requests)
+    assert any("/mathjax/sre/" in url for url in page.requests)
+    assert elsewhere(page.requests, address) == []
+    assert page.problems == []

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The project's own site: builds without a warning, loads nothing from elsewhere, documents all."""
+
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import time
+
+import nemo_rl_ref
+import pytest
+from bs4 import BeautifulSoup
+from conftest import TOP
+from sphinx.util.inventory import InventoryFile
+
+LOADING_RELS = {"stylesheet", "icon", "manifest", "preload", "modulepreload", "prefetch"}
+LOADING_RELS |= {"preconnect", "dns-prefetch", "apple-touch-icon"}
+OTHER_HOST = re.compile(r"^\s*(https?:|//)", re.IGNORECASE)
+CSS_LOAD = re.compile(r"(?:url\(\s*|@import\s+)[\"']?(?:https?:)?//[^\s\"')]+", re.IGNORECASE)
+JS_LOAD = re.compile(
+    r"(?:import\(|import |fetch\(|importScripts\(|\.src\s*=|\.href\s*=|\.open\(\"GET\",)\s*"
+    r"[\"'`](?:https?:)?//[^\"'`]+"
+)
+
+
+def loads_elsewhere(name, text):
+    """List what a built file makes a browser load from another host."""
+    if name.endswith(".css"):
+        return CSS_LOAD.findall(text)
+    if name.endswith(".js"):
+        return JS_LOAD.findall(text)
+    found = []
+    soup = BeautifulSoup(text, "html.parser")
+    for tag in soup.find_all(["script", "img", "iframe", "source", "video", "audio", "embed"]):
+        found += [tag.get("src", ""), *tag.get("srcset", "").split(",")]
+    for tag in soup.find_all("link"):
+        if LOADING_RELS & set(tag.get("rel", [])):
+            found.append(tag.get("href", ""))
+    found += [tag.get("data", "") for tag in soup.find_all("object")]
+    found = [address for address in found if OTHER_HOST.match(address)]
+    for tag in soup.find_all("style"):
+        found += CSS_LOAD.findall(tag.get_text())
+    for tag in soup.find_all(style=True):
+        found += CSS_LOAD.findall(tag["style"])
+    for tag in soup.find_all("script", src=False):
+        found += JS_LOAD.findall(tag.get_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.html", '<script src="https://cdn.example/x.js"></script>'),
+        ("a.html", '<link rel="stylesheet" href="//cdn.example/x.css">'),
+        ("a.html", '<link rel="shortcut icon" href="https://example/x.ico">'),
+        ("a.html", '<img srcset="https://example/x.png 2x">'),
+        ("a.html", "<style>@import 'https://fonts.example/css';</style>"),
+        ("a.html", '<p style="background: url(https://example/x.png)">x</p>'),
+        ("a.html", '<script>import("https://cdn.example/x.js")</script>'),
+        ("a.css", "@font-face { src: url('https://fonts.example/x.woff') }"),
+        ("a.js", 's=document.createElement("script");s.src="https://cdn.example/x.js"'),
+    ],
+)
+def test_a_load_from_elsewhere_is_seen(name, text):
+    assert loads_elsewhere(name, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.html", '<a href="https://arxiv.org/abs/2305.18290">paper</a>'),
+        ("a.html", '<script src="_static/x.js"></script><link rel="author" href="https://x.org">'),
+        ("a.css", ".a { background: url('x.png') } /* https://example.org */"),
+        ("a.js", "// see https://example.org"),
+    ],
+)
+def test_a_link_is_no_load(name, text):
+    assert loads_elsewhere(name, text) == []
+
+
+def test_no_built_file_loads_from_elsewhere(project_html):
+    files = [p for p in project_html.rglob("*") if p.suffix in (".html", ".css", ".js")]
+    assert len(files) > 30
+    for path in files:
+        found = loads_elsewhere(path.name, path.read_text("utf-8"))
+        assert found == [], path.relative_to(project_html)
+
+
+def test_an_unchanged_build_is_quick_and_loads_no_torch(project_html):
+    code = (
+        "import sys; from sphinx.cmd.build import main; code = main(sys.argv[1:]);"
+        "print('torch loaded:', 'torch' in sys.modules); sys.exit(code)"
+    )
+    arguments = ["-W", "--keep-going", "-j", "auto", ".", "_build/html"]
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=TOP, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr
+    assert "executing" not in done.stdout
+    assert "0 added, 0 changed, 0 removed" in done.stdout
+    assert "torch loaded: False" in done.stdout
+    assert seconds <= 10
+
+
+def public_modules():
+    """List the package's modules that are not private."""
+    infos = pkgutil.walk_packages(nemo_rl_ref.__path__, "nemo_rl_ref.")
+    names = [info.name for info in infos]
+    return [name for name in names if not any(part.startswith("_") for part in name.split("."))]
+
+
+def public_objects():
+    """List the public classes and functions that the package defines, each once."""
+    found = {}
+    for name in public_modules():
+        module = importlib.import_module(name)
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or not (inspect.isclass(value) or inspect.isfunction(value)):
+                continue
+            if value.__module__.startswith("nemo_rl_ref"):
+                found.setdefault(value, []).append(f"{name}.{attribute}")
+    return found
+
+
+def test_every_public_name_is_documented(project_html):
+    inventory = InventoryFile.loads(
+        project_html.joinpath("objects.inv").read_bytes(), uri=""
+    ).data
+    known = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
+    missing = [
+        names[0]
+        for value, names in public_objects().items()
+        if not known & set(names) and names[0] not in NOT_ON_A_PAGE
+    ]
+    assert missing == []
+
+
+NOT_ON_A_PAGE = {"nemo_rl_ref.tiny.make.main"}
+
+
+def test_every_public_name_has_a_docstring():
+    bare = [names[0] for value, names in public_objects().items() if not inspect.getdoc(value)]
+    for value, names in public_objects().items():
+        if inspect.isclass(value):
+            bare += [
+                f"{names[0]}.{name}"
+                for name, member in vars(value).items()
+                if inspect.isfunction(member)
+                and not name.startswith("_")
+                and not inspect.getdoc(getattr(value, name))
+            ]
+    assert bare == []
