@@ -334,8 +334,8 @@ def peak_growth_mib(function):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_peak_memory(entropy, limit):
     """What the allocations above cannot see: memory inside an operation."""
-    logits = torch.ones(1, 513, 1 << 16, dtype=torch.bfloat16)  # 64 MiB, 128 in float32
-    targets = torch.randint(1 << 16, (1, 512))
+    logits = torch.ones(4, 129, 1 << 16, dtype=torch.bfloat16)  # 64 MiB, 128 in float32
+    targets = torch.randint(1 << 16, (4, 128))
 
     def forward():
         token_logprobs(logits[:, :-1], targets, return_entropy=entropy)

@@ -258,6 +258,19 @@ def test_masked_entries_do_not_matter(cfg, seed):
         assert a[2] == pytest.approx(b[2], abs=1e-6)
 
 
+def test_sample_masks_that_differ_in_a_pair_or_are_weights():
+    """NeMo RL's numbers for masks it does not expect: each row's own, and twice in the loss."""
+    rewards = torch.tensor([1.0, 0.0, 2.0, 0.5])
+    mask = torch.tensor([0.5, 1.0, 1.0, 0.0])
+    _, metrics = PreferenceLossFn()(rewards, {"sample_mask": mask}, torch.tensor(2.0), None)
+    first, second = (-math.log(sigmoid(delta)) for delta in (1.0, 1.5))
+    assert metrics["loss"] == pytest.approx(0.5 * 0.5 * first + second)
+    assert metrics["accuracy"] == pytest.approx(0.5 + 1)
+    assert metrics["rewards_chosen_mean"] == pytest.approx(0.5 * 1 + 2)
+    assert metrics["rewards_rejected_mean"] == pytest.approx(0.0)
+    assert metrics["num_valid_samples"] == 1.25
+
+
 @pytest.mark.parametrize("loss_fn", [DPOLossFn(DPOLossConfig()), NLLLossFn()])
 def test_nan_under_a_mask_is_not_hidden(loss_fn):
     logprobs, data = make_batch()
