@@ -10,9 +10,9 @@ from torch import Tensor
 #: Targets with this value are left out: log-probability 0, entropy 0, no gradient.
 IGNORE_INDEX = -100
 
-# Logits are worked on in pieces of at most this many elements (of one row, where that is more).
-# On CPU a float32 piece of 1 MiB a thread stays in its cache; smaller and much larger ones measured
-# slower. On a GPU each piece costs a few kernel launches, so it is larger: 128 MiB.
+# Logits are worked on in pieces of at most this many elements, or of one row where that is more.
+# On CPU the number is for each thread: 1 MiB of float32 stays in its cache; smaller and much larger
+# pieces measured slower. On a GPU a piece costs a few kernel launches, so it is larger: 128 MiB.
 _PIECE_ELEMENTS = 1 << 18
 _GPU_PIECE_ELEMENTS = 1 << 25
 
@@ -50,7 +50,8 @@ def token_logprobs(
             entropy 0.0, no gradient). On CPU out-of-range targets raise `ValueError`. On a GPU
             they are not looked at, which would have to wait for it; there they fail in a
             device-side assertion.
-        temperature: T, finite and positive. The logits are divided by it in float32.
+        temperature: T, finite and positive. The logits are divided by it in
+            the precision of the result.
         return_entropy: also return the entropy of softmax(logits / T), differentiable.
 
     Returns:
@@ -67,8 +68,6 @@ def token_logprobs(
     has_ignored = True
     if targets.device.type == "cpu":
         has_ignored = _check_targets(targets, logits.shape[-1])
-    elif targets.device.type == "meta":
-        has_ignored = False
 
     if torch.is_grad_enabled() and logits.requires_grad:
         outputs = _TokenLogprobs.apply(logits, targets, temperature, return_entropy, has_ignored)
