@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much a DPO step costs above the model's own work, and beside TRL's trainer.
+
+    python tests/benchmarks/bench_dpo_step.py            # about two minutes on two cores
+    python tests/benchmarks/bench_dpo_step.py --write    # and record it in results/
+
+All contenders have the same model, pairs, batch size and optimizer, and take turns in one process,
+so that a slow moment of the machine hits all of them. Numbers are medians.
+
+floor           forward, backward from the sum of the logits, optimizer step
+ours            a step of nemo_rl_ref.training.train, reference log-probabilities known
+ours, all in    the same, with collation and the reference forward in every step
+TRL             a step of DPOTrainer with its defaults, except for float32 and no activation
+                checkpointing: it runs the reference in every step
+TRL, precomputed  the same with precompute_ref_log_probs=True
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import datasets  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from rich.progress import track  # noqa: E402
+from trl import DPOConfig, DPOTrainer  # noqa: E402
+
+from nemo_rl_ref import tiny  # noqa: E402
+from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn  # noqa: E402
+from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
+from nemo_rl_ref.preferences import load_preferences, preference_batches  # noqa: E402
+from nemo_rl_ref.training import add_reference_logprobs, train  # noqa: E402
+
+PAIRS = 32
+ROUND = 24  # steps a contender takes before the next one's turn
+WARM_UP = 4  # steps of each turn that are not counted
+
+
+def make_optimizer(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+
+
+class Clock(transformers.TrainerCallback):
+    """Notes when each step of a Trainer ends."""
+
+    def __init__(self):
+        self.ticks = []
+
+    def on_step_end(self, *args, **kwargs):
+        self.ticks.append(time.perf_counter())
+
+
+def steps_of(ticks):
+    """Seconds between ticks, the first ones of a turn left out."""
+    return [b - a for a, b in zip(ticks, ticks[1:], strict=False)][WARM_UP:]
+
+
+class Ours:
+    """Contenders that are a loop over batches."""
+
+    def __init__(self, kind, data, tokenizer):
+        self.kind, self.tokenizer = kind, tokenizer
+        self.accelerator = Accelerator()
+        self.model = tiny.load_policy()
+        self.reference = tiny.load_policy().eval().to(self.accelerator.device)
+        self.model, self.optimizer = self.accelerator.prepare(
+            self.model, make_optimizer(self.model)
+        )
+        self.pairs = load_preferences(data, tokenizer, max_seq_length=16)[: ROUND * PAIRS]
+        self.batches = add_reference_logprobs(self.reference, self.collated())
+        self.loss_fn = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=0.1))
+
+    def collated(self):
+        return preference_batches(self.pairs, self.tokenizer, batch_size=PAIRS)
+
+    def floor(self):
+        for batch in self.batches:
+            self.model(input_ids=batch["input_ids"], use_cache=False).logits.sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            yield
+
+    def all_in(self):
+        for batch in self.collated():
+            yield from add_reference_logprobs(self.reference, [batch])
+
+    def turn(self):
+        if self.kind == "floor":
+            steps = self.floor()
+        else:
+            batches = self.batches if self.kind == "ours" else self.all_in()
+            steps = train(self.model, self.loss_fn, batches, self.optimizer, self.accelerator)
+        ticks = [time.perf_counter()]
+        for _ in steps:
+            ticks.append(time.perf_counter())
+            self.wait()
+        return steps_of(ticks)
+
+    def wait(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+class Trl:
+    """TRL's trainer; a turn is a fresh trainer, as a run in TRL is."""
+
+    def __init__(self, data, tokenizer, precompute):
+        self.tokenizer, self.precompute = tokenizer, precompute
+        self.data = datasets.Dataset.from_list(
+            [
+                {
+                    "prompt": record["context"],
+                    "chosen": record["completions"][0]["completion"],
+                    "rejected": record["completions"][1]["completion"],
+                }
+                for record in data.dataset[: ROUND * PAIRS]
+            ]
+        )
+
+    def turn(self):
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = DPOTrainer(
+                model=tiny.load_policy(),
+                args=DPOConfig(
+                    output_dir=folder,
+                    beta=0.1,
+                    per_device_train_batch_size=PAIRS,
+                    max_steps=ROUND,
+                    learning_rate=1e-4,
+                    bf16=False,
+                    gradient_checkpointing=False,
+                    precompute_ref_log_probs=self.precompute,
+                    report_to="none",
+                    save_strategy="no",
+                    disable_tqdm=True,
+                    use_cpu=not torch.cuda.is_available(),
+                ),
+                train_dataset=self.data,
+                processing_class=self.tokenizer,
+                callbacks=[clock],
+            )
+            trainer.remove_callback(transformers.PrinterCallback)
+            trainer.train()
+        return steps_of(clock.ticks)
+
+
+def device_name():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.split(":")[1].strip()
+        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.processor() or platform.machine()}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--write", action="store_true", help="record the result in results/")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: got {arguments.rounds}, expected 1 or more")
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    tokenizer = tiny.load_tokenizer()
+    data = BinaryPreferenceDataset(str(tiny.TRAIN_PAIRS))
+    contenders = {
+        "floor": Ours("floor", data, tokenizer),
+        "ours": Ours("ours", data, tokenizer),
+        "ours, all in": Ours("ours, all in", data, tokenizer),
+        "TRL": Trl(data, tokenizer, precompute=False),
+        "TRL, precomputed": Trl(data, tokenizer, precompute=True),
+    }
+    turns = {name: [] for name in contenders}
+    for _ in track(range(arguments.rounds), description="rounds"):
+        for name, contender in contenders.items():
+            turns[name].append(contender.turn())
+
+    seconds = {
+        name: statistics.median(step for turn in per_turn for step in turn)
+        for name, per_turn in turns.items()
+    }
+    print(f"{device_name()}, {torch.get_num_threads()} threads, {PAIRS} pairs a step")
+    for name, value in seconds.items():
+        print(
+            f"{name:18}{value * 1e3:8.2f} ms a step {PAIRS / value:9.0f} pairs/s"
+            f"{value / seconds['floor']:7.2f} x floor"
+        )
+    ratios = {
+        "step over floor": seconds["ours"] / seconds["floor"],
+        "pairs per second over TRL": seconds["TRL"] / seconds["ours"],
+        "pairs per second over TRL, precomputed": seconds["TRL, precomputed"] / seconds["ours"],
+        "pairs per second over TRL, all in": seconds["TRL"] / seconds["ours, all in"],
+    }
+    for name, ratio in ratios.items():
+        print(f"{name:40}{ratio:6.2f}")
+
+    if arguments.write:
+        write_result(seconds, ratios)
+
+
+def write_result(seconds, ratios):
+    """Put the numbers under this script's name into results/<device>.json."""
+    device = device_name()
+    slug = "".join(c if c.isalnum() else "-" for c in device.lower())
+    path = Path(__file__).parent / "results" / f"{slug}.json"
+    path.parent.mkdir(exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results["dpo_step"] = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
+        },
+        "pairs_per_step": PAIRS,
+        "seconds_per_step": {name: round(value, 6) for name, value in seconds.items()},
+        "ratios": {name: round(value, 3) for name, value in ratios.items()},
+    }
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        file.write(json.dumps(results, indent=2) + "\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
