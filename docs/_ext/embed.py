@@ -37,8 +37,10 @@ logger = logging.getLogger(__name__)
 
 def nearest(name: str, known: list[str]) -> str:
     """Suggest what a name that is not known may have meant."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0)
-    return f"did you mean {close[0]!r}?" if close else "there is none in any notebook"
+    if not known:
+        return "there is none in any notebook"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(known))}"
 
 
 def switch(argument: str | None) -> bool:
