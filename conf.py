@@ -66,11 +66,14 @@ bibtex_default_style = "plain"
 bibtex_reference_style = "author_year"
 myst_dmath_double_inline = True
 
+add_module_names = False
+python_maximum_signature_line_length = 88
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {
     "members": True,
     "special-members": "__call__",
+    "exclude-members": "model_config",
     "show-inheritance": True,
 }
 napoleon_google_docstring = True
@@ -103,6 +106,7 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
     "show_prev_next": True,
+    "show_toc_level": 2,
     "navigation_with_keys": False,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",

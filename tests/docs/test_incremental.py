@@ -12,7 +12,7 @@ def project(tmp_path_factory):
     """The full small site, built once; each test below builds it again."""
     site = make_site(tmp_path_factory.mktemp("incremental"))
     fill(site)
-    result = site.build()
+    result = site.build("-j", "2")
     assert result.code == 0, result.text
     return site
 
