@@ -396,7 +396,6 @@ def clean_outputs(notebook: Notebook, content: Any, log: Log) -> None:
                     continue
             kept.append(clean_output(output, notebook.root))
         cell.outputs = kept
-        cell.metadata.pop("execution", None)
 
 
 def clean_output(output: Any, root: Path) -> Any:

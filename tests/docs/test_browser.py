@@ -37,6 +37,16 @@ CONTRAST = """
   return (a + 0.05) / (b + 0.05);
 }
 """
+# Elements of the text that reach beyond the window, other than inside a box that scrolls.
+CUT_OFF = """
+() => [...document.querySelectorAll('article *')].filter(element => {
+  if (element.getBoundingClientRect().right <= innerWidth + 1) return false;
+  if (element.closest('mjx-assistive-mml, .visually-hidden')) return false;
+  for (let box = element.parentElement; box.tagName !== 'ARTICLE'; box = box.parentElement)
+    if (getComputedStyle(box).overflowX !== 'visible') return false;
+  return true;
+}).map(element => element.outerHTML.slice(0, 120))
+"""
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -122,6 +132,7 @@ def test_every_page_of_the_site(page, serve, project_html):
             assert page.locator("article mjx-container").count() >= count, name
             assert page.locator("mjx-merror").count() == 0, name
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+        assert page.evaluate(CUT_OFF) == [], name
         assert page.evaluate("document.querySelectorAll('img:not([alt])').length") == 0, name
     assert drawn > 0
     assert elsewhere(page.requests, address) == []
@@ -170,6 +181,7 @@ def test_wide_things_scroll_in_their_box(page, serve, built):
     page.goto(f"{serve(built.site.html)}/wide.html")
     wait_for_equations(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert page.evaluate(CUT_OFF) == []
     scrolling = page.evaluate("""
         [...document.querySelectorAll('article *')].filter(e =>
             e.scrollWidth > e.clientWidth + 1 &&

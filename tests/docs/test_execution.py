@@ -248,6 +248,17 @@ def test_cells_find_the_package_and_show_no_path_of_this_machine(outputs):
     assert stream["text"].startswith("nemo_rl_ref/__init__.py ")
 
 
+def test_a_kernel_ends_with_its_notebook(site):
+    site.notebook("a", "import os\nopen('pid', 'w').write(str(os.getpid()))")
+    site.notebook(
+        "b", '# %% tags=["raises-exception"]\nimport os\nos.kill(int(open("pid").read()), 0)'
+    )
+    done = site.run(SCRIPT, "--root", ".")
+    assert done.returncode == 0, done.stderr
+    copy = site.top / done.stdout.split()[-1]
+    assert "ProcessLookupError" in copy.read_text("utf-8")
+
+
 def failure(site, *cells):
     """Run a notebook that fails; return the message on stderr."""
     site.notebook("bad", *cells)
