@@ -40,6 +40,7 @@ PACKAGE = "nemo_rl_ref"
 PINS = "requirements.txt"
 KEPT = 3  # executed copies of one notebook that stay in the store
 CELL_TIMEOUT = 900  # seconds
+LONG_CELL = 2.0  # seconds
 EXPECTED = "raises-exception"
 SHOW_STDERR = "show-stderr"
 
@@ -288,8 +289,8 @@ def make_client(content: Any, root: Path, scratch: Path) -> Any:
     )
 
 
-def run_cells(notebook: Notebook, content: Any) -> None:
-    """Execute all cells of a notebook, in place.
+def run_cells(notebook: Notebook, content: Any, log: Log) -> None:
+    """Execute all cells of a notebook, in place; long ones are logged as they end.
 
     Raises:
         NotebookFailure: a cell raised, ran too long, or was expected to raise and did not.
@@ -302,6 +303,7 @@ def run_cells(notebook: Notebook, content: Any) -> None:
         folder = str(notebook.root)
         with client.setup_kernel(env=environment, cwd=folder, cleanup_kc=True):
             for index, cell in enumerate(content.cells):
+                began = time.perf_counter()
                 try:
                     with without_options(cell):
                         client.execute_cell(cell, index)
@@ -314,6 +316,9 @@ def run_cells(notebook: Notebook, content: Any) -> None:
                     place = cell_place(notebook, content, index)
                     raise NotebookFailure(f"{place} ended the kernel: {error}") from None
                 check_expected_error(notebook, content, index)
+                seconds = time.perf_counter() - began
+                if seconds >= LONG_CELL:
+                    log(f"  {cell_place(notebook, content, index)}: {seconds:.1f} s")
 
 
 @contextlib.contextmanager
@@ -431,7 +436,7 @@ def execute(notebook: Notebook, log: Log) -> bytes:
         NotebookFailure: it cannot be read, or a cell raised.
     """
     content = read_notebook(notebook)
-    run_cells(notebook, content)
+    run_cells(notebook, content, log)
     clean_outputs(notebook, content, log)
     return to_bytes(content)
 
