@@ -260,7 +260,8 @@ def make_client(content: Any, root: Path, scratch: Path) -> Any:
     """Make the client that executes a notebook with the Python that runs this.
 
     It talks to its kernel through sockets in the scratch folder, which nobody else can open and
-    which two builds at once do not fight for, as they do for ports.
+    which two builds at once do not fight for, as they do for ports. A socket's path must be
+    short: where it is not, and on Windows, ports are used.
     """
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
@@ -273,11 +274,13 @@ def make_client(content: Any, root: Path, scratch: Path) -> Any:
             command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
             return KernelSpec(argv=command, display_name="Python 3", language="python")
 
+    connection = str(scratch / "kernel.json")
+    sockets = os.name == "posix" and len(connection.encode()) < 90
     manager = AsyncKernelManager(
         kernel_name="python3",
         kernel_spec_manager=ThisPython(),
-        connection_file=str(scratch / "kernel.json"),
-        transport="tcp" if os.name == "nt" else "ipc",
+        connection_file=connection,
+        transport="ipc" if sockets else "tcp",
     )
     return NotebookClient(
         content,

@@ -195,17 +195,21 @@ def anchor_cell(label: str) -> dict[str, Any]:
 
 
 def page_notebook(content: dict[str, Any]) -> dict[str, Any]:
-    """Return an executed notebook as its page shows it."""
+    """Return an executed notebook as its page shows it.
+
+    MyST-NB names lines of the source in its warnings. It takes the number of lines above a cell's
+    mark, `# %%`, where ours is of lines above the cell's text.
+    """
     cells, lines = [], []
     for line, cell in zip(content["metadata"]["source_map"], content["cells"], strict=True):
         if cell["cell_type"] == "code":
             label = split_options(cell["source"])[0].get("label")
             if label is not None and "remove-cell" not in cell["metadata"].get("tags", []):
                 cells.append(anchor_cell(label))
-                lines.append(line)
+                lines.append(line - 1)
             cell = prepared_cell(cell)
         cells.append(cell)
-        lines.append(line)
+        lines.append(line - 1)
     return content | {"cells": cells, "metadata": content["metadata"] | {"source_map": lines}}
 
 

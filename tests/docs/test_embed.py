@@ -163,6 +163,19 @@ def test_what_is_refused(site):
     assert result.code != 0
 
 
+def test_warnings_in_a_notebook_name_its_line(site):
+    site.notebook(
+        "one",
+        "# %% [markdown]\n# # Title\n#\n# A [bad link](nowhere.md).",
+        "# %% [markdown]\n# ```{embed} #none\n# ```",
+    )
+    site.write("docs/index.md", "# Home\n\n```{toctree}\nnotebooks/one\n```\n")
+    result = site.build("-q", builder="dummy")
+    notebook = f"{site.top}/notebooks/one.py"
+    assert f"{notebook}:4: WARNING: 'myst' cross-reference target not found" in result.text
+    assert f"{notebook}:7: WARNING: no cell is labelled 'none'" in result.text
+
+
 @pytest.mark.parametrize("builder", ["text", "latex"])
 def test_other_builders(built, builder):
     result = built.site.build("-q", builder=builder)
