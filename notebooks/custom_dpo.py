@@ -36,7 +36,7 @@ from nemo_rl_ref.display import values
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
 
 on_gpu = torch.cuda.is_available()
-STEPS = 500 if on_gpu else 200  # optimizer steps of a run
+STEPS = 400 if on_gpu else 160  # optimizer steps of a run
 PAIRS = 32  # preference pairs a step
 SEEDS = range(5 if on_gpu else 3)  # a seed decides the order of the pairs
 BETA = 0.1  # NeMo RL: dpo.reference_policy_kl_penalty
@@ -46,6 +46,7 @@ accelerator = Accelerator()
 tokenizer = tiny.load_tokenizer()  # or load_tokenizer("Qwen/Qwen3-0.6B")
 reference = tiny.load_policy().eval().to(accelerator.device)
 print(f"{reference.num_parameters():,} parameters on {accelerator.device}")
+values(policy_parameters=f"{reference.num_parameters():,}")
 
 # %% [markdown]
 # ## The data
@@ -281,6 +282,7 @@ def run(loss_fn, seed):
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     losses, measured = [], {0: measure(policy, loss_fn)}
+    del measured[0]["preference accuracy"]  # before the first step every pair is a tie
     steps = train(policy, loss_fn, shuffled(seed), optimizer, accelerator, max_grad_norm=1.0)
     for step, metrics in enumerate(steps, start=1):
         losses.append(metrics["loss"])
@@ -305,20 +307,20 @@ def at_end(name, quantity):
     return statistics.mean(finals), statistics.stdev(finals)
 
 
-quantities = list(runs["DPO"][0][0])
+quantities = list(runs["DPO"][0][STEPS])
+before = runs["DPO"][0][0]
 table = [
     "| | " + " | ".join(["before", *runs]) + " |",
     "| --- " * (len(runs) + 2) + "|",
 ]
 for quantity in quantities:
-    cells = [f"{runs['DPO'][0][0][quantity]:.3f}"]
-    cells += ["{:.3f} ± {:.3f}".format(*at_end(name, quantity)) for name in runs]
+    cells = [f"{before[quantity]:.3f}" if quantity in before else "–"]
+    cells += ["{:.3f}\u00a0±\u00a0{:.3f}".format(*at_end(name, quantity)) for name in runs]
     table.append(f"| {quantity} | " + " | ".join(cells) + " |")
 Markdown("\n".join(table))
 
 # %%
 #| label: dpo-numbers
-before = runs["DPO"][0][0]
 values(
     dpo_seeds=len(SEEDS),
     dpo_steps=STEPS,
@@ -349,9 +351,10 @@ def curves(*titled):
     figure, axes = panels(len(titled))
     for axis, (quantity, title) in zip(axes, titled, strict=True):
         for line, (name, seeds) in enumerate(runs.items()):
-            steps = list(seeds[0])
+            steps = [step for step, measured in seeds[0].items() if quantity in measured]
             band(axis, steps, [[m[s][quantity] for s in steps] for m in seeds], name, line)
         axis.set_title(title)
+        axis.set_xlim(-0.03 * STEPS, 1.03 * STEPS)
     axes[-1].set_xlabel("optimizer steps")
     axes[0].legend(fontsize=9)
     return figure
@@ -398,7 +401,7 @@ datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
 logging.getLogger("trl").setLevel(logging.ERROR)
 
-TRL_STEPS, TRL_LEARNING_RATE = 200, 1e-4
+TRL_STEPS, TRL_PAIRS, TRL_LEARNING_RATE = 200, 16, 1e-4
 
 
 class InOrder(DPOTrainer):
@@ -416,7 +419,7 @@ class InOrder(DPOTrainer):
         return result
 
 
-order = [(17 * i) % len(train_data) for i in range(TRL_STEPS * PAIRS)]
+order = [(17 * i) % len(train_data) for i in range(TRL_STEPS * TRL_PAIRS)]
 records = [train_data[i] for i in order]
 with tempfile.TemporaryDirectory() as folder:
     trainer = InOrder(
@@ -424,7 +427,7 @@ with tempfile.TemporaryDirectory() as folder:
         args=DPOConfig(
             output_dir=folder,
             beta=BETA,
-            per_device_train_batch_size=PAIRS,
+            per_device_train_batch_size=TRL_PAIRS,
             max_steps=TRL_STEPS,
             learning_rate=TRL_LEARNING_RATE,
             lr_scheduler_type="constant",
@@ -461,7 +464,7 @@ optimizer = torch.optim.AdamW(
 )
 policy, optimizer = accelerator.prepare(policy, optimizer)
 batches = add_reference_logprobs(
-    reference, preference_batches([train_pairs[i] for i in order], tokenizer, batch_size=PAIRS)
+    reference, preference_batches([train_pairs[i] for i in order], tokenizer, batch_size=TRL_PAIRS)
 )
 ours = [
     metrics["loss"]
