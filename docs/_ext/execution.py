@@ -402,7 +402,8 @@ def clean_outputs(notebook: Notebook, content: Any, log: Log) -> None:
             if output.output_type == "stream" and output.name == "stderr":
                 if SHOW_STDERR not in cell.metadata.get("tags", []):
                     place = cell_place(notebook, content, index)
-                    log(f"{place} wrote to stderr:\n{textwrap.indent(output.text.rstrip(), '    ')}")
+                    text = textwrap.indent(output.text.rstrip(), "    ")
+                    log(f"{place} wrote to stderr:\n{text}")
                     continue
             kept.append(clean_output(output, notebook.root))
         cell.outputs = kept

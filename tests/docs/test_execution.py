@@ -9,6 +9,7 @@ import sys
 import execution
 import pytest
 from execution import NotebookFailure, ensure_executed, environment_key, find_notebooks
+from small_site import make_site
 
 SCRIPT = "docs/_ext/execution.py"
 
@@ -180,8 +181,6 @@ def test_two_builds_at_once_execute_once(project):
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     """Run a notebook twice; give both copies and the log."""
-    from conftest import make_site
-
     site = make_site(tmp_path_factory.mktemp("outputs"))
     site.notebook(
         "one",

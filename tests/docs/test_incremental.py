@@ -2,7 +2,7 @@
 """What a second build does: nothing where nothing changed, everything that a change reaches."""
 
 import pytest
-from conftest import fill, make_site
+from small_site import fill, make_site
 
 NUMBERED = ("index.html", "deep/down/losses.html", "notebooks/first.html")
 

@@ -12,7 +12,7 @@ import time
 import nemo_rl_ref
 import pytest
 from bs4 import BeautifulSoup
-from conftest import TOP
+from small_site import TOP
 from sphinx.util.inventory import InventoryFile
 
 LOADING_RELS = {"stylesheet", "icon", "manifest", "preload", "modulepreload", "prefetch"}
@@ -122,9 +122,8 @@ def public_objects():
     for name in public_modules():
         module = importlib.import_module(name)
         for attribute, value in vars(module).items():
-            if attribute.startswith("_") or not (inspect.isclass(value) or inspect.isfunction(value)):
-                continue
-            if value.__module__.startswith("nemo_rl_ref"):
+            is_code = inspect.isclass(value) or inspect.isfunction(value)
+            if is_code and not attribute.startswith("_") and "nemo_rl_ref" in value.__module__:
                 found.setdefault(value, []).append(f"{name}.{attribute}")
     return found
 
