@@ -25,7 +25,7 @@ from myst_nb.core.render import load_renderer
 from myst_nb.sphinx_ import SphinxNbRenderer
 from myst_parser.parsers.mdit import create_md_parser
 from notebook_cells import LabelledCell
-from notebook_pages import note_use, prepared_cell
+from notebook_pages import executed, note_use, prepared_cell
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -124,9 +124,8 @@ class Embed(SphinxDirective):
         if not argument.startswith("#"):
             return self.refuse(f"embed takes a label, written '#label', got {argument!r}")
         label = argument[1:]
-        app = self.env.app if hasattr(self.env, "app") else self.env._app
-        labels = app.executed_notebooks.labels
-        note_use(app, self.env.docname, "cell", label)
+        labels = executed(self.env).labels
+        note_use(self.env, "cell", label)
         found = labels.get(label, [])
         if not found:
             return self.refuse(f"no cell is labelled {label!r}; {nearest(label, list(labels))}")

@@ -77,16 +77,16 @@ class Executed:
 
 def collect(copies: dict[str, Path]) -> Executed:
     """Read executed notebooks and list what pages can use of them."""
-    executed = Executed(copies)
+    result = Executed(copies)
     for name, path in copies.items():
         content = json.loads(path.read_text(encoding="utf-8"))
-        executed.contents[name] = content
+        result.contents[name] = content
         source = f"{FOLDER}/{name}.py"
         for cell in labelled_cells(name, source, content):
-            executed.labels.setdefault(cell.label, []).append(cell)
+            result.labels.setdefault(cell.label, []).append(cell)
         for value in stored_values(name, source, content):
-            executed.values.setdefault(value.name, []).append(value)
-    return executed
+            result.values.setdefault(value.name, []).append(value)
+    return result
 
 
 def execute_all(app: Sphinx) -> None:
@@ -103,6 +103,15 @@ def execute_all(app: Sphinx) -> None:
     app.executed_notebooks = collect(copies)
     warn_of_duplicates("label", app.executed_notebooks.labels)
     warn_of_duplicates("value", app.executed_notebooks.values)
+
+
+def executed(env: BuildEnvironment) -> Executed:
+    """Return the executed notebooks of this build.
+
+    They hang on the application, which Sphinx does not pickle with the environment. `env.app` is
+    deprecated from Sphinx 9 on, without another public way to it.
+    """
+    return env._app.executed_notebooks
 
 
 def warn_of_duplicates(kind: str, found: dict[str, list[Any]]) -> None:
@@ -124,10 +133,10 @@ def uses(env: BuildEnvironment) -> dict[str, dict[tuple[str, str], str]]:
     return env.notebook_uses
 
 
-def note_use(app: Sphinx, docname: str, kind: str, name: str) -> None:
-    """Remember that a page took something from a notebook."""
-    fingerprint = app.executed_notebooks.fingerprint(kind, name)
-    uses(app.env).setdefault(docname, {})[kind, name] = fingerprint
+def note_use(env: BuildEnvironment, kind: str, name: str) -> None:
+    """Remember that the page being read took something from a notebook."""
+    fingerprint = executed(env).fingerprint(kind, name)
+    uses(env).setdefault(env.docname, {})[kind, name] = fingerprint
 
 
 def outdated_pages(
@@ -223,7 +232,7 @@ def give_executed_copy(app: Sphinx, docname: str, source: list[str]) -> None:
         if has_image(cell) and "alt" not in split_options(cell["source"])[0]:
             message = "a cell that shows an image needs a line '#| alt: what the image shows'"
             logger.warning(message, location=(docname, line), type="embed", subtype="alt")
-    note_use(app, docname, "page", name)
+    note_use(app.env, "page", name)
     source[0] = json.dumps(page_notebook(content))
 
 
@@ -239,11 +248,11 @@ class NotebookLinks(SphinxPostTransform):
     def run(self, **kwargs: Any) -> None:
         """Insert the line."""
         docname = self.env.docname
-        executed = self.app.executed_notebooks
+        cells, values = executed(self.env).labels, executed(self.env).values
         taken = uses(self.env).get(docname, {})
         names = {name for kind, name in taken if kind == "page"}
         for kind, name in taken:
-            found = {"cell": executed.labels, "value": executed.values}.get(kind, {}).get(name, [])
+            found = {"cell": cells, "value": values}.get(kind, {}).get(name, [])
             names |= {item.notebook for item in found}
         title = next(self.document.findall(nodes.title), None)
         if names and title is not None:
@@ -254,7 +263,7 @@ class NotebookLinks(SphinxPostTransform):
 
     def line(self, docname: str, notebook: str, own: str | None) -> nodes.paragraph:
         """Write one notebook's links; on the notebook's own page only the downloads."""
-        builder = self.app.builder
+        builder = self.env._app.builder
         here = builder.get_target_uri(docname)
         line = nodes.paragraph()
         if notebook == own:

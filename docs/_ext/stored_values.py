@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from docutils import nodes
 from embed import link_to_cell, nearest
-from notebook_pages import note_use
+from notebook_pages import executed, note_use
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxRole
@@ -28,9 +28,8 @@ class StoredNumber(SphinxRole):
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Find the value."""
         name = self.text.strip()
-        app = self.env._app
-        values = app.executed_notebooks.values
-        note_use(app, self.env.docname, "value", name)
+        values = executed(self.env).values
+        note_use(self.env, "value", name)
         found = values.get(name, [])
         if not found:
             return self.refuse(f"no value is named {name!r}; {nearest(name, list(values))}")
