@@ -16,13 +16,13 @@ def calculate_kl(
 
     With r = log π_ref(a) - log π(a) for a token a drawn from π:
 
-    ====  ============  ===========================================================
-    type  value         mean over a ~ π, without clamps
-    ====  ============  ===========================================================
-    k1    -r            KL(π‖π_ref): unbiased; single values are often negative
-    k2    r²/2          biased; agrees with the KL to second order where π ≈ π_ref
-    k3    exp(r) - 1 - r  KL(π‖π_ref): unbiased if π > 0 wherever π_ref > 0; never negative
-    ====  ============  ===========================================================
+    ====  ================  ===========================================================
+    type  value             mean over a ~ π, without clamps
+    ====  ================  ===========================================================
+    k1    -r                KL(π‖π_ref): unbiased; single values are often negative
+    k2    r²/2              biased; agrees with the KL to second order where π ≈ π_ref
+    k3    exp(r) - 1 - r    KL(π‖π_ref): unbiased if π > 0 wherever π_ref > 0; never negative
+    ====  ================  ===========================================================
 
     "Unbiased" holds only for tokens drawn from π, the distribution of `logprobs`. For tokens
     drawn from an older policy, weight each token by π(a)/π_old(a): that is what

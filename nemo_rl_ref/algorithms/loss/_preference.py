@@ -128,7 +128,7 @@ class DPOLossConfig(BaseModel, extra="allow"):
     whole run. A misspelt field is therefore accepted too, and has no effect.
     """
 
-    #: β: how strongly the policy is held to the reference. Multiplies the log-ratios.
+    #: How strongly the policy is held to the reference, β. Multiplies the log-ratios.
     reference_policy_kl_penalty: float = 0.05
     #: Weight of the preference term.
     preference_loss_weight: float = 1.0
