@@ -296,7 +296,7 @@ def run(loss_fn, seed):
 contenders = {
     "DPO": DPOLossFn(DPOLossConfig(**settings)),
     "DPO + SFT term": DPOLossFn(DPOLossConfig(**settings, sft_loss_weight=0.1)),
-    "DPOP (ours)": DPOPLossFn(DPOLossConfig(**settings, dpop_penalty=5.0)),
+    "DPOP": DPOPLossFn(DPOLossConfig(**settings, dpop_penalty=5.0)),
 }
 runs = {name: [run(loss_fn, seed)[1] for seed in SEEDS] for name, loss_fn in contenders.items()}
 
@@ -321,6 +321,13 @@ Markdown("\n".join(table))
 
 # %%
 #| label: dpo-numbers
+# What the page says of these runs. If it stops being true, the build stops.
+end = {name: {q: at_end(name, q)[0] for q in quantities} for name in runs}
+dpo, sft, dpop = end.values()
+assert dpo["preference accuracy"] > 0.5 and dpo["reward margin"] > 0
+assert dpo["chosen log-ratio"] < -1 < -0.5 < dpop["chosen log-ratio"]
+assert dpo["exact match"] < before["exact match"] < dpop["exact match"] < sft["exact match"]
+assert dpop["KL to reference"] < sft["KL to reference"] < dpo["KL to reference"]
 values(
     dpo_seeds=len(SEEDS),
     dpo_steps=STEPS,

@@ -23,6 +23,7 @@ import json
 import logging
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -225,7 +227,8 @@ def main():
 def write_result(seconds, ratios):
     """Put the numbers under this script's name into results/<device>.json."""
     device = device_name()
-    slug = "".join(c if c.isalnum() else "-" for c in device.lower())
+    words = re.findall(r"[a-z0-9]+", device.lower().replace("(r)", ""))
+    slug = "-".join(words) if torch.cuda.is_available() else f"{'-'.join(words)}-{os.cpu_count()}-cores"
     path = Path(__file__).parent / "results" / f"{slug}.json"
     path.parent.mkdir(exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
