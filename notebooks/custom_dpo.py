@@ -36,7 +36,7 @@ from nemo_rl_ref.display import values
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
 
 on_gpu = torch.cuda.is_available()
-STEPS = 400 if on_gpu else 160  # optimizer steps of a run
+STEPS = 360 if on_gpu else 120  # optimizer steps of a run
 PAIRS = 32  # preference pairs a step
 SEEDS = range(5 if on_gpu else 3)  # a seed decides the order of the pairs
 BETA = 0.1  # NeMo RL: dpo.reference_policy_kl_penalty
@@ -46,7 +46,7 @@ accelerator = Accelerator()
 tokenizer = tiny.load_tokenizer()  # or load_tokenizer("Qwen/Qwen3-0.6B")
 reference = tiny.load_policy().eval().to(accelerator.device)
 print(f"{reference.num_parameters():,} parameters on {accelerator.device}")
-values(policy_parameters=f"{reference.num_parameters():,}")
+values(policy_parameters=f"{reference.num_parameters():,}", dpo_rate=f"{LEARNING_RATE:g}")
 
 # %% [markdown]
 # ## The data
@@ -60,7 +60,7 @@ train_data = BinaryPreferenceDataset(str(tiny.TRAIN_PAIRS))
 held_out_data = BinaryPreferenceDataset(str(tiny.VALIDATION_PAIRS))
 train_pairs = load_preferences(train_data, tokenizer, max_seq_length=16)
 held_out_pairs = load_preferences(held_out_data, tokenizer, max_seq_length=16)
-print(f"{len(train_pairs)} pairs to train on, {len(held_out_pairs)} held out. The first:")
+print(f"{len(train_pairs):,} pairs to train on, {len(held_out_pairs)} held out. The first:")
 print(tiny.TRAIN_PAIRS.read_text().splitlines()[0])
 
 answers = [
@@ -131,7 +131,8 @@ loss, metrics = loss_fn(
     global_valid_toks=answer[:, 1:].sum(),
 )
 (class_gradient,) = torch.autograd.grad(loss, log_pi)
-print(metrics)
+for name, value in metrics.items():
+    print(f"{name:22}{value:.6f}")
 
 # The gradient as the page derives it: -β σ(-margin) / pairs on every chosen token.
 weight = BETA * torch.sigmoid(-margin.detach()) / pairs
@@ -228,7 +229,10 @@ split_error = max(
     (parts - whole).abs().item(), (parts_gradient - whole_gradient).abs().max().item()
 )
 assert split_error < 1e-15
-values(dpop_paper_error=f"{dpop_error:.1e}", dpop_split_error=f"{split_error:.1e}")
+values(
+    dpop_paper_error=f"{dpop_error:.1e}",
+    dpop_split_error=f"by {split_error:.1e}" if split_error else "not at all",
+)
 
 # %% [markdown]
 # ## Training
@@ -274,31 +278,41 @@ def measure(policy, loss_fn):
     }
 
 
-def run(loss_fn, seed):
-    """Train a fresh copy of the policy. Return the losses, and what was measured when."""
+def run(loss_fn, learning_rate, seed):
+    """Train a fresh copy of the policy. Return what was measured, by step."""
     policy = tiny.load_policy()
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True
+        policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    losses, measured = [], {0: measure(policy, loss_fn)}
-    del measured[0]["preference accuracy"]  # before the first step every pair is a tie
+    measured = {0: before}
     steps = train(policy, loss_fn, shuffled(seed), optimizer, accelerator, max_grad_norm=1.0)
-    for step, metrics in enumerate(steps, start=1):
-        losses.append(metrics["loss"])
-        if step % (STEPS // 4) == 0:
+    for step, _ in enumerate(steps, start=1):
+        if step % (STEPS // 3) == 0:
             measured[step] = measure(policy, loss_fn)
-    return losses, measured
+    return measured
+
+
+before = measure(reference, loss_fn)
+del before["preference accuracy"]  # before the first step every pair is a tie
 
 
 # %%
 #| label: dpo-compare
+SFT_WEIGHT, PENALTY = 0.1, 5.0
 contenders = {
-    "DPO": DPOLossFn(DPOLossConfig(**settings)),
-    "DPO + SFT term": DPOLossFn(DPOLossConfig(**settings, sft_loss_weight=0.1)),
-    "DPOP": DPOPLossFn(DPOLossConfig(**settings, dpop_penalty=5.0)),
+    "DPO": (DPOLossFn(DPOLossConfig(**settings)), LEARNING_RATE),
+    "DPO, a third of the rate": (DPOLossFn(DPOLossConfig(**settings)), LEARNING_RATE / 3),
+    "DPO + SFT term": (
+        DPOLossFn(DPOLossConfig(**settings, sft_loss_weight=SFT_WEIGHT)),
+        LEARNING_RATE,
+    ),
+    "DPOP": (DPOPLossFn(DPOLossConfig(**settings, dpop_penalty=PENALTY)), LEARNING_RATE),
 }
-runs = {name: [run(loss_fn, seed)[1] for seed in SEEDS] for name, loss_fn in contenders.items()}
+runs = {
+    name: [run(loss_fn, rate, seed) for seed in SEEDS]
+    for name, (loss_fn, rate) in contenders.items()
+}
 
 
 def at_end(name, quantity):
@@ -308,7 +322,6 @@ def at_end(name, quantity):
 
 
 quantities = list(runs["DPO"][0][STEPS])
-before = runs["DPO"][0][0]
 table = [
     "| | " + " | ".join(["before", *runs]) + " |",
     "| --- " * (len(runs) + 2) + "|",
@@ -323,33 +336,53 @@ Markdown("\n".join(table))
 #| label: dpo-numbers
 # What the page says of these runs. If it stops being true, the build stops.
 end = {name: {q: at_end(name, q)[0] for q in quantities} for name in runs}
-dpo, sft, dpop = end.values()
-assert dpo["preference accuracy"] > 0.5 and dpo["reward margin"] > 0
-assert dpo["chosen log-ratio"] < -1 < -0.5 < dpop["chosen log-ratio"]
-assert dpo["exact match"] < before["exact match"] < dpop["exact match"] < sft["exact match"]
-assert dpop["KL to reference"] < sft["KL to reference"] < dpo["KL to reference"]
+dpo, slow, sft, dpop = end.values()
+for plain in (dpo, slow):
+    assert plain["preference accuracy"] > 0.5 and plain["reward margin"] > 0
+    assert plain["chosen log-ratio"] < -0.5 < min(sft["chosen log-ratio"], dpop["chosen log-ratio"])
+    assert plain["exact match"] < before["exact match"]
+    assert plain["KL to reference"] > sft["KL to reference"] > dpop["KL to reference"]
+for quantity in ("preference accuracy", "reward margin", "exact match"):
+    assert sft[quantity] > max(dpo[quantity], slow[quantity], dpop[quantity])
+assert all(m[STEPS]["chosen log-ratio"] < -0.5 for m in runs["DPO"])  # in every seed
+
+
+def standard_error(share, count):
+    """Of a share measured on `count` independent cases."""
+    return (share * (1 - share) / count) ** 0.5
+
+
 values(
     dpo_seeds=len(SEEDS),
     dpo_steps=STEPS,
     dpo_pairs=PAIRS,
+    dpo_slow_rate=f"{LEARNING_RATE / 3:g}",
+    dpo_beta=f"{BETA:g}",
+    dpo_sft_weight=f"{SFT_WEIGHT:g}",
+    dpo_penalty=f"{PENALTY:g}",
+    accuracy_error=f"{100 * standard_error(dpo['preference accuracy'], len(held_out_pairs)):.0f}",
+    exact_error=f"{100 * standard_error(before['exact match'], len(prompts)):.1f}",
+    exact_prompts=len(prompts),
     exact_before=f"{before['exact match']:.1%}",
     **{
         f"{key}_{short}": text.format(at_end(name, quantity)[0])
-        for name, short in zip(runs, ("dpo", "sft", "dpop"), strict=True)
+        for name, short in zip(runs, ("dpo", "slow", "sft", "dpop"), strict=True)
         for key, quantity, text in (
             ("exact", "exact match", "{:.1%}"),
             ("accuracy", "preference accuracy", "{:.1%}"),
-            ("chosen", "chosen log-ratio", "{:+.2f}"),
-            ("kl", "KL to reference", "{:.2f}"),
+            ("margin", "reward margin", "{:.3f}"),
+            ("chosen", "chosen log-ratio", "{:+.3f}"),
+            ("kl", "KL to reference", "{:.3f}"),
         )
     },
 )
 
 # %%
 #| label: dpo-curves-pairs
-#| alt: Two panels over training steps for DPO, DPO with an SFT term, and DPOP. Above, held-out
-#|   preference accuracy, which rises for all three. Below, the log-ratio of the chosen answers,
-#|   which falls far below zero for DPO and stays near zero for the other two.
+#| alt: Two panels over training steps for DPO at two learning rates, DPO with an SFT term, and
+#|   DPOP. Above, held-out preference accuracy, which rises for all four. Below, the log-ratio of
+#|   the chosen answers, which falls below zero for DPO, further at the higher rate, and stays near
+#|   zero for the other two.
 from nemo_rl_ref.plotting import band, panels
 
 
@@ -374,9 +407,9 @@ curves(
 
 # %%
 #| label: dpo-curves-answers
-#| alt: Two panels over training steps for the same three losses. Above, the share of sampled
+#| alt: Two panels over training steps for the same four runs. Above, the share of sampled
 #|   answers that are exactly right. Below, the KL divergence to the reference in nats an answer,
-#|   largest for DPO.
+#|   largest for DPO at the higher rate.
 curves(
     ("exact match", "Sampled answers that are exactly right"),
     ("KL to reference", "KL to the reference (nats an answer)"),
@@ -385,7 +418,7 @@ curves(
 # %%
 #| label: dpo-margins
 #| alt: Reward margin on held-out pairs over training steps, in units of β times log-ratio, for the
-#|   same three losses.
+#|   same four runs.
 curves(("reward margin", "Reward margin β (h_w − h_l), held out"));
 
 # %% [markdown]
@@ -408,7 +441,7 @@ datasets.disable_progress_bars()
 transformers.logging.set_verbosity_error()
 logging.getLogger("trl").setLevel(logging.ERROR)
 
-TRL_STEPS, TRL_PAIRS, TRL_LEARNING_RATE = 200, 16, 1e-4
+TRL_STEPS, TRL_PAIRS, TRL_LEARNING_RATE = 200, 8, 1e-4
 
 
 class InOrder(DPOTrainer):
@@ -475,11 +508,16 @@ batches = add_reference_logprobs(
 )
 ours = [
     metrics["loss"]
-    for metrics in train(policy, contenders["DPO"], batches, optimizer, accelerator)
+    for metrics in train(policy, contenders["DPO"][0], batches, optimizer, accelerator)
 ]
 differences = [abs(a - b) for a, b in zip(ours, trainer.losses, strict=True)]
 assert max(differences) < 1e-4
-values(trl_max_diff=f"{max(differences):.1e}", trl_steps=len(differences))
+values(
+    trl_max_diff=f"{max(differences):.1e}",
+    trl_steps=len(differences),
+    trl_pairs=TRL_PAIRS,
+    trl_rate=f"{TRL_LEARNING_RATE:g}",
+)
 
 # %%
 #| label: dpo-trl-curve
@@ -493,22 +531,51 @@ above.plot(ours, label="this trainer", color=LINES[0]["color"], linewidth=1)
 above.set_title("DPO loss (nats)")
 above.legend(fontsize=9)
 below.semilogy([max(d, 1e-9) for d in differences], color=LINES[2]["color"], linewidth=1)
-below.set_title("absolute difference")
+below.set_title("absolute difference (none is drawn at 1e-9)")
 below.set_xlabel("optimizer steps");
+
+# %% [markdown]
+# ## What a step costs
+#
+# The benchmark is a script of its own. Here its recorded results are read.
+
+# %%
+#| label: dpo-cost
+import json
+from pathlib import Path
+
+recorded = Path(tiny.__file__).parents[2] / "tests" / "benchmarks" / "results"
+rows = ["| device | contender | ms a step | pairs/s | over the floor |", "| --- " * 5 + "|"]
+for file in sorted(recorded.glob("*.json")):  # none where only the package is installed
+    result = json.loads(file.read_text())["dpo_step"]
+    for name, seconds in result["seconds_per_step"].items():
+        rows.append(
+            f"| {result['device']}, {result['threads']} threads | {name} | {1e3 * seconds:.1f} "
+            f"| {result['pairs_per_step'] / seconds:,.0f} "
+            f"| {seconds / result['seconds_per_step']['floor']:.2f} |"
+        )
+    if not result["device"].startswith("NVIDIA"):  # the numbers that the page's text gives
+        ratios = result["ratios"]
+        values(
+            cost_floor=f"{ratios['step over floor']:.2f}",
+            cost_trl=f"{ratios['pairs per second over TRL']:.2f}",
+            cost_trl_precomputed=f"{ratios['pairs per second over TRL, precomputed']:.2f}",
+            cost_date=result["date"],
+        )
+Markdown("\n".join(rows))
 
 # %% [markdown]
 # ## How the class reaches another process
 #
-# Ray ships a loss with cloudpickle. The cell does the same by hand: it pickles a loss here and
-# unpickles it in a fresh interpreter that knows nothing of this notebook, nor of the folder in
-# which `my_losses.py` stands.
+# Ray ships a loss with cloudpickle. The cell shows cloudpickle's side of that: it pickles a loss
+# here and unpickles it in a fresh interpreter that knows nothing of this notebook, nor of the
+# folder in which `my_losses.py` stands.
 
 # %%
 #| label: dpo-pickle
 import importlib
 import subprocess
 import sys
-from pathlib import Path
 
 import cloudpickle
 

@@ -109,10 +109,21 @@ def unpaired_error(a, b):
 
 
 (near_mean, near_error), (far_mean, far_error) = difference(near, base), difference(far, base)
+T = 2.571  # Student's t, 97.5 % quantile, 5 degrees of freedom: for six seeds
+
+
+def interval(mean, error):
+    """The 95 % confidence interval of a mean over six pairs."""
+    return f"{mean - T * error:+.4f} to {mean + T * error:+.4f}"
+
+
 values(
     noise_sd=f"{statistics.stdev(base):.4f}",
     noise_near=f"{near_mean:+.4f} ± {near_error:.4f}",
     noise_far=f"{far_mean:+.4f} ± {far_error:.4f}",
+    noise_near_interval=interval(near_mean, near_error),
+    noise_far_interval=interval(far_mean, far_error),
+    noise_t=f"{T:.2f}",
     noise_near_unpaired=f"{unpaired_error(near, base):.4f}",
     noise_seeds=SEEDS,
     noise_steps=STEPS,

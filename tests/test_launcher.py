@@ -185,3 +185,32 @@ def test_a_negative_penalty_is_refused():
     exec(cell("dpop-loss"), namespace)  # the listing of our own page
     with pytest.raises(ValueError, match="dpop_penalty: got -1.0, expected 0 or more"):
         namespace["DPOPLossFn"](DPOLossConfig(dpop_penalty=-1.0))
+
+
+# The command lines of the pages
+
+
+def nemo_rl_commands():
+    """(page, command line, overrides) of every NeMo RL run that a page prints."""
+    found = []
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        for listing in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
+            for command in listing.replace("\\\n", " ").splitlines():
+                if "uv run examples/" in command:
+                    overrides = re.findall(r"(\S+?)=(\S+)", command)
+                    found.append(pytest.param(command, overrides, listing, id=page.stem))
+    return found
+
+
+@pytest.mark.parametrize(("command", "overrides", "listing"), nemo_rl_commands())
+def test_command_lines_name_real_keys_and_do_not_resume_another_run(command, overrides, listing):
+    known = load_manifest()["configs"]["dpo.yaml"]
+    assert overrides
+    for key, _ in overrides:
+        # A key that the configuration does not have needs Hydra's ++.
+        assert key.startswith("++") or key in known, f"{key} is not in dpo.yaml"
+        assert key.removeprefix("++") not in known or not key.startswith("++"), key
+    folder = dict(overrides).get("checkpointing.checkpoint_dir")
+    assert folder and folder != known["checkpointing.checkpoint_dir"], command
+    if "for " in listing:
+        assert "$" in folder, "every run of the loop needs a folder of its own"

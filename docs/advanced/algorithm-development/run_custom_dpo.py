@@ -3,7 +3,8 @@
 
 Goes into the examples/ folder of a NeMo RL checkout, dpop_loss.py beside it:
 
-    uv run examples/run_custom_dpo.py --config examples/configs/dpo.yaml ++dpo.dpop_penalty=5.0
+    uv run examples/run_custom_dpo.py --config examples/configs/dpo.yaml ++dpo.dpop_penalty=5.0 \
+        checkpointing.checkpoint_dir=results/dpop
 """
 
 import argparse
@@ -29,7 +30,7 @@ def main() -> None:
     master_config = MasterConfig(**OmegaConf.to_container(config, resolve=True))
     master_config.logger["log_dir"] = get_next_experiment_dir(master_config.logger["log_dir"])
 
-    # The workers cannot import dpop_loss: send the class itself, not its name.
+    # A node without this folder cannot import dpop_loss: send the class itself, not its name.
     register_pickle_by_value(dpop_loss)
     init_ray()
     tokenizer = get_tokenizer(master_config.policy["tokenizer"])
