@@ -24,7 +24,7 @@ from myst_nb.core.loggers import SphinxDocLogger
 from myst_nb.core.render import load_renderer
 from myst_nb.sphinx_ import SphinxNbRenderer
 from myst_parser.parsers.mdit import create_md_parser
-from notebook_cells import LabelledCell
+from notebook_cells import VALUES_MIME, LabelledCell
 from notebook_pages import executed, note_use, prepared_cell
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -65,7 +65,9 @@ def draw_cell(
         hidden_tags: MyST-NB's tags that hide a part, 'remove-input' or 'remove-output'.
     """
     env = document.settings.env
-    shown = prepared_cell(cell.cell)
+    # Stored values are printed by the page's sentences; the notebook's page lists them.
+    outputs = [o for o in cell.cell["outputs"] if VALUES_MIME not in o.get("data", {})]
+    shown = prepared_cell(cell.cell | {"outputs": outputs})
     tags = [*shown["metadata"].get("tags", []), *hidden_tags]
     shown = shown | {"metadata": shown["metadata"] | {"tags": tags}}
     notebook = nbformat.from_dict(

@@ -208,6 +208,8 @@ def fill(site: Site) -> None:
         :::{embed} #other
         :remove-output: true
         :::
+        ```{embed} #stored
+        ```
         """,
     )
     site.notebook(

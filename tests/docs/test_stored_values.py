@@ -19,6 +19,12 @@ def test_the_notebook_shows_what_it_stored(built):
     assert "the-number  17\nratio       5.67" in page.get_text()
 
 
+def test_a_page_that_embeds_the_cell_does_not_repeat_the_values(built):
+    stored = built.page("deep/down/losses.html").select(".embedded-cell")[-1]
+    assert "values(the_number=NUMBER" in stored.get_text()
+    assert "the-number  17" not in stored.get_text()
+
+
 def test_a_name_stored_twice_is_refused(site):
     cell = "from nemo_rl_ref.display import values\nvalues(gap=1)"
     site.notebook("one", cell)
