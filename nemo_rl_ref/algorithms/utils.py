@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor functions that several losses share."""
+"""Tensor functions that several losses and advantage estimators share."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -110,3 +113,169 @@ def masked_mean(
     if count is None:
         count = mask.sum(dim=dim)
     return (values * mask).sum(dim=dim) / (count + 1e-8)
+
+
+def masked_var(
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    mean: torch.Tensor | float | None = None,
+    unbiased: bool = True,
+) -> torch.Tensor:
+    """Variance of the values under a mask.
+
+    A mask with a single 1 has no unbiased variance: the result is NaN, or an infinity if `mean`
+    is not the value itself. An empty mask gives 0.
+
+    Args:
+        values: any shape, floating.
+        mask: 0 and 1, same shape.
+        mean: the mean to take the deviations from; None for that of the values under the mask.
+        unbiased: divide by n - 1 instead of n, with n the sum of the mask.
+
+    Returns:
+        The variance, scalar.
+    """
+    if mean is None:
+        mean = masked_mean(values, mask)
+    variance = masked_mean((values - mean).square(), mask)
+    if unbiased:
+        n = mask.sum()
+        variance = variance * (n / (n - 1))
+    return variance
+
+
+def mask_out_neg_inf_logprobs(
+    logprobs: torch.Tensor, mask: torch.Tensor, logprobs_name: str
+) -> torch.Tensor:
+    """Sets log-probabilities to 0 where they are infinite and where the mask is 0.
+
+    A token that was sampled under top-k or top-p filtering can fall out of the filter when the
+    trainer recomputes it: its log-probability is then -inf. If that happens to an unmasked token,
+    a warning with the number of such tokens is printed.
+
+    Args:
+        logprobs: any shape, nats.
+        mask: 0 and 1, same shape.
+        logprobs_name: what to call `logprobs` in the warning.
+
+    Returns:
+        The log-probabilities, finite wherever `logprobs` has no NaN; a new tensor. A zeroed entry
+        gets no gradient.
+    """
+    infinite = logprobs.isinf()
+    keep = mask.bool()
+    lost = int((infinite & keep).sum())
+    if lost:
+        print(
+            f"[WARNING]: {logprobs_name}: {lost} of {int(mask.sum())} unmasked tokens are -inf "
+            "(outside the policy's top-k/top-p) and count as 0."
+        )
+    return torch.where(keep & ~infinite, logprobs, 0.0)
+
+
+def get_gdpo_reward_component_keys(batch: Mapping[Any, Any]) -> list[str]:
+    """Lists the keys of a batch that are reward components, ``reward/<name>``, sorted.
+
+    Args:
+        batch: a batch; keys that are no strings are passed over.
+
+    Returns:
+        The keys. Weights that are given as a list belong to them in this order.
+    """
+    return sorted(key for key in batch if isinstance(key, str) and key.startswith("reward/"))
+
+
+def calculate_baseline_and_std_per_prompt(
+    prompts: torch.Tensor,
+    rewards: torch.Tensor,
+    valid_mask: torch.Tensor,
+    leave_one_out_baseline: bool = True,
+    std_rewards: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Mean and standard deviation of the rewards of the responses to the same prompt.
+
+    For response i to a prompt, with the sums over the valid responses j to that prompt, without
+    i itself if `leave_one_out_baseline`, and n the number of responses summed:
+
+    .. math::
+        b_i = \frac{1}{n} \sum_j r_j \qquad
+        s_i^2 = \frac{n}{n-1} \Big( \frac{1}{n} \sum_j r_j^2 - b_i^2 \Big)
+
+    - Leaving one out makes the standard deviation, too, differ within a group: rewards
+      [1, 0, 0, 0] have baselines [0, 1/3, 1/3, 1/3] and standard deviations [0, 0.577, 0.577,
+      0.577].
+    - A group with one valid response or none has its own rewards as baseline, so that the
+      advantage is 0, and standard deviation 0. Where n is 1 the standard deviation is 0.
+    - With `leave_one_out_baseline`, n is the number of valid responses minus 1 also for a
+      response that is itself not valid, and whose sum therefore has n + 1 terms, as in NeMo RL.
+      Such a response should be masked in the loss.
+    - The variance is a difference of two means in the dtype of the rewards, as in NeMo RL. In
+      float32 it is rounding noise where the rewards vary by less than about 1e-3 of their size:
+      three rewards of 0.1 have a standard deviation of 0 or of about 1e-5, by chance.
+
+    Args:
+        prompts: (B, P), token ids; rows that are equal are the same prompt.
+        rewards: (B,) floating.
+        valid_mask: (B,), 1 for responses that count, 0 for the others.
+        leave_one_out_baseline: leave response i out of its own baseline, which makes the
+            policy-gradient estimate unbiased.
+        std_rewards: (B,) floating, the rewards to take the standard deviation of; None for
+            `rewards`. DAPO filters on the raw reward while its baseline is that of the shaped one.
+
+    Returns:
+        Baseline and standard deviation, each (B,), device and dtype of `rewards`.
+
+    Raises:
+        TypeError: if `rewards` is not floating.
+        ValueError: if a shape does not fit.
+
+    Source:
+        Shao et al. (2024), https://arxiv.org/abs/2402.03300 (GRPO), Section 4.1; leaving one out:
+        Ahmadian et al. (2024), https://arxiv.org/abs/2402.14740 (RLOO).
+    """
+    if std_rewards is None:
+        std_rewards = rewards
+    _check_groups(prompts, rewards, valid_mask, std_rewards)
+
+    _, group_of_row = prompts.unique(dim=0, return_inverse=True)
+    group_of_row = group_of_row.to(rewards.device)
+    baseline, std = rewards.clone(), torch.zeros_like(rewards)
+    for group in group_of_row.unique():
+        rows = (group_of_row == group).nonzero().squeeze(-1)
+        valid = valid_mask[rows]
+        if valid.sum() <= 1:
+            continue
+        counted = rewards.new_ones(len(rows), len(rows))
+        if leave_one_out_baseline:
+            counted.fill_diagonal_(0)
+        n = valid.to(rewards.dtype).sum() - int(leave_one_out_baseline)
+
+        baseline[rows] = counted @ (rewards[rows] * valid) / n
+        mean = counted @ (std_rewards[rows] * valid) / n
+        mean_square = counted @ (std_rewards[rows].square() * valid) / n
+        # Rounding can make the variance negative, and n = 1 makes it 0 times infinity: both NaN.
+        std[rows] = ((mean_square - mean.square()) * (n / (n - 1))).sqrt().nan_to_num(0)
+    return baseline, std
+
+
+def _check_groups(
+    prompts: torch.Tensor,
+    rewards: torch.Tensor,
+    valid_mask: torch.Tensor,
+    std_rewards: torch.Tensor,
+) -> None:
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards has shape {tuple(rewards.shape)}, expected (B,)")
+    for name, tensor in (("rewards", rewards), ("std_rewards", std_rewards)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype")
+    if prompts.ndim != 2 or len(prompts) != len(rewards):
+        raise ValueError(
+            f"prompts has shape {tuple(prompts.shape)}, expected (B, P) with B = {len(rewards)}: "
+            "one row of token ids for each reward"
+        )
+    for name, tensor in (("valid_mask", valid_mask), ("std_rewards", std_rewards)):
+        if tensor.shape != rewards.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, expected (B,) = {tuple(rewards.shape)}"
+            )
