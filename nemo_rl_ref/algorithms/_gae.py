@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generalised advantage estimation, without a loop over time steps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nemo_rl_ref.algorithms._advantage_checks import (
+    check_kl_logprobs,
+    check_like_mask,
+    check_rewards,
+    config_value,
+)
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
+from nemo_rl_ref.algorithms.utils import calculate_kl, masked_mean, masked_var
+
+
+class GeneralizedAdvantageEstimator:
+    r"""Generalised advantage estimation (GAE), with the variants that VAPO added.
+
+    .. math::
+
+        δ_t &= r_t + γ V_{t'} - V_t \\
+        A_t &= δ_t + γ λ A_{t'} = \sum_{l \ge 0} (γλ)^l δ_{t+l} \qquad R_t = A_t + V_t
+
+    with V the value, R the return, and t' the next *unmasked* token; after the last one V and A
+    are 0. Masked tokens between unmasked ones (a tool's output between two turns) are passed
+    over, as if they were not there. The reward is at the last unmasked token, and with
+    ``use_kl_in_reward`` every unmasked token has -β k_t, with k the estimate of KL(π‖π_ref)
+    clamped as `calculate_kl` does by default.
+
+    λ = 1 is the sum of discounted rewards minus V, without bias from V; λ = 0 trusts V after one
+    step and has the smallest variance.
+
+    VAPO: returns with one λ (``gae_lambda_value``), advantages with another
+    (``gae_lambda_policy``), which can depend on the length l of the response,
+    λ = 1 - 1/(α l), so that the reward is felt as far as the response is long.
+
+    The recurrence is solved in log2(S) steps instead of S, see `discounted_suffix_sums`.
+
+    Source: Schulman et al. (2016), https://arxiv.org/abs/1506.02438, Eq. 16; Yue et al. (2025),
+    https://arxiv.org/abs/2504.05118 (VAPO), Section 4.
+
+    Args:
+        estimator_config: a dict with ``gae_lambda``, ``gae_gamma``, ``normalize_advantages``
+            (subtract the mean and divide by the standard deviation over unmasked tokens),
+            ``gae_lambda_value`` and ``gae_lambda_policy`` (None for ``gae_lambda``) and
+            ``length_adaptive_alpha`` (α, 0 for a λ that is the same for all lengths; it goes
+            before ``gae_lambda_policy``).
+        loss_config: ``use_kl_in_reward``, ``reference_policy_kl_penalty`` (β) and
+            ``reference_policy_kl_type``.
+
+    Raises:
+        KeyError: if a key is missing in `estimator_config`.
+    """
+
+    def __init__(self, estimator_config: dict[str, Any], loss_config: ClippedPGLossConfig):
+        def value(key: str) -> Any:
+            return config_value("GeneralizedAdvantageEstimator", estimator_config, key)
+
+        self.gae_lambda = value("gae_lambda")
+        self.gae_gamma = value("gae_gamma")
+        self.normalize_advantages = value("normalize_advantages")
+        self.gae_lambda_value = value("gae_lambda_value")
+        self.gae_lambda_policy = value("gae_lambda_policy")
+        self.length_adaptive_alpha = value("length_adaptive_alpha")
+        self.use_kl_in_reward = loss_config.use_kl_in_reward
+        self.kl_coef = loss_config.reference_policy_kl_penalty
+        self.kl_type = loss_config.reference_policy_kl_type
+
+    def compute_advantage(
+        self,
+        prompt_ids: Tensor | None,
+        rewards: Tensor,
+        mask: Tensor,
+        values: Tensor,
+        reference_logprobs: Tensor | None = None,
+        logprobs: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the advantages and returns of a batch.
+
+        What stands under a 0 of the mask, be it NaN, reaches no unmasked token.
+
+        Args:
+            prompt_ids: not used.
+            rewards: (B,) floating.
+            mask: (B, S), 1 on response tokens, 0 elsewhere.
+            values: (B, S) floating, V, in units of reward.
+            reference_logprobs: (B, S), nats; only with a KL penalty.
+            logprobs: (B, S), nats, of the policy that sampled; only with a KL penalty.
+            **kwargs: not used.
+
+        Returns:
+            Advantages, 0 under the mask, and returns, each (B, S). At a masked token the return
+            is its value plus the advantage of the next unmasked token, as in NeMo RL. With
+            normalisation, a batch with a single unmasked token has advantage NaN there, as in
+            NeMo RL.
+
+        Raises:
+            TypeError: if `rewards` is not floating.
+            ValueError: if a shape does not fit, or log-probabilities are None and the
+                configuration asks for a KL penalty (NeMo RL leaves the penalty out).
+        """
+        check_rewards(rewards, mask)
+        check_like_mask("values", values, mask)
+        token_rewards = self._token_rewards(rewards, mask, logprobs, reference_logprobs)
+
+        lambda_value, lambda_policy = self._lambdas(mask)
+        advantages = masked_gae(token_rewards, values, mask, self.gae_gamma, lambda_policy)
+        if lambda_value is lambda_policy:
+            returns = advantages + values
+        else:
+            returns = values + masked_gae(
+                token_rewards, values, mask, self.gae_gamma, lambda_value
+            )
+        if self.normalize_advantages:
+            mean = masked_mean(advantages, mask)
+            variance = masked_var(advantages, mask, mean)
+            advantages = (advantages - mean) * (variance + 1e-8).rsqrt()
+        return advantages.masked_fill(~mask.bool(), 0), returns
+
+    def _token_rewards(
+        self,
+        rewards: Tensor,
+        mask: Tensor,
+        logprobs: Tensor | None,
+        reference_logprobs: Tensor | None,
+    ) -> Tensor:
+        """The reward at the last unmasked token, minus the KL penalty at every one; (B, S)."""
+        valid = mask.bool()
+        is_last = valid & (_count_from_here(valid) == 1)
+        token_rewards = torch.where(is_last, rewards.unsqueeze(-1), 0)
+        if self.use_kl_in_reward and self.kl_coef > 0:
+            names = ("logprobs", "reference_logprobs")
+            check_kl_logprobs(names[0], logprobs, names[1], reference_logprobs, mask)
+            kl = calculate_kl(logprobs, reference_logprobs, self.kl_type)
+            token_rewards = token_rewards - self.kl_coef * torch.where(valid, kl, 0)
+        return token_rewards
+
+    def _lambdas(self, mask: Tensor) -> tuple[float, float | Tensor]:
+        """λ for returns and λ for advantages: the same object if they are the same."""
+        of_value = self.gae_lambda if self.gae_lambda_value is None else self.gae_lambda_value
+        of_policy = self.gae_lambda if self.gae_lambda_policy is None else self.gae_lambda_policy
+        if self.length_adaptive_alpha > 0:
+            lengths = mask.sum(1).float()
+            of_policy = 1 - 1 / (self.length_adaptive_alpha * lengths).clamp(min=1)
+        return of_value, of_policy
+
+
+def masked_gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
+) -> Tensor:
+    """The advantages A of `GeneralizedAdvantageEstimator`, without normalisation.
+
+    Args:
+        rewards: (B, S), one a token.
+        values: (B, S).
+        mask: (B, S), 0 and 1.
+        gamma: γ.
+        lam: λ, a number or one a row, (B,).
+
+    Returns:
+        (B, S). At a masked token, the advantage of the next unmasked one, 0 after the last.
+    """
+    valid = mask.bool()
+    steps = valid.shape[1]
+    # The unmasked tokens of a row, pushed to the right end of it, one column 0 after them: there
+    # the next unmasked token is the next column, for all rows. `place` says where a token goes,
+    # for a masked one where the next unmasked token goes.
+    place = steps - _count_from_here(valid)
+    to = torch.where(valid, place, steps)
+    dtype = torch.promote_types(rewards.dtype, values.dtype)
+    empty = torch.zeros(len(valid), steps + 1, dtype=dtype, device=values.device)
+    r = empty.scatter(1, to, torch.where(valid, rewards, 0).to(dtype))
+    v = empty.scatter(1, to, torch.where(valid, values, 0).to(dtype))
+
+    delta = r[:, :-1] + gamma * v[:, 1:] - v[:, :-1]
+    decay = torch.as_tensor(gamma * lam, dtype=dtype, device=values.device).reshape(-1, 1)
+    advantages = discounted_suffix_sums(delta, decay)
+    return pad(advantages, (0, 1)).gather(1, place)
+
+
+def discounted_suffix_sums(x: Tensor, decay: Tensor) -> Tensor:
+    r"""Solves y_t = x_t + c y_{t+1} for all t at once: y_t is the sum over l of c^l x_{t+l}.
+
+    After the round with span n, y_t holds the first 2n terms: the n it had, and the n of y_{t+n}
+    times c^n. So log2(S) rounds are enough. Rounding errors grow with the number of rounds, not
+    of steps: near c = 1 it is at least as accurate as the loop.
+
+    Args:
+        x: (B, S) floating.
+        decay: c, (B, 1) or (1, 1), the dtype of `x`.
+
+    Returns:
+        y, (B, S).
+    """
+    decay = decay.double()  # a power of a rounded power would drift
+    span = 1
+    while span < x.shape[1]:
+        longer = x.clone()
+        longer[:, :-span] += (decay**span).to(x.dtype) * x[:, span:]
+        x, span = longer, 2 * span
+    return x
+
+
+def _count_from_here(valid: Tensor) -> Tensor:
+    """Number of unmasked tokens from each token on, itself included, (B, S) int64."""
+    return valid.flip(1).cumsum(1).flip(1)
