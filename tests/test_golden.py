@@ -4,13 +4,19 @@
 import importlib
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from nemo_rl_ref.algorithms import advantage_estimator as estimators
 from nemo_rl_ref.algorithms import loss as losses
-from nemo_rl_ref.algorithms.utils import calculate_kl, masked_mean
+from nemo_rl_ref.algorithms.utils import (
+    calculate_baseline_and_std_per_prompt,
+    calculate_kl,
+    masked_mean,
+)
 from nemo_rl_ref.upstream import GoldenCase, load_golden
 
 
@@ -25,15 +31,18 @@ def find_symbol(path: str) -> Any:
         return None
 
 
+COUNTS = ("global_valid_seqs", "global_valid_toks")
 MIRRORED = [case for case in load_golden() if find_symbol(case.symbol)]
 
 
-def call_loss(loss_fn: Callable, model_output: str, case: GoldenCase) -> dict[str, Any]:
-    """Calls a loss as NeMo RL does; everything but the model output and the counts is data."""
+def call_loss(
+    loss_fn: Callable, model_output: str, case: GoldenCase, more: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Calls a loss as NeMo RL does; but for the model output, `more` and the counts all is data."""
     data = dict(case.inputs)
     output = data.pop(model_output).clone().requires_grad_()
-    counts = {name: data.pop(name) for name in ("global_valid_seqs", "global_valid_toks")}
-    loss, metrics = loss_fn(output, data, **counts)
+    arguments = {name: data.pop(name) for name in (*more, *COUNTS)}
+    loss, metrics = loss_fn(**{model_output: output}, data=data, **arguments)
     loss.backward()
     return {"loss": loss.detach(), "grad": output.grad, "metrics": metrics}
 
@@ -43,15 +52,63 @@ def run_dpo(case: GoldenCase) -> dict[str, Any]:
     return call_loss(loss_fn, "next_token_logprobs", case)
 
 
+def run_clipped_pg(case: GoldenCase) -> dict[str, Any]:
+    loss_fn = losses.ClippedPGLossFn(losses.ClippedPGLossConfig(**case.config))
+    return call_loss(loss_fn, "next_token_logprobs", case)
+
+
+def run_mse_value(case: GoldenCase) -> dict[str, Any]:
+    loss_fn = losses.MseValueLossFn(losses.MseValueLossConfig(**case.config))
+    return call_loss(loss_fn, "logits", case)
+
+
+def run_distillation(case: GoldenCase) -> dict[str, Any]:
+    """The cases do not hold ``input_ids``, of which the loss reads the number of rows only."""
+    loss_fn = losses.DistillationLossFn(losses.DistillationLossConfig(**case.config))
+    ids = torch.zeros_like(case.inputs["token_mask"], dtype=torch.int64)
+    case = replace(case, inputs={**case.inputs, "input_ids": ids})
+    return call_loss(loss_fn, "student_topk_logprobs", case, ("teacher_topk_logprobs", "H_all"))
+
+
+def run_baseline(case: GoldenCase) -> dict[str, Any]:
+    baseline, std = calculate_baseline_and_std_per_prompt(**case.inputs, **case.config)
+    return {"baseline": baseline, "std": std}
+
+
+def run_estimator(case: GoldenCase) -> dict[str, Any]:
+    """An estimator whose configuration is a class; loss flags stand in the same dict."""
+    flags = dict(case.config)
+    loss_flags = {k: flags.pop(k) for k in case.config if k in losses.ClippedPGLossConfig.model_fields}
+    cls = getattr(estimators, case.symbol.rsplit(".", 1)[1])
+    estimator = cls(estimators.AdvEstimatorConfig(**flags), losses.ClippedPGLossConfig(**loss_flags))
+    inputs = {"prompt_ids": None, "rewards": None, **case.inputs}
+    return {"advantages": estimator.compute_advantage(**inputs)}
+
+
+def run_gae(case: GoldenCase) -> dict[str, Any]:
+    estimator = estimators.GeneralizedAdvantageEstimator(case.config, losses.ClippedPGLossConfig())
+    advantages, returns = estimator.compute_advantage(**case.inputs)
+    return {"advantages": advantages, "returns": returns}
+
+
 # How a case of each mirrored symbol is run. A mirrored symbol that is not here fails its cases.
 RUNNERS: dict[str, Callable[[GoldenCase], dict[str, Any]]] = {
+    "algorithms.advantage_estimator.GDPOAdvantageEstimator": run_estimator,
+    "algorithms.advantage_estimator.GRPOAdvantageEstimator": run_estimator,
+    "algorithms.advantage_estimator.GeneralizedAdvantageEstimator": run_gae,
+    "algorithms.advantage_estimator.OPDAdvantageEstimator": run_estimator,
+    "algorithms.advantage_estimator.ReinforcePlusPlusAdvantageEstimator": run_estimator,
+    "algorithms.loss.ClippedPGLossFn": run_clipped_pg,
     "algorithms.loss.DPOLossFn": run_dpo,
+    "algorithms.loss.DistillationLossFn": run_distillation,
+    "algorithms.loss.MseValueLossFn": run_mse_value,
     "algorithms.loss.NLLLossFn": lambda case: call_loss(
         losses.NLLLossFn(), "next_token_logprobs", case
     ),
     "algorithms.loss.PreferenceLossFn": lambda case: call_loss(
         losses.PreferenceLossFn(), "logits", case
     ),
+    "algorithms.utils.calculate_baseline_and_std_per_prompt": run_baseline,
     "algorithms.utils.calculate_kl": lambda case: {
         "kl": calculate_kl(**case.inputs, **case.config)
     },
@@ -83,11 +140,5 @@ def test_golden(case):
 
 def test_no_case_is_lost():
     """The cases that ran are all there are; a renamed symbol would drop out silently."""
-    expected = Counter(case.symbol for case in load_golden())
-    ran = Counter(case.symbol for case in MIRRORED)
-    assert {symbol: ran[symbol] for symbol in RUNNERS} == {s: expected[s] for s in RUNNERS}
-    assert ran["algorithms.loss.DPOLossFn"] == 24
-    assert ran["algorithms.loss.NLLLossFn"] == 2
-    assert ran["algorithms.loss.PreferenceLossFn"] == 1
-    assert ran["algorithms.utils.calculate_kl"] == 12
-    assert ran["algorithms.utils.masked_mean"] == 2
+    assert len(MIRRORED) == len(load_golden()) == 106
+    assert Counter(case.symbol for case in MIRRORED).keys() == RUNNERS.keys()

@@ -173,14 +173,15 @@ def masked_gae(
     place = steps - _count_from_here(valid)
     to = torch.where(valid, place, steps)
     dtype = torch.promote_types(rewards.dtype, values.dtype)
-    empty = torch.zeros(len(valid), steps + 1, dtype=dtype, device=values.device)
-    r = empty.scatter(1, to, torch.where(valid, rewards, 0).to(dtype))
-    v = empty.scatter(1, to, torch.where(valid, values, 0).to(dtype))
+    wide = torch.promote_types(dtype, torch.float32)
+    empty = torch.zeros(len(valid), steps + 1, dtype=wide, device=values.device)
+    r = empty.scatter(1, to, torch.where(valid, rewards, 0).to(wide))
+    v = empty.scatter(1, to, torch.where(valid, values, 0).to(wide))
 
     delta = r[:, :-1] + gamma * v[:, 1:] - v[:, :-1]
-    decay = torch.as_tensor(gamma * lam, dtype=dtype, device=values.device).reshape(-1, 1)
+    decay = torch.as_tensor(gamma * lam, dtype=wide, device=values.device).reshape(-1, 1)
     advantages = discounted_suffix_sums(delta, decay)
-    return pad(advantages, (0, 1)).gather(1, place)
+    return pad(advantages, (0, 1)).gather(1, place).to(dtype)
 
 
 def discounted_suffix_sums(x: Tensor, decay: Tensor) -> Tensor:

@@ -117,8 +117,11 @@ class ClippedPGLossFn(LossFunction):
     VAPO                ``positive_example_nll_weight=0.1``; GAE              arXiv:2504.05118
     ==================  ====================================================  ==================
 
-    Not every part is a sum over micro-batches: the positive NLL (μ > 0) is a mean over the
-    micro-batch's own tokens, and the ``_min`` and ``_max`` metrics are of the micro-batch.
+    Not everything sums over micro-batches. The positive NLL (μ > 0) is a mean over the
+    micro-batch's own tokens. The ``_min`` and ``_max`` metrics are of the micro-batch. With
+    ``sequence_level_importance_ratios`` the metric ``sampling_importance_ratio`` is, as in NeMo
+    RL, no mean: it is the sum of the weights of all rows of the micro-batch, masked ones
+    included, times its valid rows over those of the global batch.
 
     Args:
         cfg: the flags.
@@ -252,7 +255,10 @@ class ClippedPGLossFn(LossFunction):
             "approx_entropy": pg.entropy_estimate(logprobs, generation, mask, global_valid_toks),
             "positive_nll_loss": nll,
         }
-        return loss, {name: value.item() for name, value in metrics.items()}
+        metrics = {name: value.item() for name, value in metrics.items()}
+        # NeMo RL's is the integer 0 where there is no penalty.
+        metrics["kl_penalty"] = metrics["kl_penalty"] or 0
+        return loss, metrics
 
     def _ratios(
         self, logprobs: Tensor, prev_logprobs: Tensor, token_mask: Tensor
@@ -324,24 +330,18 @@ class ClippedPGLossFn(LossFunction):
         global_valid_toks: Tensor,
     ) -> dict[str, Tensor]:
         """Mean weight and share outside the bounds: of responses or of tokens."""
+        over_tokens, over_responses = (mask, global_valid_toks), (sample_mask, global_valid_seqs)
 
-        def mean(values: Tensor, of_responses: bool) -> Tensor:
-            over, count = (
-                (sample_mask, global_valid_seqs) if of_responses else (mask, global_valid_toks)
-            )
-            return masked_mean(values, over, global_normalization_factor=count)
+        def mean(values: Tensor, over: tuple[Tensor, Tensor]) -> Tensor:
+            return masked_mean(values, over[0], global_normalization_factor=over[1])
 
-        if self.sequence_level_importance_ratios:
-            ratio = mean(weights.squeeze(-1), of_responses=True)
-        else:
-            ratio = mean(weights, of_responses=False)
-        if outside is None:
-            return {"sampling_importance_ratio": ratio}
-        of_responses = self.truncated_importance_sampling_type == "seq-mask-tis"
-        return {
-            "sampling_importance_ratio": ratio,
-            "is_oob_ratio": mean(outside, of_responses),
-        }
+        # (B, 1) weights against a (B,) mask make a (B, B) product, as in NeMo RL.
+        level = over_responses if self.sequence_level_importance_ratios else over_tokens
+        metrics = {"sampling_importance_ratio": mean(weights, level)}
+        if outside is not None:
+            whole = self.truncated_importance_sampling_type == "seq-mask-tis"
+            metrics["is_oob_ratio"] = mean(outside, over_responses if whole else over_tokens)
+        return metrics
 
     def _normalizations(self) -> dict[str, MetricNormalizer]:
         tokens, sequences = MetricNormalizer.TOKENS, MetricNormalizer.SEQUENCES
