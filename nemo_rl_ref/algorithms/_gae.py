@@ -129,15 +129,16 @@ class GeneralizedAdvantageEstimator:
         logprobs: Tensor | None,
         reference_logprobs: Tensor | None,
     ) -> Tensor:
-        """The reward at the last unmasked token, minus the KL penalty at every one; (B, S)."""
-        valid = mask.bool()
-        is_last = valid & (_count_from_here(valid) == 1)
-        token_rewards = torch.where(is_last, rewards.unsqueeze(-1), 0)
+        """The reward at the last unmasked token, minus the KL penalty at every token; (B, S)."""
+        # A row without unmasked tokens has its reward at the masked token 0, where it is not read.
+        positions = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device)
+        last = (mask.bool() * positions).amax(1, keepdim=True).long()
+        token_rewards = rewards.new_zeros(mask.shape).scatter(1, last, rewards.unsqueeze(-1))
         if self.use_kl_in_reward and self.kl_coef > 0:
             names = ("logprobs", "reference_logprobs")
             check_kl_logprobs(names[0], logprobs, names[1], reference_logprobs, mask)
             kl = calculate_kl(logprobs, reference_logprobs, self.kl_type)
-            token_rewards = token_rewards - self.kl_coef * torch.where(valid, kl, 0)
+            token_rewards = token_rewards - self.kl_coef * kl
         return token_rewards
 
     def _lambdas(self, mask: Tensor) -> tuple[float, float | Tensor]:
@@ -167,20 +168,24 @@ def masked_gae(
     """
     valid = mask.bool()
     steps = valid.shape[1]
-    # The unmasked tokens of a row, pushed to the right end of it, one column 0 after them: there
-    # the next unmasked token is the next column, for all rows. `place` says where a token goes,
-    # for a masked one where the next unmasked token goes.
-    place = steps - _count_from_here(valid)
-    to = torch.where(valid, place, steps)
     dtype = torch.promote_types(rewards.dtype, values.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    empty = torch.zeros(len(valid), steps + 1, dtype=wide, device=values.device)
-    r = empty.scatter(1, to, torch.where(valid, rewards, 0).to(wide))
-    v = empty.scatter(1, to, torch.where(valid, values, 0).to(wide))
 
-    delta = r[:, :-1] + gamma * v[:, 1:] - v[:, :-1]
-    decay = torch.as_tensor(gamma * lam, dtype=wide, device=values.device).reshape(-1, 1)
-    advantages = discounted_suffix_sums(delta, decay)
+    # The unmasked tokens of a row, pushed to the right end of it, so that the next unmasked token
+    # is the next column. After them one column of zeros, and one that takes the masked tokens and
+    # is not read. `place` is where a token goes, for a masked one where the next unmasked goes.
+    tokens_from_here = valid.flip(1).cumsum(1, dtype=torch.int32).flip(1)
+    place = (steps - tokens_from_here).long()
+    to = torch.where(valid, place, steps + 1)
+    empty = torch.zeros(len(valid), steps + 2, dtype=wide, device=values.device)
+    r = empty.scatter(1, to, rewards.to(wide))[:, :steps]
+    v = empty.scatter(1, to, values.to(wide))
+    v, next_v = v[:, :steps], v[:, 1 : steps + 1]
+
+    # A + V has the recurrence y_t = r_t + γ (1 - λ) V_t' + γ λ y_t', with fewer terms that cancel.
+    lam = torch.as_tensor(lam, dtype=torch.float64, device=values.device).reshape(-1, 1)
+    rest = (gamma * (1 - lam)).to(wide)
+    advantages = discounted_suffix_sums(r + rest * next_v, gamma * lam) - v
     return pad(advantages, (0, 1)).gather(1, place).to(dtype)
 
 
@@ -193,20 +198,14 @@ def discounted_suffix_sums(x: Tensor, decay: Tensor) -> Tensor:
 
     Args:
         x: (B, S) floating.
-        decay: c, (B, 1) or (1, 1), the dtype of `x`.
+        decay: c, (B, 1) or (1, 1), float64, so that its powers are right.
 
     Returns:
         y, (B, S).
     """
-    decay = decay.double()  # a power of a rounded power would drift
     span = 1
     while span < x.shape[1]:
         longer = x.clone()
-        longer[:, :-span] += (decay**span).to(x.dtype) * x[:, span:]
+        longer[:, :-span].addcmul_(x[:, span:], (decay**span).to(x.dtype))
         x, span = longer, 2 * span
     return x
-
-
-def _count_from_here(valid: Tensor) -> Tensor:
-    """Number of unmasked tokens from each token on, itself included, (B, S) int64."""
-    return valid.flip(1).cumsum(1).flip(1)
