@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nemo_rl_ref.algorithms._gae import discounted_suffix_sums, masked_gae
 from nemo_rl_ref.algorithms.advantage_estimator import (
     AdvEstimatorConfig,
     GDPOAdvantageEstimator,
@@ -18,7 +19,6 @@ from nemo_rl_ref.algorithms.advantage_estimator import (
     RawRewardAdvantageEstimator,
     ReinforcePlusPlusAdvantageEstimator,
 )
-from nemo_rl_ref.algorithms._gae import discounted_suffix_sums, masked_gae
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
 from nemo_rl_ref.algorithms.utils import (
     calculate_baseline_and_std_per_prompt,
@@ -118,7 +118,9 @@ class TestGroupStatistics:
         for dtype in (torch.float32, torch.float64):
             rewards = torch.tensor([1.0, 2.0, 4.0], dtype=dtype)
             before = rewards.clone()
-            result = calculate_baseline_and_std_per_prompt(torch.zeros(3, 1), rewards, rewards * 0 + 1)
+            result = calculate_baseline_and_std_per_prompt(
+                torch.zeros(3, 1), rewards, rewards * 0 + 1
+            )
             assert torch.equal(rewards, before) and {x.dtype for x in result} == {dtype}
 
     @pytest.mark.parametrize(
@@ -128,7 +130,11 @@ class TestGroupStatistics:
             ({"prompts": torch.zeros(4, 1)}, ValueError, r"\(4, 1\), expected .* B = 3"),
             ({"rewards": torch.zeros(3, 1)}, ValueError, r"rewards has shape \(3, 1\), expected"),
             ({"rewards": torch.zeros(3).long()}, TypeError, "rewards has dtype torch.int64"),
-            ({"std_rewards": torch.zeros(3).long()}, TypeError, "std_rewards has dtype torch.int64"),
+            (
+                {"std_rewards": torch.zeros(3).long()},
+                TypeError,
+                "std_rewards has dtype torch.int64",
+            ),
             ({"valid_mask": torch.ones(2)}, ValueError, r"valid_mask has shape \(2,\), expected"),
             ({"std_rewards": torch.ones(2)}, ValueError, r"std_rewards has shape \(2,\), expected"),
         ],
@@ -194,10 +200,16 @@ class TestGRPO:
         advantages = GRPOAdvantageEstimator(AdvEstimatorConfig(), PLAIN).compute_advantage(
             **batch, mask=torch.ones(4, 2)
         )
-        assert advantages[:, 1].tolist() == pytest.approx([1, -0.57735, -0.57735, -0.57735], abs=1e-5)
+        assert advantages[:, 1].tolist() == pytest.approx(
+            [1, -0.57735, -0.57735, -0.57735], abs=1e-5
+        )
 
     def test_equal_rewards_teach_nothing(self):
-        batch = {"prompt_ids": torch.zeros(4, 1), "rewards": torch.ones(4), "mask": torch.ones(4, 2)}
+        batch = {
+            "prompt_ids": torch.zeros(4, 1),
+            "rewards": torch.ones(4),
+            "mask": torch.ones(4, 2),
+        }
         estimator = GRPOAdvantageEstimator(AdvEstimatorConfig(), PLAIN)
         assert not estimator.compute_advantage(**batch).any()
 
@@ -308,7 +320,9 @@ class TestReinforcePlusPlus:
         loss_cfg = ClippedPGLossConfig(use_kl_in_reward=True)
         estimator = ReinforcePlusPlusAdvantageEstimator(AdvEstimatorConfig(), loss_cfg)
         batch, logprobs = make_groups(), torch.zeros(8, 5)
-        with pytest.raises(ValueError, match="logprobs_policy is None, expected .*use_kl_in_reward"):
+        with pytest.raises(
+            ValueError, match="logprobs_policy is None, expected .*use_kl_in_reward"
+        ):
             estimator.compute_advantage(**batch)
         with pytest.raises(ValueError, match="logprobs_reference is None, expected"):
             estimator.compute_advantage(**batch, logprobs_policy=logprobs)
@@ -329,7 +343,9 @@ class TestRawReward:
         expected = [[r] * batch["mask"].shape[1] for r in batch["rewards"].tolist()]
         if normalize:
             expected = normalized(expected, batch["mask"])
-        torch.testing.assert_close(advantages, torch.tensor(expected).double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            advantages, torch.tensor(expected).double(), rtol=1e-6, atol=1e-6
+        )
         assert returns is None
 
     def test_all_masked_is_finite(self):
@@ -338,9 +354,13 @@ class TestRawReward:
         assert advantages.isfinite().all()
 
     def test_bad_config(self):
-        with pytest.raises(KeyError, match="no 'normalize_advantages', which RawRewardAdvantageEst"):
+        with pytest.raises(
+            KeyError, match="no 'normalize_advantages', which RawRewardAdvantageEst"
+        ):
             RawRewardAdvantageEstimator({}, PLAIN)
-        with pytest.raises(TypeError, match="estimator_config is a AdvEstimatorConfig, expected a d"):
+        with pytest.raises(
+            TypeError, match="estimator_config is a AdvEstimatorConfig, expected a d"
+        ):
             RawRewardAdvantageEstimator(AdvEstimatorConfig(), PLAIN)
 
 
@@ -609,7 +629,9 @@ class TestGAE:
     def test_missing_key(self, key):
         cfg = gae_config()
         del cfg[key]
-        with pytest.raises(KeyError, match=f"no {key!r}, which GeneralizedAdvantageEstimator needs"):
+        with pytest.raises(
+            KeyError, match=f"no {key!r}, which GeneralizedAdvantageEstimator needs"
+        ):
             GeneralizedAdvantageEstimator(cfg, PLAIN)
 
     def test_bad_input(self):
@@ -622,5 +644,7 @@ class TestGAE:
         with_kl = GeneralizedAdvantageEstimator(
             gae_config(), ClippedPGLossConfig(use_kl_in_reward=True)
         )
-        with pytest.raises(ValueError, match="reference_logprobs is None, expected .*use_kl_in_rew"):
+        with pytest.raises(
+            ValueError, match="reference_logprobs is None, expected .*use_kl_in_rew"
+        ):
             with_kl.compute_advantage(**batch, logprobs=batch["values"])

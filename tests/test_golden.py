@@ -78,9 +78,13 @@ def run_baseline(case: GoldenCase) -> dict[str, Any]:
 def run_estimator(case: GoldenCase) -> dict[str, Any]:
     """An estimator whose configuration is a class; loss flags stand in the same dict."""
     flags = dict(case.config)
-    loss_flags = {k: flags.pop(k) for k in case.config if k in losses.ClippedPGLossConfig.model_fields}
+    loss_flags = {
+        k: flags.pop(k) for k in case.config if k in losses.ClippedPGLossConfig.model_fields
+    }
     cls = getattr(estimators, case.symbol.rsplit(".", 1)[1])
-    estimator = cls(estimators.AdvEstimatorConfig(**flags), losses.ClippedPGLossConfig(**loss_flags))
+    estimator = cls(
+        estimators.AdvEstimatorConfig(**flags), losses.ClippedPGLossConfig(**loss_flags)
+    )
     inputs = {"prompt_ids": None, "rewards": None, **case.inputs}
     return {"advantages": estimator.compute_advantage(**inputs)}
 

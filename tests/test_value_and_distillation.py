@@ -23,7 +23,9 @@ from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 MASK_DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bool, torch.int64])
 
 
-def make_batch(rows=3, length=5, vocabulary=4, seed=0, dtype=torch.float64, mask_dtype=torch.float32):
+def make_batch(
+    rows=3, length=5, vocabulary=4, seed=0, dtype=torch.float64, mask_dtype=torch.float32
+):
     """A batch that has what each of the three losses needs."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -175,8 +177,11 @@ def test_value_shapes_attributes_and_containers():
     assert loss_fn.loss_type is LossType.TOKEN_LEVEL and loss_fn.input_type is LossInputType.LOGIT
     half = make_batch(dtype=torch.bfloat16)
     assert run_value(cfg, half)[1].dtype == torch.bfloat16
-    single = run_value(cfg, {key: value[:, :1] for key, value in data.items() if value.ndim > 1}
-                       | {"sample_mask": data["sample_mask"]})
+    single = run_value(
+        cfg,
+        {key: value[:, :1] for key, value in data.items() if value.ndim > 1}
+        | {"sample_mask": data["sample_mask"]},
+    )
     assert single[1].shape == (3, 1)
 
 
@@ -188,7 +193,11 @@ def test_value_shapes_attributes_and_containers():
         ({"values": None}, KeyError, "data has no 'values', which MseValueLossFn needs"),
         ({"sample_mask": None}, KeyError, "data has no 'sample_mask', which MseValueLossFn"),
         ({"returns": torch.ones(3, 4)}, ValueError, r"\['returns'\] .*\(3, 4\), .*\(3, 5\)"),
-        ({"new_values": torch.ones(3, 5, 2)}, ValueError, r"logits has shape \(3, 5, 2\), expected"),
+        (
+            {"new_values": torch.ones(3, 5, 2)},
+            ValueError,
+            r"logits has shape \(3, 5, 2\), expected",
+        ),
         ({"new_values": torch.ones(3)}, ValueError, r"logits has shape \(3,\), expected \(B, S\)"),
         ({"new_values": torch.ones(3, 5).int()}, TypeError, "logits has dtype torch.int32"),
     ],
@@ -303,7 +312,9 @@ def test_distillation_masks():
     short = {**data, "student": data["student"][:, :2], "teacher": data["teacher"][:, :2]}
     cut = {**short, "token_mask": data["token_mask"][:, :3]}
     count = torch.tensor(5.0)
-    assert run_distillation(cfg, short, count=count)[0] == run_distillation(cfg, cut, count=count)[0]
+    assert (
+        run_distillation(cfg, short, count=count)[0] == run_distillation(cfg, cut, count=count)[0]
+    )
 
     ones = {**data, "token_mask": torch.ones(3, 5)}
     del data["token_mask"]
@@ -320,7 +331,11 @@ def test_distillation_attributes():
 @pytest.mark.parametrize(
     ("overrides", "error", "message"),
     [
-        ({"H_all": None}, ValueError, "H_all is None, .*zero_outside_topk=True with kl_type='mixed'"),
+        (
+            {"H_all": None},
+            ValueError,
+            "H_all is None, .*zero_outside_topk=True with kl_type='mixed'",
+        ),
         ({"H_all": torch.ones(3, 5)}, ValueError, r"H_all has shape \(3, 5\), expected .*\(3, 4\)"),
         (
             {"teacher_topk_logprobs": torch.ones(3, 4, 3)},
@@ -468,7 +483,9 @@ def test_draft_bad_input():
         loss_fn(teacher, student[..., 0], mask, data, None, count)
     with pytest.raises(TypeError, match="student_logits has dtype torch.int64"):
         loss_fn(teacher, student.long(), mask, data, None, count)
-    with pytest.raises(ValueError, match=r"token_mask has shape \(3, 5\), expected \(B, T\) = \(3, 4"):
+    with pytest.raises(
+        ValueError, match=r"token_mask has shape \(3, 5\), expected \(B, T\) = \(3, 4"
+    ):
         loss_fn(teacher, student, data["token_mask"], data, None, count)
     with pytest.raises(KeyError, match="data has no 'sample_mask', which DraftCrossEntropyLossFn"):
         loss_fn(teacher, student, mask, {}, None, count)

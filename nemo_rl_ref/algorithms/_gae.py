@@ -113,9 +113,7 @@ class GeneralizedAdvantageEstimator:
         if lambda_value is lambda_policy:
             returns = advantages + values
         else:
-            returns = values + masked_gae(
-                token_rewards, values, mask, self.gae_gamma, lambda_value
-            )
+            returns = values + masked_gae(token_rewards, values, mask, self.gae_gamma, lambda_value)
         if self.normalize_advantages:
             mean = masked_mean(advantages, mask)
             variance = masked_var(advantages, mask, mean)
