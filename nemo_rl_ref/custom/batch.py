@@ -32,6 +32,11 @@ def response_sums(logprobs: Tensor, data: Mapping[str, Any], average: bool) -> T
     return sums.masked_fill(data["sample_mask"] == 0, 0.0)
 
 
+def response_log_ratios(logprobs: Tensor, data: Mapping[str, Any], average: bool) -> Tensor:
+    """h of each response from the policy's log-probabilities (B, S-1): (B,), nats."""
+    return response_sums(logprobs - data["reference_policy_logprobs"][:, :-1], data, average)
+
+
 class BCOPairLossFn(DPOLossFn):
     r"""Binary classifier optimisation: chosen above a threshold δ, rejected below it.
 
@@ -84,7 +89,7 @@ class AOTUnpairedLossFn(DPOLossFn):
     with h^(i) the i-th smallest over the micro-batch: which response was paired with which does not
     matter. ε is the config key ``label_smoothing``, 0 if not given, as in the paper.
 
-    Source: Melnyk et al. (2024), https://arxiv.org/abs/2406.05882, unpaired, with the logistic loss.
+    Source: Melnyk et al. (2024), https://arxiv.org/abs/2406.05882; unpaired, logistic loss.
 
     Raises:
         ValueError: if ``label_smoothing`` is not in [0, 0.5].
@@ -104,10 +109,8 @@ class AOTUnpairedLossFn(DPOLossFn):
         self, next_token_logprobs: Tensor, data: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Returns the two quantities (P,) that are sorted: chosen and rejected log-ratios."""
-        log_ratios = next_token_logprobs - data["reference_policy_logprobs"][:, :-1]
-        return self.split_output_tensor(
-            response_sums(log_ratios, data, self.preference_average_log_probs)
-        )
+        average = self.preference_average_log_probs
+        return self.split_output_tensor(response_log_ratios(next_token_logprobs, data, average))
 
     def _dpo_loss(
         self,
@@ -115,9 +118,12 @@ class AOTUnpairedLossFn(DPOLossFn):
         data: BatchedDataDict[DPOLossDataDict] | dict[str, Any],
         global_valid_seqs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _, *metrics = super()._dpo_loss(next_token_logprobs, data, global_valid_seqs)
-        valid = data["sample_mask"][::2] != 0
+        sample_mask, average = data["sample_mask"], self.preference_average_log_probs
+        log_ratios = response_log_ratios(next_token_logprobs, data, average)
+        _, *metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)
+
         upper, lower = self.sorted_quantities(next_token_logprobs, data)
+        valid = sample_mask[::2] != 0
         delta = upper[valid].sort().values - lower[valid].sort().values
         margin = self.reference_policy_kl_penalty * delta
         losses = -(1 - self.label_smoothing) * logsigmoid(margin)
@@ -137,7 +143,7 @@ class AOTLossFn(AOTUnpairedLossFn):
     in the loss of `AOTUnpairedLossFn`. With a single pair in the micro-batch it is conservative
     DPO, and DPO with ε = 0.
 
-    Source: Melnyk et al. (2024), https://arxiv.org/abs/2406.05882, paired, with the logistic loss.
+    Source: Melnyk et al. (2024), https://arxiv.org/abs/2406.05882; paired, logistic loss.
     """
 
     def sorted_quantities(
@@ -207,16 +213,17 @@ class KTOLossFn(DPOLossFn):
         data: BatchedDataDict[DPOLossDataDict] | dict[str, Any],
         global_valid_seqs: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        _, *metrics = super()._dpo_loss(next_token_logprobs, data, global_valid_seqs)
-        log_ratios = next_token_logprobs - data["reference_policy_logprobs"][:, :-1]
-        log_ratios = response_sums(log_ratios, data, self.preference_average_log_probs)
+        sample_mask, average = data["sample_mask"], self.preference_average_log_probs
+        log_ratios = response_log_ratios(next_token_logprobs, data, average)
+        _, *metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)
+
         chosen, rejected = self.split_output_tensor(log_ratios)
         beta, z = self.reference_policy_kl_penalty, self.reference_point(data)
         desirable = self.desirable_weight * torch.sigmoid(beta * (z - chosen))
         undesirable = self.undesirable_weight * torch.sigmoid(beta * (rejected - z))
         loss = masked_mean(
             (desirable + undesirable) / 2,
-            data["sample_mask"][::2],
+            sample_mask[::2],
             global_normalization_factor=global_valid_seqs / 2,
         )
         return loss, *metrics

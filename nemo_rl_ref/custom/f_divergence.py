@@ -31,7 +31,7 @@ def f_derivative(
     Args:
         log_ratio: log u, nats, floating, any shape.
         divergence: one of `DIVERGENCES`.
-        alpha: α, in (0, 1]; for alpha_divergence only.
+        alpha: α, in [0.01, 1]; for alpha_divergence only.
         max_exponent: the exponents in 1/u and u^-α are clamped to this, so that they stay finite.
             Where the clamp binds the gradient is 0.
 
@@ -73,8 +73,8 @@ class FDivergenceDPOLossFn(DPOLossFn):
     Source: Wang et al. (2023), https://arxiv.org/abs/2309.16240, Theorem 1 and Table 1.
 
     Raises:
-        ValueError: if ``f_divergence_type`` is unknown, ``f_divergence_alpha`` is not in (0, 1] or
-            ``f_max_exponent`` is not in (0, 80].
+        ValueError: if ``f_divergence_type`` is unknown, ``f_divergence_alpha`` is not in [0.01, 1]
+            or ``f_max_exponent`` is not in (0, 80].
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -86,8 +86,10 @@ class FDivergenceDPOLossFn(DPOLossFn):
             raise ValueError(
                 f"f_divergence_type: got {self.divergence!r}, expected one of {DIVERGENCES}"
             )
-        if not (isinstance(self.alpha, float | int) and 0 < self.alpha <= 1):
-            raise ValueError(f"f_divergence_alpha: got {self.alpha!r}, expected a number in (0, 1]")
+        if not (isinstance(self.alpha, float | int) and 0.01 <= self.alpha <= 1):
+            raise ValueError(
+                f"f_divergence_alpha: got {self.alpha!r}, expected a number in [0.01, 1]"
+            )
         if not (isinstance(self.max_exponent, float | int) and 0 < self.max_exponent <= 80):
             raise ValueError(
                 f"f_max_exponent: got {self.max_exponent!r}, expected a number in (0, 80]"

@@ -75,7 +75,7 @@ class HingeLossFn(PairLossFn):
     This is what TRL calls "hinge". SLiC-HF itself has no reference policy: for that see
     `reference_free.SLiCLossFn`.
 
-    Source: Liu et al. (2023), https://arxiv.org/abs/2309.06657, the loss "hinge-norm"; β is γ there.
+    Source: Liu et al. (2023), https://arxiv.org/abs/2309.06657, the loss "hinge-norm"; γ is β.
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -243,7 +243,8 @@ class DiscoPOPLossFn(PairLossFn):
 
     .. math:: L = -σ(-βΔ/τ) \log σ(βΔ) + σ(βΔ/τ) \exp(-βΔ)
 
-    Not convex: it rises on both sides of βΔ = 0 before it falls to the right. τ is the config key
+    Not convex: with τ = 0.05 it has a local minimum at βΔ = -0.12 and a local maximum at 0.07, and
+    pairs to the left of the maximum are pulled to the minimum. τ is the config key
     ``discopop_tau``, 0.05 if not given; above 1 the exponential would win for very wrong pairs and
     overflow.
 

@@ -37,8 +37,8 @@ class RPOLossFn(DPOLossFn):
 
     Needs in ``data``, besides DPO's: ``gt_rewards`` (2P,) floating, the reward of each row.
 
-    Config keys, named as in NeMo RL's pull request 1388: ``preference_loss``, one of the objectives,
-    "rpo_bwd_kl" if not given; ``gt_reward_scale``, η, 1 if not given.
+    Config keys, named as in NeMo RL's pull request 1388: ``preference_loss``, one of the
+    objectives, "rpo_bwd_kl" if not given; ``gt_reward_scale``, η, 1 if not given.
 
     Source: Sun et al. (2025), https://arxiv.org/abs/2502.00203; NVIDIA (2024), "Nemotron-4 340B
     Technical Report", https://arxiv.org/abs/2406.11704, for rpo_bwd_kl. Where a text has a factor
@@ -87,15 +87,16 @@ class RPOLossFn(DPOLossFn):
                 f"data['gt_rewards'] has shape {tuple(data['gt_rewards'].shape)}, "
                 f"expected (B,) = {tuple(sample_mask.shape)}"
             )
-        _, *metrics = super()._dpo_loss(next_token_logprobs, data, global_valid_seqs)
-
         log_ratios = next_token_logprobs - data["reference_policy_logprobs"][:, :-1]
         log_ratios = (log_ratios * token_mask).sum(-1)
         if self.preference_average_log_probs:
             log_ratios = log_ratios / token_mask.sum(-1).clamp(min=1)
-        masked = sample_mask == 0
-        chosen, rejected = self.split_output_tensor(log_ratios.masked_fill(masked, 0.0))
-        better, worse = self.split_output_tensor(data["gt_rewards"].masked_fill(masked, 0.0))
+        log_ratios = log_ratios.masked_fill(sample_mask == 0, 0.0)
+        _, *metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)
+
+        rewards = data["gt_rewards"].masked_fill(sample_mask == 0, 0.0)
+        chosen, rejected = self.split_output_tensor(log_ratios)
+        better, worse = self.split_output_tensor(rewards)
         losses = self.pair_losses(
             self.reference_policy_kl_penalty * (chosen - rejected),
             self.reward_scale * (better - worse),
