@@ -19,7 +19,7 @@ from trl.experimental.orpo import ORPOTrainer
 
 from nemo_rl_ref.custom import batch, f_divergence, pairwise, reference_free
 from nemo_rl_ref.logprobs import token_logprobs
-from tests.custom.helpers import BETA, config, run
+from preference_checks import BETA, config, run
 
 PAIRS, LENGTH, VOCABULARY = 5, 9, 30
 CHOSEN_FIRST = torch.cat([torch.arange(0, 2 * PAIRS, 2), torch.arange(1, 2 * PAIRS, 2)])

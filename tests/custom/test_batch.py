@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nemo_rl_ref.algorithms.loss import DPOLossFn
 from nemo_rl_ref.custom.batch import AOTLossFn, AOTUnpairedLossFn, BCOPairLossFn, KTOLossFn
 from nemo_rl_ref.custom.pairwise import ConservativeDPOLossFn
-from tests.custom.helpers import (
+from preference_checks import (
     BETA,
     check_definition,
     check_micro_batches_sum,

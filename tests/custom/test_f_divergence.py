@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nemo_rl_ref.algorithms.loss import DPOLossFn
 from nemo_rl_ref.custom.f_divergence import DIVERGENCES, FDivergenceDPOLossFn, f_derivative
-from tests.custom.helpers import (
+from preference_checks import (
     BETA,
     check_definition,
     check_extremes,

@@ -11,7 +11,7 @@ from torch import sigmoid
 
 from nemo_rl_ref.algorithms.loss import DPOLossFn
 from nemo_rl_ref.custom import pairwise
-from tests.custom.helpers import (
+from preference_checks import (
     BETA,
     check_definition,
     check_extremes,

@@ -17,7 +17,7 @@ from nemo_rl_ref.custom.reference_free import (
     SLiCLossFn,
     log_odds,
 )
-from tests.custom.helpers import (
+from preference_checks import (
     BETA,
     check_definition,
     check_extremes,

@@ -11,7 +11,7 @@ from torch import sigmoid
 
 from nemo_rl_ref.algorithms.loss import DPOLossFn
 from nemo_rl_ref.custom.reward_aware import OBJECTIVES, RPOLossFn, bernoulli_kl
-from tests.custom.helpers import (
+from preference_checks import (
     BETA,
     check_definition,
     check_extremes,
