@@ -24,7 +24,8 @@ from nemo_rl_ref.algorithms.utils import masked_mean
 class PairLossFn(DPOLossFn):
     """DPO with another loss of a pair. A subclass says which, in `pair_losses`.
 
-    Whatever log-ratios a masked pair has, it adds nothing to the loss and to the gradient.
+    Whatever log-ratios a masked pair has, NaN included, it adds nothing to the preference loss and
+    its gradient.
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
