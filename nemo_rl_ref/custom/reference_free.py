@@ -134,7 +134,7 @@ class ORPOLossFn(ReferenceFreeLossFn):
     The SFT loss is of the chosen response, as in the paper; TRL's is a mean over the tokens of
     prompt and response.
 
-    Source: Hong et al. (2024), https://arxiv.org/abs/2403.07691, Eqs. 4, 6 and 7.
+    Source: Hong et al. (2024), https://arxiv.org/abs/2403.07691, Eqs. 4 and 7.
 
     Raises:
         ValueError: if ``sft_loss_weight`` is not positive: alone, the odds ratio is not ORPO.

@@ -79,7 +79,8 @@ def test_zero_where_the_margin_is_that_of_the_rewards(objective):
 def test_backward_kl_with_certain_rewards_is_dpo():
     logprobs, data = make_batch(seed=2)
     data["gt_rewards"] = torch.tensor([40.0, 0.0], dtype=torch.float64).repeat(4)
-    ours, of_dpo = run(RPOLossFn(config()), logprobs, data), run(DPOLossFn(config()), logprobs, data)
+    ours = run(RPOLossFn(config()), logprobs, data)
+    of_dpo = run(DPOLossFn(config()), logprobs, data)
     torch.testing.assert_close(ours[0], of_dpo[0])
     torch.testing.assert_close(ours[1], of_dpo[1])
 
