@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a loss keep the promises that distributed training needs?
+
+In Python, ``print(check_loss(loss_fn))``. On the command line, the pairs building the loss's
+configuration::
+
+    python -m nemo_rl_ref.contract nemo_rl_ref.algorithms.loss:DPOLossFn sft_loss_weight=0.1
+"""
+
+from nemo_rl_ref.contract._batches import Batch
+from nemo_rl_ref.contract._check import PROMISES, BatchMaker, check_loss
+from nemo_rl_ref.contract._report import Entry, Failure, Report
+
+__all__ = ["PROMISES", "Batch", "BatchMaker", "Entry", "Failure", "Report", "check_loss"]

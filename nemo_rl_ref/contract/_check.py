@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`check_loss`: the nine promises, probe by probe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from nemo_rl_ref.algorithms.loss.interfaces import LossInputType, LossType
+from nemo_rl_ref.contract._batches import Batch, build_batch, make_batch
+from nemo_rl_ref.contract._calls import call, start
+from nemo_rl_ref.contract._extremes import empty_responses, far_log_ratios, nothing_valid
+from nemo_rl_ref.contract._gradient import finite_differences
+from nemo_rl_ref.contract._invariance import (
+    counts_of_one,
+    extra_padding,
+    micro_batches,
+    sample_order,
+    sequence_packing,
+    unequal_ranks,
+)
+from nemo_rl_ref.contract._masking import garbage, masked_gradient
+from nemo_rl_ref.contract._pickling import FreshInterpreter, pickles
+from nemo_rl_ref.contract._probes import Finding, NotApplicable, Probe, Subject
+from nemo_rl_ref.contract._protocol import attribute_problems, enum_value, protocol, recording
+from nemo_rl_ref.contract._purity import inputs_kept, same_bits, takes
+from nemo_rl_ref.contract._report import Entry, Failure, Report
+from nemo_rl_ref.contract._shrink import shrink
+
+BatchMaker = Callable[[int, torch.dtype], tuple[Mapping[str, Any], Mapping[str, Any]]]
+
+_SEEDS = (0, 1)
+
+#: The promises in their order: name, what is promised, and the probes that look at it.
+PROMISES: dict[str, tuple[str, tuple[Probe, ...]]] = {
+    "protocol": (
+        "loss_type and input_type, a scalar differentiable loss, metrics that are floats",
+        (protocol,),
+    ),
+    "micro-batches": (
+        "the sum over any split, and over single packed sequences, equals the whole batch in "
+        "value, gradient and metrics",
+        (micro_batches, sequence_packing, counts_of_one),
+    ),
+    "ranks": (
+        "data-parallel ranks with unequal shares give the result of the whole batch",
+        (unequal_ranks,),
+    ),
+    "masks": (
+        "masked tokens and samples get no gradient, and garbage there changes nothing",
+        (masked_gradient, garbage("huge"), garbage("inf"), garbage("NaN")),
+    ),
+    "padding and order": (
+        "more padding and another order of the samples change nothing",
+        (extra_padding, sample_order),
+    ),
+    "gradient": (
+        "the gradient agrees with finite differences, detached values held",
+        (finite_differences,),
+    ),
+    "extremes": (
+        "log-ratios of ±1e4, empty responses and batches with nothing valid give finite numbers, "
+        "and zero where it should be zero",
+        (far_log_ratios, empty_responses, nothing_valid),
+    ),
+    "purity": (
+        "inputs are not modified, same inputs give the same bits, float32 and bfloat16 work",
+        (inputs_kept, same_bits, takes(torch.float32), takes(torch.bfloat16)),
+    ),
+    "pickling": (
+        "unpickled in a fresh interpreter, the loss behaves the same",
+        (),
+    ),
+}
+
+
+def check_loss(
+    loss_fn: Callable[..., Any], batch_maker: BatchMaker | None = None, *, pairs: bool | None = None
+) -> Report:
+    """Finds out which promises of a NeMo RL loss a loss keeps.
+
+    Trainers split a global batch into micro-batches, packs and ranks, fill it with padding and
+    masked samples, and ship the loss to other processes. A loss that gives the result of the
+    global batch whatever they do keeps these promises:
+
+    ===================  ====================================================================
+    protocol             ``loss_type`` and ``input_type``, a scalar differentiable loss,
+                         metrics that are floats
+    micro-batches        the sum over any split equals the whole batch, in value, gradient and
+                         metrics; the same for one call a sequence (packing), and for counts
+                         of 1 that are divided later by ``metric_normalizations``
+    ranks                the same for ranks with unequal shares, gradients averaged by DDP
+    masks                masked tokens and samples get no gradient; huge numbers, infinities
+                         and NaN there change nothing
+    padding and order    more padding and reordered samples change nothing
+    gradient             agrees with finite differences in float64, detached values held
+    extremes             log-ratios of ±1e4, empty responses, nothing valid: finite, and zero
+                         where it should be zero
+    purity               inputs stay as they are, same inputs same bits, float32 and bfloat16
+    pickling             cloudpickle carries it to a fresh interpreter, where it is the same
+    ===================  ====================================================================
+
+    Metrics combine as trainers combine them: names that end in ``_min`` or ``_max`` as extrema,
+    others as sums. Metrics marked `MetricNormalizer.NONE` whose name does not start with ``num_``
+    or end with ``_count`` are shown and not compared. Two results agree if they differ by less
+    than 1e-5 of their size. Detached values are what ``detach`` returned and what was computed
+    under ``torch.no_grad``; a value that leaves the graph through ``.item()`` or ``.data`` is not
+    held, and fails.
+
+    A check takes a second or two, and the start of the fresh interpreter on top.
+
+    Args:
+        loss_fn: the loss, an object that is called as trainers call it.
+        batch_maker: ``batch_maker(seed, dtype)`` returns ``(inputs, data)``: the model's output by
+            argument name, floating tensors (B, ...) of that dtype, and the data with
+            ``token_mask`` (B, S) and ``sample_mask`` (B,). The loss is differentiated by the
+            inputs that require grad, or if none does by all floating ones whose names do not
+            begin with ``teacher_``. None for batches made for the loss's ``input_type`` with the
+            fields that NeMo RL's losses read. Give one if the loss reads other fields.
+        pairs: whether rows are chosen and rejected in turn and stay together; None for yes if the
+            loss is a ``PreferenceLossFn``.
+
+    Returns:
+        One entry a promise. A broken promise has the smallest batch that shows it.
+
+    Raises:
+        ImportError: if cloudpickle is not installed.
+        KeyError: if the data of `batch_maker` has no masks.
+        TypeError: if `loss_fn` is a class or cannot be called, or `batch_maker` returns something
+            else than two mappings.
+        ValueError: if there are no batches for the input type, or a batch's shapes or dtypes do
+            not fit.
+    """
+    if isinstance(loss_fn, type) or not callable(loss_fn):
+        kind = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
+        raise TypeError(f"loss_fn is {kind}, expected a loss: an object that can be called")
+    if find_spec("cloudpickle") is None:
+        raise ImportError("check_loss needs cloudpickle, which is not installed")
+    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    problems = attribute_problems(loss_fn)
+    if batch_maker is None and enum_value(_attribute(loss_fn, "input_type"), LossInputType) is None:
+        failed = Failure("; ".join(problems))
+        return Report(name, _only_protocol("failed", "", (failed,), "no known input_type"))
+
+    subject, usable = _subject(loss_fn, batch_maker, pairs)
+    batches = [subject.make(seed, subject.dtype) for seed in _SEEDS]
+    read = _keys_read(subject, batches[0])
+    if not usable:
+        entry = _run("protocol", subject, batches, read)
+        return Report(
+            name,
+            _only_protocol(entry.status, entry.measured, entry.failures, "calls do not work"),
+        )
+    with FreshInterpreter() as fresh:
+        entries = [_run(key, subject, batches, read) for key in PROMISES if key != "pickling"]
+        began = time.perf_counter()
+        small = batches[0].take(range(subject.group))
+        finding = pickles(loss_fn, [small, *batches], fresh)
+        entries.append(_entry("pickling", [finding], [], read, time.perf_counter() - began))
+    return Report(name, tuple(entries))
+
+
+def _subject(
+    loss_fn: Callable[..., Any], batch_maker: BatchMaker | None, pairs: bool | None
+) -> tuple[Subject, bool]:
+    """Describes the loss, and tells whether a call of it works at all."""
+    loss_type = enum_value(_attribute(loss_fn, "loss_type"), LossType)
+    input_type = enum_value(_attribute(loss_fn, "input_type"), LossInputType)
+    if pairs is None:  # by name, so that NeMo RL's own class counts too
+        pairs = any(kind.__name__ == "PreferenceLossFn" for kind in type(loss_fn).__mro__)
+    # NeMo RL gives H_all only to the losses that want it.
+    entropy = bool(getattr(loss_fn, "zero_outside_topk", True)) and (
+        getattr(loss_fn, "kl_type", "") != "forward"
+    )
+
+    def make(seed: int, dtype: torch.dtype) -> Batch:
+        source = f"batch_maker(seed={seed}, dtype={dtype})"
+        if batch_maker is None:
+            made = make_batch(input_type or "", loss_type, pairs, entropy, seed, dtype)
+        else:
+            made = batch_maker(seed, dtype)
+            if not isinstance(made, tuple) or len(made) != 2:
+                kind = type(made).__name__
+                raise TypeError(f"{source}: returned a {kind}, expected a tuple (inputs, data)")
+        batch = build_batch(*made, dtype, source)
+        if pairs and batch.rows % 2:
+            raise ValueError(f"{source}: {batch.rows} rows, expected an even number, as pairs")
+        return batch
+
+    for dtype in (torch.float64, torch.float32):
+        subject = Subject(loss_fn, loss_type, input_type, 2 if pairs else 1, make, dtype)
+        batch = make(_SEEDS[0], dtype)
+        try:
+            call(loss_fn, batch)
+        except Exception:  # what it raises is what the protocol probe reports
+            continue
+        return subject, True
+    return Subject(loss_fn, loss_type, input_type, 2 if pairs else 1, make, torch.float64), False
+
+
+def _run(name: str, subject: Subject, batches: list[Batch], read: set[str]) -> Entry:
+    """Runs the probes of a promise on all batches; what fails is made small."""
+    began = time.perf_counter()
+    findings, absent = [], []
+    for probe in PROMISES[name][1]:
+        try:
+            found = [(_examine(probe, subject, batch), batch) for batch in batches]
+        except NotApplicable as reason:
+            absent.append(str(reason))
+            continue
+        worst, batch = max(found, key=lambda item: (bool(item[0].problem), item[0].size))
+        if worst.problem:
+            worst = _smallest(probe, subject, batch, worst, exact=name == "protocol")
+        findings.append(worst)
+    return _entry(name, findings, absent, read, time.perf_counter() - began)
+
+
+def _examine(probe: Probe, subject: Subject, batch: Batch) -> Finding:
+    """Runs a probe. What the loss raises in it is a problem like any other."""
+    try:
+        return probe(subject, batch)
+    except NotApplicable:
+        raise
+    except Exception as error:
+        what = getattr(probe, "__name__", "probe").replace("_", " ")
+        text = str(error).strip().split("\n")[0]
+        problem = f"{what}: raises {type(error).__name__}: {text}"
+        return Finding(f"{what}: raises", float("inf"), problem, raised=type(error).__name__)
+
+
+def _smallest(
+    probe: Probe, subject: Subject, batch: Batch, first: Finding, exact: bool
+) -> Finding:
+    """Returns the finding on the smallest batch that shows the same problem."""
+
+    def shows(smaller: Batch) -> bool:
+        try:
+            found = _examine(probe, subject, smaller)
+        except NotApplicable:
+            return False
+        if exact:
+            return found.problem == first.problem
+        return bool(found.problem) and found.raised == first.raised
+
+    small = shrink(batch, subject.group, shows)
+    found = _examine(probe, subject, small)
+    return Finding(
+        first.measured, first.size, found.problem, found.batch or small, raised=first.raised
+    )
+
+
+def _entry(
+    name: str, findings: list[Finding], absent: list[str], read: set[str], seconds: float
+) -> Entry:
+    failures = tuple(
+        Failure(found.problem, found.batch, found.batch.describe(read) if found.batch else "")
+        for found in findings
+        if found.problem
+    )
+    status = "failed" if failures else "ok" if findings else "not applicable"
+    notes = [f"not applicable: {reason}" for reason in absent]
+    measured = "; ".join([*(found.measured for found in findings if found.measured), *notes])
+    return Entry(name, PROMISES[name][0], status, measured, failures, seconds)
+
+
+def _only_protocol(
+    status: str, measured: str, failures: tuple[Failure, ...], reason: str
+) -> tuple[Entry, ...]:
+    """The entries of a loss that cannot be called: all but the first are not applicable."""
+    first = Entry("protocol", PROMISES["protocol"][0], status, measured, failures)
+    rest = [name for name in PROMISES if name != "protocol"]
+    absent = [Entry(n, PROMISES[n][0], "not applicable", f"{reason}, see protocol") for n in rest]
+    return (first, *absent)
+
+
+def _keys_read(subject: Subject, batch: Batch) -> set[str]:
+    """Which keys of the data a call reads, so that only they are printed."""
+    read: set[str] = set()
+    try:
+        start(subject.loss_fn, batch, make_data=lambda data: recording(data, read))
+    except Exception:  # reported by the protocol probe; the keys read until then are known
+        return read
+    return read
+
+
+def _attribute(loss_fn: Any, name: str) -> Any:
+    return getattr(loss_fn, name, None)
