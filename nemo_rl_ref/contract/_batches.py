@@ -162,7 +162,7 @@ class Batch:
         """Prints the inputs, the masks and the data named in `read`, one tensor a line."""
         names = ["token_mask", "sample_mask", *sorted(set(read) - {"token_mask", "sample_mask"})]
         values = {**self.inputs, **{n: self.data[n] for n in names if n in self.data}}
-        lines = [f"{self.rows} rows, {self.tokens} tokens"]
+        lines = [f"{_count(self.rows, 'row')}, {_count(self.tokens, 'token')}"]
         for name, value in values.items():
             shown = _plain(value.tolist()) if isinstance(value, Tensor) else str(value)
             lines.append(f"{name} = {shown}")
@@ -255,7 +255,8 @@ def make_batch(
 
     data = _masks(rows, pairs, generator)
     logprobs = -normal(rows, TOKENS - 1).abs() - 0.5
-    values = normal(rows, TOKENS)
+    # All positive: a minimum that is 0 for an empty micro-batch shows.
+    values = 2 + normal(rows, TOKENS).tanh()
     previous = near(logprobs, left=1)
     data |= {
         # A pair loss reads these with the last column dropped, other losses with the first.
@@ -263,7 +264,7 @@ def make_batch(
         "prev_logprobs": previous,
         "generation_logprobs": previous + 0.1 * normal(rows, TOKENS),
         "advantages": normal(rows, TOKENS),
-        "returns": normal(rows, TOKENS),
+        "returns": 2 + normal(rows, TOKENS),
         "values": values + 0.3 * normal(rows, TOKENS),
         "rewards": normal(rows),
     }
@@ -332,6 +333,10 @@ def _masks(rows: int, pairs: bool, generator: torch.Generator) -> dict[str, Tens
 
 def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _plain(value: Any) -> str:

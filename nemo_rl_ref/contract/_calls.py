@@ -158,7 +158,8 @@ def difference(actual: Result, expected: Result, skip: Iterable[str] = ()) -> Ga
 
 
 def _gap(where: str, actual: float, expected: float) -> Gap:
-    detail = f"{where} is {actual:.6g} instead of {expected:.6g}"
+    # + 0.0 turns -0.0 into 0.0.
+    detail = f"{where} is {actual + 0.0:.6g} instead of {expected + 0.0:.6g}"
     return Gap(relative(actual, expected), where, detail)
 
 

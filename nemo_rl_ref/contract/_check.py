@@ -52,7 +52,14 @@ PROMISES: dict[str, tuple[str, tuple[Probe, ...]]] = {
     ),
     "masks": (
         "masked tokens and samples get no gradient, and garbage there changes nothing",
-        (masked_gradient, garbage("huge"), garbage("inf"), garbage("NaN")),
+        (
+            masked_gradient,
+            *(
+                garbage(kind, rows)
+                for rows in ("masked tokens", "masked samples")
+                for kind in ("huge", "inf", "NaN")
+            ),
+        ),
     ),
     "padding and order": (
         "more padding and another order of the samples change nothing",

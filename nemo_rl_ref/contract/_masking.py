@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_ref.contract._batches import Batch
-from nemo_rl_ref.contract._calls import Gap, call, difference
+from nemo_rl_ref.contract._calls import Result, call, difference
 from nemo_rl_ref.contract._probes import Finding, NotApplicable, Probe, Subject
 
 
@@ -25,31 +25,45 @@ def masked_gradient(subject: Subject, batch: Batch) -> Finding:
     return Finding(f"gradient where masked: {largest:.1e}", largest, problem, batch)
 
 
-def garbage(kind: str) -> Probe:
-    """Returns the probe that puts ``huge``, ``inf`` or ``NaN`` into all masked places."""
+def garbage(kind: str, rows: str) -> Probe:
+    """Returns the probe that puts garbage into all masked places.
+
+    Args:
+        kind: ``"huge"`` (its square overflows), ``"inf"`` or ``"NaN"``.
+        rows: ``"masked tokens"`` of valid samples or ``"masked samples"``.
+    """
 
     def probe(subject: Subject, batch: Batch) -> Finding:
         batch = with_masked(subject, batch)
         expected = call(subject.loss_fn, batch)
-
-        def gap(places: list[tuple[str, str]], rows: str, fill: float) -> tuple[Gap, Batch]:
-            filled = _filled(batch, places, rows, fill)
-            return difference(call(subject.loss_fn, filled), expected), filled
-
-        size = 0.0
-        for rows in ("masked tokens", "masked samples"):
-            for fill in _fills(kind, subject.dtype):
-                worst, filled = gap(batch.floating(), rows, fill)
-                size = max(size, worst.size)
-                if worst.size == 0:
-                    continue
-                alone = [p for p in batch.floating() if gap([p], rows, fill)[0].size > 0]
-                names = ", ".join(name for _, name in alone) or "several tensors together"
-                problem = f"{fill:.2g} in {rows} of {names}: {worst.detail}"
-                return Finding(f"{kind}: changes the result", size, problem, filled)
-        return Finding(f"{kind}: changes nothing", size)
+        for fill in _fills(kind, subject.dtype):
+            filled = _filled(batch, batch.floating(), rows, fill)
+            gap = difference(call(subject.loss_fn, filled), expected)
+            if gap.size > 0:
+                names = [
+                    place[1]
+                    for place in batch.floating()
+                    if _alone(subject, batch, place, rows, fill, expected)
+                ]
+                where = ", ".join(names) or "several tensors together"
+                problem = f"{fill:.2g} in {rows} of {where}: {gap.detail}"
+                return Finding(f"{kind} in {rows}: changes the result", gap.size, problem, filled)
+        return Finding(f"{kind} in {rows}: changes nothing")
 
     return probe
+
+
+def _alone(
+    subject: Subject,
+    batch: Batch,
+    place: tuple[str, str],
+    rows: str,
+    fill: float,
+    expected: Result,
+) -> bool:
+    """Whether garbage in one tensor changes the result."""
+    result = call(subject.loss_fn, _filled(batch, [place], rows, fill))
+    return difference(result, expected).size > 0
 
 
 def with_masked(subject: Subject, batch: Batch) -> Batch:

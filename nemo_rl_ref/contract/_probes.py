@@ -70,6 +70,6 @@ def judge(
     """Turns labelled differences into a finding: the largest, and a problem if over the limit."""
     gaps = list(gaps)
     label, gap = max(gaps, key=lambda item: item[1].size)
-    measured = f"{title}: largest difference {gap.size:.1e} in {len(gaps)} cases{note}"
+    measured = f"{title}: largest difference {gap.size:.1e}{note}"
     problem = f"{title}, {label}: {gap.detail}" if gap.size > limit else ""
     return Finding(measured, gap.size, problem)

@@ -34,7 +34,8 @@ def protocol(subject: Subject, batch: Batch) -> Finding:
     except NotALoss as error:
         problems.append(str(error))
     except Exception as error:  # whatever a loss raises on an ordinary batch is the finding
-        problems.append(f"a call raises {type(error).__name__}: {error}")
+        hint = "; give check_loss a batch_maker with that key" if type(error) is KeyError else ""
+        problems.append(f"a call raises {type(error).__name__}: {error}{hint}")
     return Finding(measured, float(len(problems)), "; ".join(problems))
 
 
