@@ -11,6 +11,7 @@ import argparse
 import difflib
 import importlib
 import inspect
+import json
 import sys
 import typing
 from collections.abc import Sequence
@@ -88,7 +89,8 @@ def find(path: str) -> Any:
 def build_loss(kind: Any, pairs: Sequence[str]) -> Any:
     """Builds a loss from ``key=value`` pairs.
 
-    A key is a field of the loss's config or another argument of its ``__init__``. The config is
+    A key is a field of the loss's config or another argument of its ``__init__``. If the config
+    takes any field, a key that is none of its fields must be read by ``__init__``. The config is
     the pydantic model (or TypedDict) that an argument of ``__init__`` is annotated with, or, where
     the first argument has no annotation, the one class of the loss's module whose name fits
     ``LossName`` + ``Config``. Values become the type of their field: ``0.1``, ``true``, ``null``,
@@ -103,28 +105,74 @@ def build_loss(kind: Any, pairs: Sequence[str]) -> Any:
     """
     if not isinstance(kind, type):
         raise UsageError(f"{getattr(kind, '__name__', kind)!r} is no class, expected a loss class")
-    config_argument, config, arguments = _signature(kind)
+    argument, config, others = _signature(kind)
     fields = _fields(config)
-    values: dict[str, Any] = {}
+    known = {**fields, **others}
+    texts: dict[str, str] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise UsageError(f"got {pair!r}, expected key=value")
-        if key in values:
+        if key in texts:
             raise UsageError(f"{key} is given twice")
-        if key not in fields and key not in arguments:
-            near = _nearest(key, [*fields, *arguments])
-            raise UsageError(f"{kind.__name__} has no setting {key!r}{near}")
-        values[key] = convert(key, text, fields.get(key, arguments.get(key, str)))
+        texts[key] = text
+    values = {key: convert(key, text, known[key]) for key, text in texts.items() if key in known}
+    extra = {key: _guess(text) for key, text in texts.items() if key not in known}
     given = {key: value for key, value in values.items() if key not in fields}
     settings = {key: value for key, value in values.items() if key in fields}
+    if extra:
+        read = _keys_read(kind, argument, config, given, {**settings, **extra})
+        for key in extra.keys() - read:
+            near = _nearest(key, sorted({*known, *read}))
+            raise UsageError(f"{kind.__name__} has no setting {key!r}{near}")
+    return _call(kind, argument, config, given, {**settings, **extra})
+
+
+def _keys_read(
+    kind: type, argument: str, config: Any, given: dict[str, Any], settings: dict[str, Any]
+) -> set[str]:
+    """Which fields of a config that takes any field the class reads when it is built."""
+    if not _takes_any_field(config):
+        return set()
+    read: set[str] = set()
+
+    class Recording(config):
+        def __getattribute__(self, name: str) -> Any:
+            if not name.startswith(("_", "model_")):
+                read.add(name)
+            return super().__getattribute__(name)
+
+    _call(kind, argument, Recording, given, settings)
+    return read
+
+
+def _call(
+    kind: type, argument: str, config: Any, given: dict[str, Any], settings: dict[str, Any]
+) -> Any:
+    """Builds the loss, with its config if it has one."""
     try:
         if config is not None:
             is_model = issubclass(config, BaseModel)
-            given[config_argument] = config(**settings) if is_model else settings
+            given = {**given, argument: config(**settings) if is_model else settings}
         return kind(**given)
     except Exception as error:  # a loss refuses settings with whatever error it likes
         raise UsageError(f"{kind.__name__}: {_one_line(error)}") from error
+
+
+def _guess(text: str) -> Any:
+    """The value of a field without a type: JSON, or else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _takes_any_field(config: Any) -> bool:
+    return (
+        config is not None
+        and issubclass(config, BaseModel)
+        and config.model_config.get("extra") == "allow"
+    )
 
 
 def convert(key: str, text: str, kind: Any) -> Any:

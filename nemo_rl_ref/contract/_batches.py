@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 #: Tokens of a batch made here, and rows of one without pairs.
-TOKENS, ROWS, PAIRS = 9, 6, 4
+TOKENS, ROWS, PAIRS = 9, 6, 5
 
 #: Data of which entry t belongs to token t. Of other data it is not known whether entry t belongs
 #: to token t or to token t+1: NeMo RL's losses read ``reference_policy_logprobs`` either way.
@@ -228,7 +228,8 @@ def make_batch(
 
     Rows differ in length, have holes in their token mask, and one row (or pair) is masked out as a
     whole. Column 0 is never a response token. Stored log-probabilities differ from those of the
-    policy by a few tenths of a nat, so that ratios are clipped in both directions here and there.
+    policy: by a few tenths of a nat with an even seed, so that some ratios are clipped and some are
+    not, and so much with an odd seed that they rank the responses in another order.
 
     Args:
         input_type: value of a `LossInputType`.
@@ -249,9 +250,10 @@ def make_batch(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def near(logprobs: Tensor, left: int) -> Tensor:
-        """(B, S) from (B, S-1), log-probabilities close to those given, `left` columns before."""
+        """(B, S) from (B, S-1), log-probabilities near those given, `left` columns before."""
         wide = pad(logprobs, (left, 1 - left), value=-1.0)
-        return -(-wide + 0.25 * normal(rows, TOKENS)).abs() - 0.01
+        noise = 1.5 if seed % 2 else 0.25
+        return -(noise * normal(rows, TOKENS) - wide).abs() - 0.01
 
     data = _masks(rows, pairs, generator)
     logprobs = -normal(rows, TOKENS - 1).abs() - 0.5
@@ -267,6 +269,10 @@ def make_batch(
         "returns": 2 + normal(rows, TOKENS),
         "values": values + 0.3 * normal(rows, TOKENS),
         "rewards": normal(rows),
+        # What losses of `nemo_rl_ref.custom` read besides.
+        "gt_rewards": normal(rows),
+        "mismatched_logprobs": -5 - normal(rows).abs(),
+        "mismatched_reference_logprobs": -5 - normal(rows).abs(),
     }
     if input_type == "logprob":
         inputs = {"next_token_logprobs": logprobs}

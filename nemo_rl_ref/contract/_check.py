@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -86,7 +87,11 @@ PROMISES: dict[str, tuple[str, tuple[Probe, ...]]] = {
 
 
 def check_loss(
-    loss_fn: Callable[..., Any], batch_maker: BatchMaker | None = None, *, pairs: bool | None = None
+    loss_fn: Callable[..., Any],
+    batch_maker: BatchMaker | None = None,
+    *,
+    pairs: bool | None = None,
+    only: Collection[str] | None = None,
 ) -> Report:
     """Finds out which promises of a NeMo RL loss a loss keeps.
 
@@ -130,6 +135,8 @@ def check_loss(
             fields that NeMo RL's losses read. Give one if the loss reads other fields.
         pairs: whether rows are chosen and rejected in turn and stay together; None for yes if the
             loss is a ``PreferenceLossFn``.
+        only: names of the promises to check, out of `PROMISES`; None for all. Without
+            ``"pickling"`` no interpreter is started.
 
     Returns:
         One entry a promise. A broken promise has the smallest batch that shows it.
@@ -139,44 +146,41 @@ def check_loss(
         KeyError: if the data of `batch_maker` has no masks.
         TypeError: if `loss_fn` is a class or cannot be called, or `batch_maker` returns something
             else than two mappings.
-        ValueError: if there are no batches for the input type, or a batch's shapes or dtypes do
-            not fit.
+        ValueError: if there are no batches for the input type, a batch's shapes or dtypes do not
+            fit, or `only` has an unknown name.
     """
     if isinstance(loss_fn, type) or not callable(loss_fn):
         kind = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
         raise TypeError(f"loss_fn is {kind}, expected a loss: an object that can be called")
-    if find_spec("cloudpickle") is None:
-        raise ImportError("check_loss needs cloudpickle, which is not installed")
-    name = getattr(loss_fn, "__name__", type(loss_fn).__name__)
-    problems = attribute_problems(loss_fn)
-    if batch_maker is None and enum_value(_attribute(loss_fn, "input_type"), LossInputType) is None:
-        failed = Failure("; ".join(problems))
-        return Report(name, _only_protocol("failed", "", (failed,), "no known input_type"))
+    names = tuple(PROMISES) if only is None else tuple(n for n in PROMISES if n in only)
+    if only is not None and set(only) != set(names):
+        unknown = sorted(set(only) - set(names))
+        raise ValueError(f"only has {unknown}, expected names out of {list(PROMISES)}")
+    if "pickling" in names and find_spec("cloudpickle") is None:
+        raise ImportError("the promise 'pickling' needs cloudpickle, which is not installed")
+    title = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    if batch_maker is None and _enum(loss_fn, "input_type", LossInputType) is None:
+        entry = _entry("protocol", [Finding("", 1, "; ".join(attribute_problems(loss_fn)))])
+        return Report(title, _without_calls(entry, names, "no known input_type"))
 
     subject, usable = _subject(loss_fn, batch_maker, pairs)
     batches = [subject.make(seed, subject.dtype) for seed in _SEEDS]
-    read = _keys_read(subject, batches[0])
     if not usable:
-        entry = _run("protocol", subject, batches, read)
-        return Report(
-            name,
-            _only_protocol(entry.status, entry.measured, entry.failures, "calls do not work"),
-        )
-    with FreshInterpreter() as fresh:
-        entries = [_run(key, subject, batches, read) for key in PROMISES if key != "pickling"]
-        began = time.perf_counter()
-        small = batches[0].take(range(subject.group))
-        finding = pickles(loss_fn, [small, *batches], fresh)
-        entries.append(_entry("pickling", [finding], [], read, time.perf_counter() - began))
-    return Report(name, tuple(entries))
+        entry = _run("protocol", subject, batches)
+        return Report(title, _without_calls(entry, names, "calls do not work"))
+    with FreshInterpreter() if "pickling" in names else nullcontext() as fresh:
+        entries = [_run(name, subject, batches) for name in names if name != "pickling"]
+        if fresh is not None:
+            entries.append(_run_elsewhere(subject, batches, fresh))
+    return Report(title, tuple(entries))
 
 
 def _subject(
     loss_fn: Callable[..., Any], batch_maker: BatchMaker | None, pairs: bool | None
 ) -> tuple[Subject, bool]:
     """Describes the loss, and tells whether a call of it works at all."""
-    loss_type = enum_value(_attribute(loss_fn, "loss_type"), LossType)
-    input_type = enum_value(_attribute(loss_fn, "input_type"), LossInputType)
+    loss_type = _enum(loss_fn, "loss_type", LossType)
+    input_type = _enum(loss_fn, "input_type", LossInputType)
     if pairs is None:  # by name, so that NeMo RL's own class counts too
         pairs = any(kind.__name__ == "PreferenceLossFn" for kind in type(loss_fn).__mro__)
     # NeMo RL gives H_all only to the losses that want it.
@@ -209,7 +213,7 @@ def _subject(
     return Subject(loss_fn, loss_type, input_type, 2 if pairs else 1, make, torch.float64), False
 
 
-def _run(name: str, subject: Subject, batches: list[Batch], read: set[str]) -> Entry:
+def _run(name: str, subject: Subject, batches: list[Batch]) -> Entry:
     """Runs the probes of a promise on all batches; what fails is made small."""
     began = time.perf_counter()
     findings, absent = [], []
@@ -223,7 +227,15 @@ def _run(name: str, subject: Subject, batches: list[Batch], read: set[str]) -> E
         if worst.problem:
             worst = _smallest(probe, subject, batch, worst, exact=name == "protocol")
         findings.append(worst)
-    return _entry(name, findings, absent, read, time.perf_counter() - began)
+    return _entry(name, findings, absent, _keys_read(subject, batches[0]), began)
+
+
+def _run_elsewhere(subject: Subject, batches: list[Batch], fresh: FreshInterpreter) -> Entry:
+    """Checks the promise that needs another process."""
+    began = time.perf_counter()
+    small = batches[0].take(range(subject.group))
+    finding = pickles(subject.loss_fn, [small, *batches], fresh)
+    return _entry("pickling", [finding], (), _keys_read(subject, small), began)
 
 
 def _examine(probe: Probe, subject: Subject, batch: Batch) -> Finding:
@@ -261,8 +273,14 @@ def _smallest(
 
 
 def _entry(
-    name: str, findings: list[Finding], absent: list[str], read: set[str], seconds: float
+    name: str,
+    findings: Iterable[Finding],
+    absent: Iterable[str] = (),
+    read: Iterable[str] = (),
+    began: float | None = None,
 ) -> Entry:
+    """Turns findings into an entry; `absent` says why probes were not applicable."""
+    findings = list(findings)
     failures = tuple(
         Failure(found.problem, found.batch, found.batch.describe(read) if found.batch else "")
         for found in findings
@@ -271,17 +289,17 @@ def _entry(
     status = "failed" if failures else "ok" if findings else "not applicable"
     notes = [f"not applicable: {reason}" for reason in absent]
     measured = "; ".join([*(found.measured for found in findings if found.measured), *notes])
+    seconds = 0.0 if began is None else time.perf_counter() - began
     return Entry(name, PROMISES[name][0], status, measured, failures, seconds)
 
 
-def _only_protocol(
-    status: str, measured: str, failures: tuple[Failure, ...], reason: str
-) -> tuple[Entry, ...]:
-    """The entries of a loss that cannot be called: all but the first are not applicable."""
-    first = Entry("protocol", PROMISES["protocol"][0], status, measured, failures)
-    rest = [name for name in PROMISES if name != "protocol"]
-    absent = [Entry(n, PROMISES[n][0], "not applicable", f"{reason}, see protocol") for n in rest]
-    return (first, *absent)
+def _without_calls(entry: Entry, names: Iterable[str], reason: str) -> tuple[Entry, ...]:
+    """The entries of a loss that cannot be called: all but the protocol are not applicable.
+
+    The protocol is there even if it was not asked for, because it says why.
+    """
+    rest = [_entry(name, [], [f"{reason}, see protocol"]) for name in names if name != "protocol"]
+    return (entry, *rest)
 
 
 def _keys_read(subject: Subject, batch: Batch) -> set[str]:
@@ -294,5 +312,5 @@ def _keys_read(subject: Subject, batch: Batch) -> set[str]:
     return read
 
 
-def _attribute(loss_fn: Any, name: str) -> Any:
-    return getattr(loss_fn, name, None)
+def _enum(loss_fn: Any, name: str, kind: Any) -> str | None:
+    return enum_value(getattr(loss_fn, name, None), kind)
