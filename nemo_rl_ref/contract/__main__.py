@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from nemo_rl_ref.contract import check_loss
+from nemo_rl_ref.contract import PROMISES, check_loss
 
 
 class UsageError(Exception):
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--preference-pairs", action="store_true", help="rows are chosen and rejected in turn"
     )
+    parser.add_argument(
+        "--only", action="append", choices=tuple(PROMISES), help="check this promise; repeatable"
+    )
     try:
         options = parser.parse_intermixed_args(argv)
         if options.loss is None:
@@ -55,7 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         loss_fn = build_loss(find(options.loss), options.pairs)
         maker = find(options.batch_maker) if options.batch_maker else None
         try:
-            report = check_loss(loss_fn, maker, pairs=options.preference_pairs or None)
+            report = check_loss(
+                loss_fn, maker, pairs=options.preference_pairs or None, only=options.only
+            )
         except (KeyError, TypeError, ValueError) as error:  # about the batches, see check_loss
             raise UsageError(_one_line(error)) from error
         print(report)

@@ -22,6 +22,8 @@ LIMIT = 1e-5
 #: Numbers smaller than this are compared as if they were as large as this.
 _FLOOR = 1e-2
 
+_OTHER_PATH = "a small change of an input changes which values the loss detaches"
+
 
 class NotALoss(Exception):
     """What a call returned is not a scalar that can be differentiated."""
@@ -225,16 +227,26 @@ class Held(TorchFunctionMode):
             return self._hold(result, _is_in_place(getattr(func, "__name__", "")))
         return result
 
+    def finish(self) -> None:
+        """Checks that all that was recorded was put back.
+
+        Raises:
+            NotALoss: if not.
+        """
+        if self.used != len(self.tape):
+            raise NotALoss(_OTHER_PATH)
+
     def _hold(self, result: Any, in_place: bool) -> Any:
         if isinstance(result, tuple | list):
             return type(result)([self._hold(item, in_place) for item in result])
-        if not isinstance(result, Tensor):
+        # A no-op in a block, like x.to(x.dtype), returns x itself, which is still in the graph.
+        if not isinstance(result, Tensor) or result.requires_grad:
             return result
         if not self.replaying:
             self.tape.append(result.detach().clone())
             return result
         if self.used == len(self.tape) or self.tape[self.used].shape != result.shape:
-            raise NotALoss("a small change of an input changes which values the loss detaches")
+            raise NotALoss(_OTHER_PATH)
         kept = self.tape[self.used]
         self.used += 1
         return result.copy_(kept) if in_place else kept.clone()

@@ -13,7 +13,7 @@ import torch
 
 from nemo_rl_ref.algorithms.loss.interfaces import LossInputType, LossType
 from nemo_rl_ref.contract._batches import Batch, build_batch, make_batch
-from nemo_rl_ref.contract._calls import call, start
+from nemo_rl_ref.contract._calls import start
 from nemo_rl_ref.contract._extremes import empty_responses, far_log_ratios, nothing_valid
 from nemo_rl_ref.contract._gradient import finite_differences
 from nemo_rl_ref.contract._invariance import (
@@ -202,15 +202,16 @@ def _subject(
             raise ValueError(f"{source}: {batch.rows} rows, expected an even number, as pairs")
         return batch
 
+    group = 2 if pairs else 1
     for dtype in (torch.float64, torch.float32):
-        subject = Subject(loss_fn, loss_type, input_type, 2 if pairs else 1, make, dtype)
-        batch = make(_SEEDS[0], dtype)
+        batch, read = make(_SEEDS[0], dtype), set()
         try:
-            call(loss_fn, batch)
+            start(loss_fn, batch, make_data=lambda data, read=read: recording(data, read)).finish()
         except Exception:  # what it raises is what the protocol probe reports
             continue
-        return subject, True
-    return Subject(loss_fn, loss_type, input_type, 2 if pairs else 1, make, torch.float64), False
+        return Subject(loss_fn, loss_type, input_type, group, make, dtype, frozenset(read)), True
+    subject = Subject(loss_fn, loss_type, input_type, group, make, torch.float64, frozenset(read))
+    return subject, False
 
 
 def _run(name: str, subject: Subject, batches: list[Batch]) -> Entry:
@@ -227,7 +228,7 @@ def _run(name: str, subject: Subject, batches: list[Batch]) -> Entry:
         if worst.problem:
             worst = _smallest(probe, subject, batch, worst, exact=name == "protocol")
         findings.append(worst)
-    return _entry(name, findings, absent, _keys_read(subject, batches[0]), began)
+    return _entry(name, findings, absent, subject.read, began)
 
 
 def _run_elsewhere(subject: Subject, batches: list[Batch], fresh: FreshInterpreter) -> Entry:
@@ -235,7 +236,7 @@ def _run_elsewhere(subject: Subject, batches: list[Batch], fresh: FreshInterpret
     began = time.perf_counter()
     small = batches[0].take(range(subject.group))
     finding = pickles(subject.loss_fn, [small, *batches], fresh)
-    return _entry("pickling", [finding], (), _keys_read(subject, small), began)
+    return _entry("pickling", [finding], (), subject.read, began)
 
 
 def _examine(probe: Probe, subject: Subject, batch: Batch) -> Finding:
@@ -255,21 +256,22 @@ def _smallest(
     probe: Probe, subject: Subject, batch: Batch, first: Finding, exact: bool
 ) -> Finding:
     """Returns the finding on the smallest batch that shows the same problem."""
+    latest, smallest = first, batch
 
     def shows(smaller: Batch) -> bool:
+        nonlocal latest, smallest
         try:
             found = _examine(probe, subject, smaller)
         except NotApplicable:
             return False
-        if exact:
-            return found.problem == first.problem
-        return bool(found.problem) and found.raised == first.raised
+        same = found.problem == first.problem if exact else found.raised == first.raised
+        if not (found.problem and same):
+            return False
+        latest, smallest = found, smaller
+        return True
 
-    small = shrink(batch, subject.group, shows)
-    found = _examine(probe, subject, small)
-    return Finding(
-        first.measured, first.size, found.problem, found.batch or small, raised=first.raised
-    )
+    shrink(batch, subject.group, shows)
+    return Finding(first.measured, first.size, latest.problem, latest.batch or smallest)
 
 
 def _entry(
@@ -300,16 +302,6 @@ def _without_calls(entry: Entry, names: Iterable[str], reason: str) -> tuple[Ent
     """
     rest = [_entry(name, [], [f"{reason}, see protocol"]) for name in names if name != "protocol"]
     return (entry, *rest)
-
-
-def _keys_read(subject: Subject, batch: Batch) -> set[str]:
-    """Which keys of the data a call reads, so that only they are printed."""
-    read: set[str] = set()
-    try:
-        start(subject.loss_fn, batch, make_data=lambda data: recording(data, read))
-    except Exception:  # reported by the protocol probe; the keys read until then are known
-        return read
-    return read
 
 
 def _enum(loss_fn: Any, name: str, kind: Any) -> str | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nemo_rl_ref.contract._batches import Batch
-from nemo_rl_ref.contract._calls import Result, call, difference
+from nemo_rl_ref.contract._calls import LIMIT, Result, call, difference
 from nemo_rl_ref.contract._probes import Finding, NotApplicable, Probe, Subject
 
 
@@ -39,10 +39,11 @@ def garbage(kind: str, rows: str) -> Probe:
         for fill in _fills(kind, subject.dtype):
             filled = _filled(batch, batch.floating(), rows, fill)
             gap = difference(call(subject.loss_fn, filled), expected)
-            if gap.size > 0:
+            if gap.size > LIMIT:
                 names = [
                     place[1]
                     for place in batch.floating()
+                    if place[0] == "inputs" or place[1] in subject.read
                     if _alone(subject, batch, place, rows, fill, expected)
                 ]
                 where = ", ".join(names) or "several tensors together"
@@ -50,6 +51,7 @@ def garbage(kind: str, rows: str) -> Probe:
                 return Finding(f"{kind} in {rows}: changes the result", gap.size, problem, filled)
         return Finding(f"{kind} in {rows}: changes nothing")
 
+    probe.__name__ = f"{kind} in {rows}"
     return probe
 
 
@@ -63,7 +65,7 @@ def _alone(
 ) -> bool:
     """Whether garbage in one tensor changes the result."""
     result = call(subject.loss_fn, _filled(batch, [place], rows, fill))
-    return difference(result, expected).size > 0
+    return difference(result, expected).size > LIMIT
 
 
 def with_masked(subject: Subject, batch: Batch) -> Batch:

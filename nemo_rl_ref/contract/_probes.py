@@ -28,6 +28,7 @@ class Subject:
         group: rows that belong together: 2 for losses over pairs, else 1.
         make: makes a batch from a seed and a dtype.
         dtype: of the batches: float64, or float32 if the loss takes no float64.
+        read: keys of the data that an ordinary call reads.
     """
 
     loss_fn: Callable[..., Any]
@@ -36,6 +37,7 @@ class Subject:
     group: int
     make: Callable[[int, torch.dtype], Batch]
     dtype: torch.dtype
+    read: frozenset[str]
 
     def groups(self, batch: Batch) -> list[list[int]]:
         """The rows of each example."""

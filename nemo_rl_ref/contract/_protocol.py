@@ -18,10 +18,9 @@ from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 def protocol(subject: Subject, batch: Batch) -> Finding:
     """Attributes, a scalar differentiable loss, metrics that are numbers."""
     problems = attribute_problems(subject.loss_fn)
-    read: set[str] = set()
     measured = ""
     try:
-        made = start(subject.loss_fn, batch, make_data=lambda data: recording(data, read))
+        made = start(subject.loss_fn, batch)
         problems += returned_problems(made.returned)
         result = made.finish()
         if not result.all_finite():
@@ -30,7 +29,7 @@ def protocol(subject: Subject, batch: Batch) -> Finding:
             problems.append("the gradient is zero everywhere")
         size = max(float(grad.abs().max()) for grad in result.grads.values())
         measured = f"loss {result.value:.4g}, largest gradient {size:.2g}, "
-        measured += f"{len(result.metrics)} metrics; reads {', '.join(sorted(read))}"
+        measured += f"{len(result.metrics)} metrics; reads {', '.join(sorted(subject.read))}"
     except NotALoss as error:
         problems.append(str(error))
     except Exception as error:  # whatever a loss raises on an ordinary batch is the finding

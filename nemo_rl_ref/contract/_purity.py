@@ -74,6 +74,7 @@ def takes(dtype: torch.dtype) -> Probe:
                 return Finding(f"{name}: off by {size:.1e}", math.inf, problem, low)
         return Finding(f"{name}: off by {worst:.1e}", worst)
 
+    probe.__name__ = str(dtype).removeprefix("torch.")
     return probe
 
 
