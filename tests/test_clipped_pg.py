@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
@@ -281,6 +281,7 @@ batches = st.builds(
 
 
 class TestDefinition:
+    @settings(max_examples=300)  # there are many combinations
     @given(configs(), batches)
     def test_loss_and_metrics(self, cfg, batch):
         loss, _, metrics = run(cfg, *batch)

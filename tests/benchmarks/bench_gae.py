@@ -148,7 +148,8 @@ def main():
         }
         print(
             f"{name:18} loop {seconds['loop'] * 1e3:8.2f} ms  ours {seconds['ours'] * 1e3:7.2f} ms"
-            f"  {ratio:6.1f} x  difference: loop {difference['loop']:.1e} ours {difference['ours']:.1e}"
+            f"  {ratio:6.1f} x"
+            f"  difference: loop {difference['loop']:.1e} ours {difference['ours']:.1e}"
         )
         if difference["ours"] > TOLERANCE:
             failed.append(
