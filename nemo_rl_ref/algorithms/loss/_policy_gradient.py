@@ -39,7 +39,8 @@ def token_ratios(logprobs: Tensor, prev_logprobs: Tensor) -> Tensor:
 def sequence_ratios(logprobs: Tensor, prev_logprobs: Tensor, token_mask: Tensor) -> Tensor:
     """The geometric mean of a response's token ratios, repeated for each of its tokens.
 
-    It is (π_θ(y)/π_old(y))^(1/|y|) (GSPO, https://arxiv.org/abs/2507.18071, Eq. 7).
+    It is (π_θ(y)/π_old(y))^(1/n) for a response y of n tokens
+    (GSPO, https://arxiv.org/abs/2507.18071, Eq. 7).
     """
     log_ratios = logprobs - prev_logprobs
     return masked_mean(log_ratios, token_mask, dim=-1).exp().unsqueeze(-1).expand_as(log_ratios)
@@ -251,7 +252,7 @@ def mismatch_metrics(
 
     Returns:
         Scalars, shares of means over the global batch's tokens: ``token_mult_prob_error`` of
-        exp(|log π_old - log π_gen|), which is 1 if the two agree; ``gen_kl_error`` and
+        exp(abs(log π_old - log π_gen)), which is 1 if the two agree; ``gen_kl_error`` and
         ``policy_kl_error``, estimates of KL(π_gen‖π_old) and KL(π_old‖π_gen);
         ``js_divergence_error``, half the sum of the two k3 estimates against the mixture of both.
         Tokens were drawn from π_gen: only ``gen_kl_error`` (k1, k3) is unbiased.
