@@ -3,21 +3,13 @@
 
 import importlib
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from nemo_rl_ref.algorithms import advantage_estimator as estimators
-from nemo_rl_ref.algorithms import loss as losses
-from nemo_rl_ref.algorithms.utils import (
-    calculate_baseline_and_std_per_prompt,
-    calculate_kl,
-    masked_mean,
-)
-from nemo_rl_ref.upstream import GoldenCase, load_golden
+from nemo_rl_ref.upstream import load_golden
+from nemo_rl_ref.upstream.replay import RUNNERS, differences, largest_difference, run_case
 
 
 def find_symbol(path: str) -> Any:
@@ -31,95 +23,7 @@ def find_symbol(path: str) -> Any:
         return None
 
 
-COUNTS = ("global_valid_seqs", "global_valid_toks")
 MIRRORED = [case for case in load_golden() if find_symbol(case.symbol)]
-
-
-def call_loss(
-    loss_fn: Callable, model_output: str, case: GoldenCase, more: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Calls a loss as NeMo RL does; but for the model output, `more` and the counts all is data."""
-    data = dict(case.inputs)
-    output = data.pop(model_output).clone().requires_grad_()
-    arguments = {name: data.pop(name) for name in (*more, *COUNTS)}
-    loss, metrics = loss_fn(**{model_output: output}, data=data, **arguments)
-    loss.backward()
-    return {"loss": loss.detach(), "grad": output.grad, "metrics": metrics}
-
-
-def run_dpo(case: GoldenCase) -> dict[str, Any]:
-    loss_fn = losses.DPOLossFn(losses.DPOLossConfig(**case.config))
-    return call_loss(loss_fn, "next_token_logprobs", case)
-
-
-def run_clipped_pg(case: GoldenCase) -> dict[str, Any]:
-    loss_fn = losses.ClippedPGLossFn(losses.ClippedPGLossConfig(**case.config))
-    return call_loss(loss_fn, "next_token_logprobs", case)
-
-
-def run_mse_value(case: GoldenCase) -> dict[str, Any]:
-    loss_fn = losses.MseValueLossFn(losses.MseValueLossConfig(**case.config))
-    return call_loss(loss_fn, "logits", case)
-
-
-def run_distillation(case: GoldenCase) -> dict[str, Any]:
-    """The cases do not hold ``input_ids``, of which the loss reads the number of rows only."""
-    loss_fn = losses.DistillationLossFn(losses.DistillationLossConfig(**case.config))
-    ids = torch.zeros_like(case.inputs["token_mask"], dtype=torch.int64)
-    case = replace(case, inputs={**case.inputs, "input_ids": ids})
-    return call_loss(loss_fn, "student_topk_logprobs", case, ("teacher_topk_logprobs", "H_all"))
-
-
-def run_baseline(case: GoldenCase) -> dict[str, Any]:
-    baseline, std = calculate_baseline_and_std_per_prompt(**case.inputs, **case.config)
-    return {"baseline": baseline, "std": std}
-
-
-def run_estimator(case: GoldenCase) -> dict[str, Any]:
-    """An estimator whose configuration is a class; loss flags stand in the same dict."""
-    flags = dict(case.config)
-    loss_flags = {
-        k: flags.pop(k) for k in case.config if k in losses.ClippedPGLossConfig.model_fields
-    }
-    cls = getattr(estimators, case.symbol.rsplit(".", 1)[1])
-    estimator = cls(
-        estimators.AdvEstimatorConfig(**flags), losses.ClippedPGLossConfig(**loss_flags)
-    )
-    inputs = {"prompt_ids": None, "rewards": None, **case.inputs}
-    return {"advantages": estimator.compute_advantage(**inputs)}
-
-
-def run_gae(case: GoldenCase) -> dict[str, Any]:
-    estimator = estimators.GeneralizedAdvantageEstimator(case.config, losses.ClippedPGLossConfig())
-    advantages, returns = estimator.compute_advantage(**case.inputs)
-    return {"advantages": advantages, "returns": returns}
-
-
-# How a case of each mirrored symbol is run. A mirrored symbol that is not here fails its cases.
-RUNNERS: dict[str, Callable[[GoldenCase], dict[str, Any]]] = {
-    "algorithms.advantage_estimator.GDPOAdvantageEstimator": run_estimator,
-    "algorithms.advantage_estimator.GRPOAdvantageEstimator": run_estimator,
-    "algorithms.advantage_estimator.GeneralizedAdvantageEstimator": run_gae,
-    "algorithms.advantage_estimator.OPDAdvantageEstimator": run_estimator,
-    "algorithms.advantage_estimator.ReinforcePlusPlusAdvantageEstimator": run_estimator,
-    "algorithms.loss.ClippedPGLossFn": run_clipped_pg,
-    "algorithms.loss.DPOLossFn": run_dpo,
-    "algorithms.loss.DistillationLossFn": run_distillation,
-    "algorithms.loss.MseValueLossFn": run_mse_value,
-    "algorithms.loss.NLLLossFn": lambda case: call_loss(
-        losses.NLLLossFn(), "next_token_logprobs", case
-    ),
-    "algorithms.loss.PreferenceLossFn": lambda case: call_loss(
-        losses.PreferenceLossFn(), "logits", case
-    ),
-    "algorithms.utils.calculate_baseline_and_std_per_prompt": run_baseline,
-    "algorithms.utils.calculate_kl": lambda case: {
-        "kl": calculate_kl(**case.inputs, **case.config)
-    },
-    "algorithms.utils.masked_mean": lambda case: {
-        "mean": masked_mean(**case.inputs, **case.config)
-    },
-}
 
 
 def assert_same(actual: Any, expected: Any, name: str) -> None:
@@ -139,10 +43,26 @@ def assert_same(actual: Any, expected: Any, name: str) -> None:
 @pytest.mark.parametrize("case", MIRRORED, ids=lambda case: f"{case.symbol}-{case.case}")
 def test_golden(case):
     assert case.symbol in RUNNERS, f"no runner for the mirrored symbol {case.symbol}"
-    assert_same(RUNNERS[case.symbol](case), case.outputs, case.symbol)
+    assert_same(run_case(case), case.outputs, case.symbol)
 
 
 def test_no_case_is_lost():
     """The cases that ran are all there are; a renamed symbol would drop out silently."""
     assert len(MIRRORED) == len(load_golden()) == 106
     assert Counter(case.symbol for case in MIRRORED).keys() == RUNNERS.keys()
+
+
+def test_largest_difference_sees_every_entry():
+    expected = {"loss": torch.tensor(2.0), "metrics": {"a": 0.5, "b": float("nan")}}
+    assert largest_difference(expected, expected) == 0.0
+    off = {"loss": torch.tensor(2.0), "metrics": {"a": 0.75, "b": float("nan")}}
+    assert largest_difference(off, expected) == 0.25
+    assert largest_difference({**expected, "loss": torch.tensor(3.0)}, expected) == 0.5
+    with pytest.raises(ValueError, match="actual has .*expected"):
+        largest_difference({"loss": expected["loss"]}, expected)
+
+
+def test_the_table_of_differences_has_every_case():
+    table = differences()
+    assert sum(count for count, _ in table.values()) == 106
+    assert max(worst for _, worst in table.values()) < 1e-5
