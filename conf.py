@@ -29,6 +29,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinxcontrib.bibtex",
     "module_sources",
+    "package_first",
     "sphinxcontrib.bibtex",
 ]
 

@@ -78,3 +78,364 @@ values(
     means_wrong=f"{mean_of_means.item():.2f}",
     means_factor=f"{short / long:.0f}",
 )
+
+# %% [markdown]
+# ## What a reduction rewards
+
+# %%
+#| label: reduction-weights
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+
+# Two answers with the same advantage, of 2 and of 6 tokens.
+tokens_of = torch.tensor([2, 6])
+lengths = token_mask[:, 1:].sum(1)
+assert torch.equal(lengths, tokens_of)
+answers = {
+    "token_mask": token_mask,
+    "sample_mask": torch.ones(2),
+    "advantages": torch.ones(2, 7),
+    "prev_logprobs": torch.zeros(2, 7),
+    "generation_logprobs": torch.zeros(2, 7),
+}
+
+
+def push(token_level_loss):
+    """How strongly the gradient pushes up each answer: by token, and in all."""
+    loss_fn = ClippedPGLossFn(
+        ClippedPGLossConfig(token_level_loss=token_level_loss, reference_policy_kl_penalty=0.0)
+    )
+    logprobs = torch.zeros(2, 6, requires_grad=True)
+    loss, _ = loss_fn(logprobs, answers, torch.tensor(2.0), lengths.sum())
+    weight = -torch.autograd.grad(loss, logprobs)[0]
+    return weight[:, 0], weight.sum(1)
+
+
+print("token_level_loss   a token, short | long    the answer, short | long")
+for token_level in (True, False):
+    (short, long), (short_all, long_all) = (x.tolist() for x in push(token_level))
+    print(f"{token_level!s:18} {short:.4f} | {long:.4f}          {short_all:.4f} | {long_all:.4f}")
+by_token, by_answer = push(True), push(False)
+values(
+    reduction_token=f"{(by_token[1][1] / by_token[1][0]).item():.0f}",
+    reduction_sequence=f"{(by_answer[0][0] / by_answer[0][1]).item():.0f}",
+)
+
+# %% [markdown]
+# ## What clipping does to the gradient
+
+# %%
+#| label: clip-gradient
+#| alt: Two panels. Weight of the gradient of a token's log-probability against the ratio, for
+#|   advantage +1 above and -1 below. With PPO's clip it is the ratio itself until 1.2, then zero,
+#|   for +1; and zero below 0.8, minus the ratio above, for -1. Clip-higher moves the upper bound to
+#|   1.28. Dual clip makes the weight zero beyond 3 for the negative advantage. CISPO's weight stays
+#|   constant beyond its bound instead of vanishing.
+from nemo_rl_ref.plotting import LINES, panels
+
+variants = {
+    "PPO, ε = 0.2": {},
+    "clip-higher, 0.28": {"ratio_clip_max": 0.28},
+    "dual clip, c = 3": {"ratio_clip_c": 3.0},
+    "CISPO, 0.2": {"use_cispo": True},
+}
+ratios = torch.linspace(0.02, 4.0, 399)
+
+
+def gradient_weight(advantage, flags):
+    """Minus the gradient of the loss by log π, for one-token answers of every ratio."""
+    loss_fn = ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.0, **flags))
+    count = len(ratios)
+    batch = {
+        "token_mask": torch.tensor([[0, 1]]).expand(count, 2),
+        "sample_mask": torch.ones(count),
+        "advantages": torch.full((count, 2), advantage),
+        "prev_logprobs": torch.zeros(count, 2),
+        "generation_logprobs": torch.zeros(count, 2),
+    }
+    logprobs = ratios.log()[:, None].requires_grad_()
+    loss, _ = loss_fn(logprobs, batch, torch.tensor(1.0), torch.tensor(1.0))
+    return -torch.autograd.grad(loss, logprobs)[0][:, 0]
+
+
+figure, axes = panels(2)
+for axis, advantage in zip(axes, (1.0, -1.0), strict=True):
+    for style, (name, flags) in zip(LINES, variants.items(), strict=False):
+        weight = gradient_weight(advantage, flags)
+        axis.plot(ratios, weight, label=name, color=style["color"], linestyle=style["linestyle"])
+    axis.set_title(f"gradient weight of log π, advantage {advantage:+.0f}")
+axes[0].legend(fontsize=9)
+axes[1].set_xlabel("ratio π/π_old")
+
+ppo = gradient_weight(1.0, {})
+assert (ppo[ratios > 1.2] == 0).all() and torch.allclose(ppo[ratios < 1.2], ratios[ratios < 1.2])
+assert (gradient_weight(-1.0, {})[ratios < 0.8] == 0).all();
+
+# %% [markdown]
+# ## Estimators of the KL divergence
+
+# %%
+#| label: kl-estimators
+from IPython.display import Markdown
+
+from nemo_rl_ref.algorithms.utils import calculate_kl
+
+torch.manual_seed(1)
+vocabulary = 50
+policy_logits = torch.randn(vocabulary, dtype=torch.float64, requires_grad=True)
+log_ref = torch.log_softmax(torch.randn(vocabulary, dtype=torch.float64), dim=0)
+
+
+def exact(kind):
+    """Mean, spread and mean gradient of an estimator over all tokens, each with its probability."""
+    log_pi = torch.log_softmax(policy_logits, dim=0)
+    pi = log_pi.exp()
+    if kind == "weighted k3":  # NeMo RL's: a weight of value 1 whose gradient is that of π/π_old
+        weight = torch.exp(log_pi - log_pi.detach())
+        values_of = calculate_kl(log_pi, log_ref, "k3", None, None, weight)
+    else:
+        values_of = calculate_kl(log_pi, log_ref, kind, None, None)
+    mean = (pi.detach() * values_of).sum()  # the sampled tokens are not differentiated
+    spread = (pi * (values_of - mean).square()).sum().sqrt()
+    return mean.item(), spread.item(), torch.autograd.grad(mean, policy_logits)[0]
+
+
+log_pi = torch.log_softmax(policy_logits, dim=0)
+true_kl = (log_pi.exp() * (log_pi - log_ref)).sum()
+true_gradient = torch.autograd.grad(true_kl, policy_logits)[0]
+true_kl = true_kl.item()
+kl_rows = {kind: exact(kind) for kind in ("k1", "k2", "k3", "weighted k3")}
+table = ["| | mean | bias | standard deviation | gradient's error |", "| --- " * 5 + "|"]
+for kind, (mean, spread, gradient) in kl_rows.items():
+    gap = ((gradient - true_gradient).norm() / true_gradient.norm()).item()
+    table.append(f"| {kind} | {mean:.4f} | {mean - true_kl:+.4f} | {spread:.3f} | {gap:.0%} |")
+assert all(abs(kl_rows[k][0] - true_kl) < 1e-12 for k in ("k1", "k3", "weighted k3"))
+assert (kl_rows["weighted k3"][2] - true_gradient).norm() < 1e-12
+assert (kl_rows["k2"][2] - true_gradient).norm() < 1e-12 and kl_rows["k1"][2].norm() < 1e-12
+values(kl_true=f"{true_kl:.4f}")
+Markdown("\n".join(table))
+
+# %% [markdown]
+# ## How each preference loss weighs a pair
+
+# %%
+#| label: preference-losses
+from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
+from nemo_rl_ref.custom import batch as coupled
+from nemo_rl_ref.custom import f_divergence, pairwise, reference_free, reward_aware
+
+BETA = 0.5
+
+
+def build(loss_class, **settings):
+    """A loss with its defaults, β = 0.5."""
+    return loss_class(DPOLossConfig(reference_policy_kl_penalty=BETA, **settings))
+
+
+preference_losses = {
+    "DPO": build(DPOLossFn),
+    "length-normalised": build(pairwise.LengthNormalizedDPOLossFn),
+    "IPO": build(pairwise.IPOLossFn),
+    "hinge": build(pairwise.HingeLossFn),
+    "robust DPO": build(pairwise.RobustDPOLossFn),
+    "conservative DPO": build(pairwise.ConservativeDPOLossFn),
+    "EXO": build(pairwise.EXOPairLossFn),
+    "NCA": build(pairwise.NCAPairLossFn),
+    "SPPO (hard)": build(pairwise.SPPOHardLossFn),
+    "APO-zero": build(pairwise.APOZeroLossFn),
+    "APO-down": build(pairwise.APODownLossFn),
+    "DiscoPOP": build(pairwise.DiscoPOPLossFn),
+    "f-DPO, forward KL": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="forward_kl"),
+    "f-DPO, JS": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="js_divergence"),
+    "f-DPO, α": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="alpha_divergence"),
+    "RPO (sq)": build(reward_aware.RPOLossFn, preference_loss="rpo_sq"),
+    "RPO (backward KL)": build(reward_aware.RPOLossFn, preference_loss="rpo_bwd_kl"),
+    "RPO (forward KL)": build(reward_aware.RPOLossFn, preference_loss="rpo_fwd_kl"),
+    "BCO": build(coupled.BCOPairLossFn, bco_delta="zero"),
+    "CPO": build(reference_free.CPOLossFn),
+    "SimPO": build(reference_free.SimPOLossFn),
+    "SLiC-HF": build(reference_free.SLiCLossFn),
+    "ORPO": build(reference_free.ORPOLossFn, sft_loss_weight=1.0),
+    "AOT": build(coupled.AOTLossFn),
+    "AOT unpaired": build(coupled.AOTUnpairedLossFn),
+    "KTO": build(coupled.KTOLossFn),
+}
+
+# %%
+#| label: pair-weights
+#| alt: Small panels, one a loss: the weight with which a pair's chosen answer is pushed up, and its
+#|   rejected answer pushed down, against the margin. DPO's falls from one to zero as the margin
+#|   grows. IPO's falls on a straight line and turns negative. Hinge's is constant and then zero.
+import matplotlib.pyplot as plt
+
+margins = torch.linspace(-8, 8, 161)
+
+
+def pair_weights(loss_fn):
+    """Gradient on chosen and rejected log-probability, for pairs of one-token answers."""
+    chosen = []
+    for margin in margins.tolist():
+        # Both answers have reference log-probability -4.5 and move apart by the margin.
+        logprobs = torch.tensor([[-4.5 + margin / 2], [-4.5 - margin / 2]], requires_grad=True)
+        pair = {
+            "reference_policy_logprobs": torch.full((2, 2), -4.5),
+            "token_mask": torch.tensor([[0, 1], [0, 1]]),
+            "sample_mask": torch.ones(2),
+            "gt_rewards": torch.tensor([1.0, 0.0]),
+            "mismatched_logprobs": torch.full((2,), -4.5),
+            "mismatched_reference_logprobs": torch.full((2,), -4.5),
+        }
+        loss, _ = loss_fn(logprobs, pair, torch.tensor(2.0), torch.tensor(2.0))
+        chosen.append(torch.autograd.grad(loss, logprobs)[0][:, 0])
+    return torch.stack(chosen) / BETA
+
+
+weights_of = {name: pair_weights(loss_fn) for name, loss_fn in preference_losses.items()}
+assert all(weight.isfinite().all() for weight in weights_of.values())
+rows_needed = -(-len(weights_of) // 3)
+panels(1)  # the common look
+plt.close("all")
+figure, grid = plt.subplots(rows_needed, 3, figsize=(4.8, 1.25 * rows_needed), sharex=True)
+for axis in grid.flat[len(weights_of) :]:
+    axis.set_visible(False)
+for axis, (name, weight) in zip(grid.flat, weights_of.items(), strict=False):
+    axis.plot(margins, -weight[:, 0], color=LINES[0]["color"], label="chosen up")
+    axis.plot(margins, weight[:, 1], color=LINES[1]["color"], linestyle="--", label="rejected down")
+    axis.set_title(name, fontsize=8)
+    axis.set_ylim(-1.3, 2.3)
+    axis.tick_params(labelsize=7)
+figure.supxlabel("h_w − h_l (nats)", fontsize=9)
+figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2);
+
+# %% [markdown]
+# ## Which promises each loss keeps
+
+# %%
+#| label: contract-table
+from nemo_rl_ref.algorithms.loss import (
+    DistillationLossConfig,
+    DistillationLossFn,
+    DraftCrossEntropyLossFn,
+    MseValueLossConfig,
+    MseValueLossFn,
+    PreferenceLossFn,
+)
+from nemo_rl_ref.contract import PROMISES, check_losses
+
+reports = check_losses(
+    {
+        "NLL": NLLLossFn(),
+        "preference (reward model)": PreferenceLossFn(),
+        "clipped policy gradient": ClippedPGLossFn(ClippedPGLossConfig()),
+        "value": MseValueLossFn(MseValueLossConfig()),
+        "distillation": DistillationLossFn(DistillationLossConfig()),
+        "draft": DraftCrossEntropyLossFn(),
+        **preference_losses,
+    }
+)
+marks = {"ok": "✓", "failed": "✗", "not applicable": "–"}
+table = ["| loss | " + " | ".join(PROMISES) + " |", "| --- " * (len(PROMISES) + 1) + "|"]
+for name, report in reports.items():
+    table.append(f"| {name} | " + " | ".join(marks[e.status] for e in report.entries) + " |")
+Markdown("\n".join(table))
+
+# %% [markdown]
+# ## A loss from nothing to green
+
+# %%
+#| label: green-1
+from nemo_rl_ref.algorithms.loss.interfaces import LossInputType, LossType
+from nemo_rl_ref.contract import check_loss
+
+
+class FirstTry:
+    """Minus the mean log-probability, as one would write it."""
+
+    loss_type = LossType.TOKEN_LEVEL
+    input_type = LossInputType.LOGPROB
+
+    def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        mask = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
+        loss = -(next_token_logprobs * mask).sum() / mask.sum()
+        return loss, {"loss": loss}
+
+
+first = check_loss(FirstTry())
+print(f"broken: {', '.join(first.failed)}")
+
+# %%
+#| label: green-2
+print(first["micro-batches"].failures[0].problem)
+print(first["protocol"].failures[0].problem)
+
+
+# %%
+#| label: green-3
+class SecondTry(FirstTry):
+    """Divides by the global count; the metric is a float."""
+
+    def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        mask = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
+        loss = -(next_token_logprobs * mask).sum() / (global_valid_toks + 1e-8)
+        return loss, {"loss": loss.item()}
+
+
+second = check_loss(SecondTry())
+print(f"broken: {', '.join(second.failed)}")
+
+# %%
+#| label: green-4
+print(second["masks"].failures[0].problem)
+
+
+# %%
+#| label: green-5
+class ThirdTry(SecondTry):
+    """Selects before it sums: what is masked cannot get in, not even as NaN times zero."""
+
+    def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        mask = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
+        counted = next_token_logprobs.masked_fill(mask == 0, 0.0)
+        loss = -(counted * mask).sum() / (global_valid_toks + 1e-8)
+        return loss, {"loss": loss.item()}
+
+
+third = check_loss(ThirdTry())
+print(third)
+assert not first.ok and not second.ok and third.ok
+
+# %% [markdown]
+# ## Numerical rules
+
+# %%
+#| label: numerical-rules
+from torch.nn.functional import logsigmoid
+
+far = torch.tensor(-120.0)
+small = torch.tensor(1e-6)
+many = torch.full((10_000,), 1e-3, dtype=torch.bfloat16)
+running = torch.zeros((), dtype=torch.bfloat16)
+for value in many:
+    running = running + value
+print(f"log(sigmoid(-120)) = {torch.log(torch.sigmoid(far)).item()},", end=" ")
+print(f"logsigmoid(-120) = {logsigmoid(far).item()}")
+print(f"exp(1e-6) - 1 = {(torch.exp(small) - 1).item():.3e},", end=" ")
+print(f"expm1(1e-6) = {torch.expm1(small).item():.3e}")
+print(f"ten thousand times 0.001, added in bfloat16: {running.item():.3f},", end=" ")
+print(f"in float32: {many.float().sum().item():.3f}")
+
+# %% [markdown]
+# ## How far from NeMo RL's own numbers
+
+# %%
+#| label: upstream-differences
+from nemo_rl_ref.upstream.replay import differences
+
+rows = ["| symbol | recorded cases | largest difference |", "| --- | --- | --- |"]
+by_symbol = differences()
+for symbol, (count, worst) in sorted(by_symbol.items()):
+    rows.append(f"| `{symbol}` | {count} | {worst:.1e} |")
+values(
+    golden_cases=sum(count for count, _ in by_symbol.values()),
+    golden_worst=f"{max(worst for _, worst in by_symbol.values()):.1e}",
+)
+Markdown("\n".join(rows))

@@ -171,8 +171,37 @@ def check_loss(
     with FreshInterpreter() if "pickling" in names else nullcontext() as fresh:
         entries = [_run(name, subject, batches) for name in names if name != "pickling"]
         if fresh is not None:
-            entries.append(_run_elsewhere(subject, batches, fresh))
+            entries += _run_elsewhere([subject], fresh)
     return Report(title, tuple(entries))
+
+
+def check_losses(losses: Mapping[str, Callable[..., Any]]) -> dict[str, Report]:
+    """Checks many losses as `check_loss` does, with one fresh interpreter for all.
+
+    Args:
+        losses: the losses by the names that their reports are to have.
+
+    Returns:
+        A report for each name, in the order of `losses`.
+
+    Raises:
+        ImportError: if cloudpickle is not installed.
+        TypeError: if a loss is a class or cannot be called.
+        ValueError: if there are no batches for a loss's input type.
+    """
+    if find_spec("cloudpickle") is None:
+        raise ImportError("check_losses needs cloudpickle, which is not installed")
+    here = set(PROMISES) - {"pickling"}
+    reports = {name: check_loss(loss_fn, only=here) for name, loss_fn in losses.items()}
+    subjects = {name: _subject(loss_fn, None, None) for name, loss_fn in losses.items()}
+    usable = {name: subject for name, (subject, works) in subjects.items() if works}
+    with FreshInterpreter() as fresh:
+        elsewhere = dict(zip(usable, _run_elsewhere(list(usable.values()), fresh), strict=True))
+    absent = _entry("pickling", [], ["calls do not work, see protocol"])
+    return {
+        name: Report(name, (*report.entries, elsewhere.get(name, absent)))
+        for name, report in reports.items()
+    }
 
 
 def _subject(
@@ -231,12 +260,18 @@ def _run(name: str, subject: Subject, batches: list[Batch]) -> Entry:
     return _entry(name, findings, absent, subject.read, began)
 
 
-def _run_elsewhere(subject: Subject, batches: list[Batch], fresh: FreshInterpreter) -> Entry:
+def _run_elsewhere(subjects: list[Subject], fresh: FreshInterpreter) -> list[Entry]:
     """Checks the promise that needs another process."""
     began = time.perf_counter()
-    small = batches[0].take(range(subject.group))
-    finding = pickles(subject.loss_fn, [small, *batches], fresh)
-    return _entry("pickling", [finding], (), subject.read, began)
+    batches = []
+    for subject in subjects:
+        made = [subject.make(seed, subject.dtype) for seed in _SEEDS]
+        batches.append([made[0].take(range(subject.group)), *made])
+    findings = pickles([subject.loss_fn for subject in subjects], batches, fresh)
+    return [
+        _entry("pickling", [finding], (), subject.read, began)
+        for subject, finding in zip(subjects, findings, strict=True)
+    ]
 
 
 def _examine(probe: Probe, subject: Subject, batch: Batch) -> Finding:

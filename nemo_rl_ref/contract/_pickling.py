@@ -44,62 +44,76 @@ class FreshInterpreter:
             self._process.kill()
         self._process.communicate()
 
-    def ask(self, message: bytes) -> tuple[str, Any]:
-        """Sends a message to `serve` and returns its answer, or what went wrong."""
+    def ask(self, message: bytes, count: int) -> list[tuple[str, Any]]:
+        """Sends a message to `serve`; returns its `count` answers, or what went wrong for each."""
         try:
             out, errors = self._process.communicate(message, timeout=_TIMEOUT)
         except subprocess.TimeoutExpired:
-            return "error", f"no answer within {_TIMEOUT} s"
+            return [("error", f"no answer within {_TIMEOUT} s")] * count
         if self._process.returncode:
             last = errors.decode(errors="replace").strip().splitlines()[-1:]
-            return "error", f"exit status {self._process.returncode}: {' '.join(last)}"
+            status = f"exit status {self._process.returncode}: {' '.join(last)}"
+            return [("error", status)] * count
         return pickle.loads(out)  # from the pipe of our own process
 
 
 def pickles(
-    loss_fn: Callable[..., Any], batches: list[Batch], fresh: FreshInterpreter
-) -> Finding:
-    """The loss unpickles elsewhere and returns the same numbers there.
+    losses: list[Callable[..., Any]], batches: list[list[Batch]], fresh: FreshInterpreter
+) -> list[Finding]:
+    """Each loss unpickles elsewhere and returns the same numbers there.
 
     Args:
-        loss_fn: the loss.
-        batches: what it is called with, the smallest first.
+        losses: the losses.
+        batches: what each is called with, the smallest first.
         fresh: an interpreter that has answered nothing yet.
     """
     import cloudpickle
 
-    try:
-        blob = cloudpickle.dumps(loss_fn)
-    except Exception as error:  # pickling runs the loss's own code, which may raise anything
-        return _failed(f"cloudpickle cannot pickle it: {type(error).__name__}: {error}")
-    expected = [call(loss_fn, batch) for batch in batches]
-    status, answer = fresh.ask(pickle.dumps((blob, pickle.dumps(batches))))
+    parcels: list[tuple[bytes, bytes] | str] = []
+    for loss_fn, its_batches in zip(losses, batches, strict=True):
+        try:
+            parcels.append((cloudpickle.dumps(loss_fn), pickle.dumps(its_batches)))
+        except Exception as error:  # pickling runs the loss's own code, which may raise anything
+            parcels.append(f"cloudpickle cannot pickle it: {type(error).__name__}: {error}")
+    sent = [parcel for parcel in parcels if not isinstance(parcel, str)]
+    answers = iter(fresh.ask(pickle.dumps(sent), len(sent)))
+    return [
+        _failed(parcel)
+        if isinstance(parcel, str)
+        else _compare(loss_fn, its_batches, len(parcel[0]), next(answers))
+        for loss_fn, its_batches, parcel in zip(losses, batches, parcels, strict=True)
+    ]
+
+
+def _compare(
+    loss_fn: Callable[..., Any], batches: list[Batch], size: int, reply: tuple[str, Any]
+) -> Finding:
+    """Holds what a loss did in the other interpreter against what it does here."""
+    status, answer = reply
     if status == "error":
         return _failed(f"in a fresh interpreter: {answer}")
     worst = 0.0
-    for batch, there, here in zip(batches, answer, expected, strict=True):
-        gap = difference(there, here)
+    for batch, there in zip(batches, answer, strict=True):
+        gap = difference(there, call(loss_fn, batch))
         worst = max(worst, gap.size)
         if gap.size > LIMIT:
             problem = f"in a fresh interpreter: {gap.detail}"
             return Finding("behaves differently", gap.size, problem, batch)
-    return Finding(f"{len(blob)} bytes, {_way(loss_fn)}; largest difference {worst:.1e}", worst)
+    return Finding(f"{size} bytes, {_way(loss_fn)}; largest difference {worst:.1e}", worst)
 
 
 def serve() -> None:
-    """Answers one message on standard input: unpickles a loss, calls it, sends the results."""
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr  # what a loss prints is no answer
-    blob, packed = pickle.load(sys.stdin.buffer)
-    try:
-        loss_fn = pickle.loads(blob)
-        answer: tuple[str, Any] = (
-            "ok",
-            [call(loss_fn, batch) for batch in pickle.loads(packed)],
-        )
-    except Exception:  # the asking process reports it
-        answer = ("error", traceback.format_exc(limit=0).strip().splitlines()[-1])
-    answers.write(pickle.dumps(answer))
-    answers.flush()
+    """Answers one message on standard input: unpickles losses, calls them, sends the results."""
+    stream, sys.stdout = sys.stdout.buffer, sys.stderr  # what a loss prints is no answer
+    answers: list[tuple[str, Any]] = []
+    for blob, packed in pickle.load(sys.stdin.buffer):
+        try:
+            loss_fn = pickle.loads(blob)
+            answers.append(("ok", [call(loss_fn, batch) for batch in pickle.loads(packed)]))
+        except Exception:  # the asking process reports it
+            answers.append(("error", traceback.format_exc(limit=0).strip().splitlines()[-1]))
+    stream.write(pickle.dumps(answers))
+    stream.flush()
 
 
 def _way(loss_fn: Any) -> str:

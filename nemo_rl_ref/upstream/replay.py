@@ -19,7 +19,7 @@ from nemo_rl_ref.algorithms.utils import (
 from nemo_rl_ref.upstream import GoldenCase, load_golden
 
 COUNTS = ("global_valid_seqs", "global_valid_toks")
-def call_loss(
+def _call_loss(
     loss_fn: Callable, model_output: str, case: GoldenCase, more: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Calls a loss as NeMo RL does; but for the model output, `more` and the counts all is data."""
@@ -31,35 +31,35 @@ def call_loss(
     return {"loss": loss.detach(), "grad": output.grad, "metrics": metrics}
 
 
-def run_dpo(case: GoldenCase) -> dict[str, Any]:
+def _run_dpo(case: GoldenCase) -> dict[str, Any]:
     loss_fn = losses.DPOLossFn(losses.DPOLossConfig(**case.config))
-    return call_loss(loss_fn, "next_token_logprobs", case)
+    return _call_loss(loss_fn, "next_token_logprobs", case)
 
 
-def run_clipped_pg(case: GoldenCase) -> dict[str, Any]:
+def _run_clipped_pg(case: GoldenCase) -> dict[str, Any]:
     loss_fn = losses.ClippedPGLossFn(losses.ClippedPGLossConfig(**case.config))
-    return call_loss(loss_fn, "next_token_logprobs", case)
+    return _call_loss(loss_fn, "next_token_logprobs", case)
 
 
-def run_mse_value(case: GoldenCase) -> dict[str, Any]:
+def _run_mse_value(case: GoldenCase) -> dict[str, Any]:
     loss_fn = losses.MseValueLossFn(losses.MseValueLossConfig(**case.config))
-    return call_loss(loss_fn, "logits", case)
+    return _call_loss(loss_fn, "logits", case)
 
 
-def run_distillation(case: GoldenCase) -> dict[str, Any]:
+def _run_distillation(case: GoldenCase) -> dict[str, Any]:
     """The cases do not hold ``input_ids``, of which the loss reads the number of rows only."""
     loss_fn = losses.DistillationLossFn(losses.DistillationLossConfig(**case.config))
     ids = torch.zeros_like(case.inputs["token_mask"], dtype=torch.int64)
     case = replace(case, inputs={**case.inputs, "input_ids": ids})
-    return call_loss(loss_fn, "student_topk_logprobs", case, ("teacher_topk_logprobs", "H_all"))
+    return _call_loss(loss_fn, "student_topk_logprobs", case, ("teacher_topk_logprobs", "H_all"))
 
 
-def run_baseline(case: GoldenCase) -> dict[str, Any]:
+def _run_baseline(case: GoldenCase) -> dict[str, Any]:
     baseline, std = calculate_baseline_and_std_per_prompt(**case.inputs, **case.config)
     return {"baseline": baseline, "std": std}
 
 
-def run_estimator(case: GoldenCase) -> dict[str, Any]:
+def _run_estimator(case: GoldenCase) -> dict[str, Any]:
     """An estimator whose configuration is a class; loss flags stand in the same dict."""
     flags = dict(case.config)
     loss_flags = {
@@ -73,7 +73,7 @@ def run_estimator(case: GoldenCase) -> dict[str, Any]:
     return {"advantages": estimator.compute_advantage(**inputs)}
 
 
-def run_gae(case: GoldenCase) -> dict[str, Any]:
+def _run_gae(case: GoldenCase) -> dict[str, Any]:
     estimator = estimators.GeneralizedAdvantageEstimator(case.config, losses.ClippedPGLossConfig())
     advantages, returns = estimator.compute_advantage(**case.inputs)
     return {"advantages": advantages, "returns": returns}
@@ -81,22 +81,22 @@ def run_gae(case: GoldenCase) -> dict[str, Any]:
 
 # How a case of each mirrored symbol is run. A mirrored symbol that is not here fails its cases.
 RUNNERS: dict[str, Callable[[GoldenCase], dict[str, Any]]] = {
-    "algorithms.advantage_estimator.GDPOAdvantageEstimator": run_estimator,
-    "algorithms.advantage_estimator.GRPOAdvantageEstimator": run_estimator,
-    "algorithms.advantage_estimator.GeneralizedAdvantageEstimator": run_gae,
-    "algorithms.advantage_estimator.OPDAdvantageEstimator": run_estimator,
-    "algorithms.advantage_estimator.ReinforcePlusPlusAdvantageEstimator": run_estimator,
-    "algorithms.loss.ClippedPGLossFn": run_clipped_pg,
-    "algorithms.loss.DPOLossFn": run_dpo,
-    "algorithms.loss.DistillationLossFn": run_distillation,
-    "algorithms.loss.MseValueLossFn": run_mse_value,
-    "algorithms.loss.NLLLossFn": lambda case: call_loss(
+    "algorithms.advantage_estimator.GDPOAdvantageEstimator": _run_estimator,
+    "algorithms.advantage_estimator.GRPOAdvantageEstimator": _run_estimator,
+    "algorithms.advantage_estimator.GeneralizedAdvantageEstimator": _run_gae,
+    "algorithms.advantage_estimator.OPDAdvantageEstimator": _run_estimator,
+    "algorithms.advantage_estimator.ReinforcePlusPlusAdvantageEstimator": _run_estimator,
+    "algorithms.loss.ClippedPGLossFn": _run_clipped_pg,
+    "algorithms.loss.DPOLossFn": _run_dpo,
+    "algorithms.loss.DistillationLossFn": _run_distillation,
+    "algorithms.loss.MseValueLossFn": _run_mse_value,
+    "algorithms.loss.NLLLossFn": lambda case: _call_loss(
         losses.NLLLossFn(), "next_token_logprobs", case
     ),
-    "algorithms.loss.PreferenceLossFn": lambda case: call_loss(
+    "algorithms.loss.PreferenceLossFn": lambda case: _call_loss(
         losses.PreferenceLossFn(), "logits", case
     ),
-    "algorithms.utils.calculate_baseline_and_std_per_prompt": run_baseline,
+    "algorithms.utils.calculate_baseline_and_std_per_prompt": _run_baseline,
     "algorithms.utils.calculate_kl": lambda case: {
         "kl": calculate_kl(**case.inputs, **case.config)
     },
