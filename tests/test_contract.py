@@ -305,6 +305,19 @@ class MeanOverColumns(Clean):
         return super().total(logprobs, data) / logprobs.shape[1]
 
 
+class SortsBatch(CleanPairs):
+    """Compares sorted margins with sorted reference margins, as AOT does."""
+
+    def log_ratios(self, log_ratios, data):
+        reference = data["reference_policy_logprobs"][:, :-1].masked_fill(~valid(data), 0).sum(-1)
+        policy = log_ratios.sum(-1) + reference
+        kept = data["sample_mask"][::2].bool()
+        margins = [(x[::2] - x[1::2])[kept].sort().values for x in (policy, reference)]
+        scores = torch.zeros_like(policy)
+        scores[::2] = scores[::2].masked_scatter(kept, margins[0] - margins[1])
+        return scores
+
+
 class PerRankCounts(Clean):
     """Right on one process. With ranks, each divides by what it has itself."""
 
@@ -504,6 +517,11 @@ class Float64Only(Clean):
         return -(logprobs @ ones).sum()
 
 
+class NoBFloat16(Clean):
+    def total(self, logprobs, data):
+        return super().total(logprobs, data) + 0 * float(logprobs.detach().numpy().sum())
+
+
 class LosesFloat32(Clean):
     """A difference of large numbers: fine in float64."""
 
@@ -528,6 +546,7 @@ BROKEN = [
     (NeedsBatchedDataDict, "micro-batches", "sequence packing: raises AttributeError"),
     (MinimumOfNothingIsZero, "micro-batches, ranks", "metric prob_min is 0 instead of"),
     (MeanOverColumns, "micro-batches, padding and order", "sequence packing"),
+    (SortsBatch, "micro-batches, ranks", "gradient by next_token_logprobs is off"),
     (PerRankCounts, "ranks", "unequal ranks"),
     (Communicates, "ranks", "unequal ranks: raises ValueError"),
     (ZeroTimesNaN, "masks", "nan in masked tokens of next_token_logprobs"),
@@ -554,6 +573,7 @@ BROKEN = [
     (Random, "purity", "a second call with the same inputs"),
     (Remembers, "purity", "a second call with the same inputs"),
     (Float64Only, "purity", "raises RuntimeError"),
+    (NoBFloat16, "purity", "bfloat16: raises TypeError"),
     (LosesFloat32, "purity", "float32 inputs and data: loss"),
 ]
 

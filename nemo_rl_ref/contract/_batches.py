@@ -201,7 +201,8 @@ def build_batch(inputs: Any, data: Any, dtype: torch.dtype, source: str) -> Batc
         if value.dtype != dtype:
             raise ValueError(f"{source}: {name} has dtype {value.dtype}, expected {dtype}")
         if not _has_rows(value, rows):
-            raise ValueError(f"{source}: {name} has shape {tuple(value.shape)}, expected {rows} rows")
+            shape = tuple(value.shape)
+            raise ValueError(f"{source}: {name} has shape {shape}, expected {rows} rows")
     marked = tuple(name for name, value in floating.items() if value.requires_grad)
     free = marked or tuple(
         name for name in floating if name not in _MASKS and not name.startswith("teacher_")
@@ -222,14 +223,19 @@ def build_batch(inputs: Any, data: Any, dtype: torch.dtype, source: str) -> Batc
 
 
 def make_batch(
-    input_type: str, loss_type: str | None, pairs: bool, entropy: bool, seed: int, dtype: torch.dtype
+    input_type: str,
+    loss_type: str | None,
+    pairs: bool,
+    entropy: bool,
+    seed: int,
+    dtype: torch.dtype,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Makes the inputs and the data for a type of input.
 
     Rows differ in length, have holes in their token mask, and one row (or pair) is masked out as a
     whole. Column 0 is never a response token. Stored log-probabilities differ from those of the
     policy: by a few tenths of a nat with an even seed, so that some ratios are clipped and some are
-    not, and so much with an odd seed that they rank the responses in another order.
+    not; with an odd seed they are independent, so that they rank the responses in another order.
 
     Args:
         input_type: value of a `LossInputType`.
@@ -250,10 +256,11 @@ def make_batch(
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     def near(logprobs: Tensor, left: int) -> Tensor:
-        """(B, S) from (B, S-1), log-probabilities near those given, `left` columns before."""
-        wide = pad(logprobs, (left, 1 - left), value=-1.0)
-        noise = 1.5 if seed % 2 else 0.25
-        return -(noise * normal(rows, TOKENS) - wide).abs() - 0.01
+        """(B, S) from (B, S-1), `left` columns before: near those given, or any if seed is odd."""
+        noise = normal(rows, TOKENS)
+        if seed % 2:
+            return -noise.abs() - 0.5
+        return -(0.25 * noise - pad(logprobs, (left, 1 - left), value=-1.0)).abs() - 0.01
 
     data = _masks(rows, pairs, generator)
     logprobs = -normal(rows, TOKENS - 1).abs() - 0.5

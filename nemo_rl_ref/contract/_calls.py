@@ -113,8 +113,8 @@ def start(
     if not isinstance(loss, Tensor):
         raise NotALoss(f"the loss is a {type(loss).__name__}, expected a tensor")
     if loss.ndim or not loss.is_floating_point():
-        shape = tuple(loss.shape)
-        raise NotALoss(f"the loss has shape {shape} and dtype {loss.dtype}, expected a scalar float")
+        what = f"shape {tuple(loss.shape)} and dtype {loss.dtype}"
+        raise NotALoss(f"the loss has {what}, expected a scalar float")
     return Call(loss, returned, _numbers(returned), leaves, (inputs, data, passed))
 
 

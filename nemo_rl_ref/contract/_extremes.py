@@ -61,7 +61,8 @@ def empty_responses(subject: Subject, batch: Batch) -> Finding:
             if result.grads[name][rows].count_nonzero() and not problem:
                 problem = f"gradient by {name} is not zero there"
         if problem:
-            return Finding("empty responses: wrong", math.inf, f"no tokens in {label}: {problem}", empty)
+            problem = f"no tokens in {label}: {problem}"
+            return Finding("empty responses: wrong", math.inf, problem, empty)
     return Finding("empty responses: finite, no gradient there")
 
 

@@ -42,9 +42,9 @@ def attribute_problems(loss_fn: Any) -> list[str]:
     """What is wrong with the attributes of a loss."""
     problems = []
     for name, kind in (("loss_type", LossType), ("input_type", LossInputType)):
-        value = enum_value(getattr(loss_fn, name, None), kind)
-        if value is None:
-            problems.append(f"{name} is {getattr(loss_fn, name, 'missing')}, expected a {kind.__name__}")
+        value = getattr(loss_fn, name, "missing")
+        if enum_value(value, kind) is None:
+            problems.append(f"{name} is {value}, expected a {kind.__name__}")
     table = getattr(loss_fn, "metric_normalizations", {})
     if not isinstance(table, dict):
         problems.append(f"metric_normalizations is a {type(table).__name__}, expected a dict")
