@@ -258,6 +258,18 @@ class BadTable(Clean):
         self.metric_normalizations = {"loss": "tokens", "num_tokens": MetricNormalizer.NONE}
 
 
+class TableIsList(Clean):
+    def __init__(self):
+        self.metric_normalizations = ["loss"]
+
+
+class NaNHere(Clean):
+    """The root of a number that rounds to below 0."""
+
+    def total(self, logprobs, data):
+        return (logprobs + 1).sqrt().sum()
+
+
 class NoDistillationFlags(CleanDistillation):
     def __getattribute__(self, name):
         if name == "kl_type":
@@ -434,6 +446,14 @@ class NaiveRatio(Clean):
         return (logprobs - previous).expm1().sum()
 
 
+class ClippedRatio(Clean):
+    """The value is clipped; the gradient is 0 times infinity."""
+
+    def total(self, logprobs, data):
+        previous = data["prev_logprobs"][:, 1:].masked_fill(~valid(data), 0)
+        return ((logprobs - previous).exp().clamp(max=2) - 1).sum()
+
+
 class MeanOfNoTokens(CleanPairs):
     def log_ratios(self, log_ratios, data):
         return log_ratios.sum(-1) / data["token_mask"][:, 1:].sum(-1)
@@ -538,6 +558,7 @@ BROKEN = [
     (NoLossType, "protocol", "loss_type is None, expected a LossType"),
     (BareTensor, "protocol", "returns a Tensor, expected a tuple (loss, metrics)"),
     (BadTable, "protocol", "metric_normalizations['loss'] is 'tokens'"),
+    (TableIsList, "protocol", "metric_normalizations is a list, expected a dict"),
     (NoDistillationFlags, "protocol", "kl_type is missing, which NeMo RL reads"),
     (MeanOfMeans, "micro-batches, ranks", "micro-batches, 1+1 rows: "),
     (MetricIsLocalMean, "micro-batches, ranks", "metric mean is"),
@@ -562,6 +583,7 @@ BROKEN = [
     (WrongBackward, "gradient", "but the slope is"),
     (NaiveLogSigmoid, "extremes", "the loss is inf"),
     (NaiveRatio, "extremes", "the loss is inf"),
+    (ClippedRatio, "extremes", "the gradient by next_token_logprobs is nan at [0, "),
     (MeanOfNoTokens, "extremes", "no tokens in row 0: the loss is nan"),
     (NoEpsilon, "extremes", "the loss is nan, expected 0"),
     (NothingIsAConstant, "micro-batches, ranks, extremes", "raises NotALoss"),
@@ -616,6 +638,12 @@ class NoGradient(Clean):
         return super().total(logprobs * 0, data)
 
 
+class ReturnsFloat(Clean):
+    def __call__(self, *args, **kwargs):
+        loss, metrics = super().__call__(*args, **kwargs)
+        return loss.item(), metrics
+
+
 class NeedsMore(Clean):
     def total(self, logprobs, data):
         return super().total(logprobs, data) * data["temperature"]
@@ -630,6 +658,7 @@ class NoInputType(Clean):
     [
         (Vector, "the loss has shape (6,) and dtype torch.float64, expected a scalar float"),
         (Constant, "the loss has no gradient"),
+        (ReturnsFloat, "the loss is a float, expected a tensor"),
         (NeedsMore, "raises KeyError: 'temperature'; give check_loss a batch_maker"),
         (NoInputType, "input_type is logprob, expected a LossInputType"),
     ],
@@ -640,6 +669,10 @@ def test_a_loss_that_cannot_be_called(kind, words):
     assert report.failed == ("protocol",)
     assert words in report["protocol"].failures[0].problem
     assert {entry.status for entry in report.entries[1:]} == {"not applicable"}
+
+
+def test_nan_breaks_the_protocol():
+    assert "loss nan or its gradient is not finite" in str(check(NaNHere())["protocol"].failures)
 
 
 def test_zero_gradient_breaks_the_protocol():
@@ -702,15 +735,18 @@ def test_what_is_held_in_finite_differences(kind):
 
 def test_a_path_that_changes_is_reported():
     class Branches(Clean):
-        calls = 0
+        def __init__(self, detaching):
+            super().__init__()
+            self.detaching, self.calls = detaching, 0
 
         def total(self, logprobs, data):
             self.calls += 1
-            weight = logprobs.detach() if self.calls % 2 else 1
+            weight = logprobs.detach() if self.calls % 2 == self.detaching else 1
             return (logprobs * weight).sum()
 
-    (failure,) = check_loss(Branches(), only=["gradient"])["gradient"].failures
-    assert "changes which values the loss detaches" in failure.problem
+    for detaching in (0, 1):  # in the first call or in the second
+        (failure,) = check_loss(Branches(detaching), only=["gradient"])["gradient"].failures
+        assert "changes which values the loss detaches" in failure.problem
 
 
 def test_a_metric_that_is_no_sum_is_shown_and_not_compared():
@@ -842,6 +878,13 @@ def test_bad_batches(change, error, words):
     with pytest.raises(error, match=words) as caught:
         check(NeedsMore(), lambda seed, dtype: change(*own_batches(seed, dtype)))
     assert "batch_maker(seed=0, dtype=torch.float64)" in str(caught.value)
+
+
+def test_cloudpickle_is_needed_for_one_promise(monkeypatch):
+    monkeypatch.setattr("nemo_rl_ref.contract._check.find_spec", lambda name: None)
+    assert check_loss(Clean(), only=["protocol"]).ok
+    with pytest.raises(ImportError, match="'pickling' needs cloudpickle"):
+        check_loss(Clean())
 
 
 def test_bad_arguments():

@@ -86,7 +86,8 @@ def unequal_ranks(subject: Subject, batch: Batch) -> Finding:
     """Ranks with unequal shares: DDP averages the gradients of losses times the rank count.
 
     ``torch.distributed`` says that there are ranks, and no collective works: ranks call a loss
-    unequally often, so that a loss that communicates would hang.
+    unequally often, so that a loss that communicates would hang. A loss that has imported such a
+    function by its own name still sees one process.
     """
     whole = call(subject.loss_fn, batch)
     skip = unnormalised(subject, whole)

@@ -45,7 +45,7 @@ def attribute_problems(loss_fn: Any) -> list[str]:
         value = getattr(loss_fn, name, "missing")
         if enum_value(value, kind) is None:
             problems.append(f"{name} is {value}, expected a {kind.__name__}")
-    table = getattr(loss_fn, "metric_normalizations", {})
+    table = getattr(loss_fn, "metric_normalizations", None) or {}
     if not isinstance(table, dict):
         problems.append(f"metric_normalizations is a {type(table).__name__}, expected a dict")
         table = {}
