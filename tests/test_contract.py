@@ -339,6 +339,20 @@ class PerRankCounts(Clean):
         return super().__call__(next_token_logprobs, data, global_valid_seqs, global_valid_toks)
 
 
+class UndoesTheAverageTwice(Clean):
+    """The trainer multiplies by the number of ranks already."""
+
+    def total(self, logprobs, data):
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        return super().total(logprobs, data) * ranks
+
+
+class FirstRankOnly(Clean):
+    def total(self, logprobs, data):
+        mine = not dist.is_initialized() or dist.get_rank() == 0
+        return super().total(logprobs, data) * mine
+
+
 class Communicates(Clean):
     def total(self, logprobs, data):
         total = super().total(logprobs, data)
@@ -569,6 +583,8 @@ BROKEN = [
     (MeanOverColumns, "micro-batches, padding and order", "sequence packing"),
     (SortsBatch, "micro-batches, ranks", "gradient by next_token_logprobs is off"),
     (PerRankCounts, "ranks", "unequal ranks"),
+    (UndoesTheAverageTwice, "ranks", "unequal ranks"),
+    (FirstRankOnly, "ranks", "unequal ranks"),
     (Communicates, "ranks", "unequal ranks: raises ValueError"),
     (ZeroTimesNaN, "masks", "nan in masked tokens of next_token_logprobs"),
     (SquareOverflows, "masks", "1.6e+231 in masked tokens of next_token_logprobs"),

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The promise that needs a second interpreter: the loss travels and behaves the same there."""
 
+import importlib
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -62,8 +64,7 @@ def test_all_nine():
 def test_global_state_stays_behind(tmp_path, monkeypatch):
     (tmp_path / "travelling_loss.py").write_text(MODULE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    import travelling_loss
-
+    travelling_loss = importlib.import_module("travelling_loss")
     travelling_loss.SCALE = 3.0
     entry = pickling(travelling_loss.ReadsGlobal())
     assert entry.status == "failed"
@@ -88,8 +89,6 @@ def test_what_cannot_be_pickled():
 
 def test_what_cannot_be_unpickled(monkeypatch):
     """A module that exists in this process only, as one typed into an interpreter does."""
-    import types
-
     module = types.ModuleType("only_here")
     monkeypatch.setitem(sys.modules, "only_here", module)
     monkeypatch.setattr(Local, "__module__", "only_here")

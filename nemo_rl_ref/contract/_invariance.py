@@ -83,8 +83,9 @@ def counts_of_one(subject: Subject, batch: Batch) -> Finding:
 
 
 def unequal_ranks(subject: Subject, batch: Batch) -> Finding:
-    """Ranks with unequal shares: DDP averages the gradients of losses times the rank count.
+    """Ranks with unequal shares.
 
+    Trainers multiply the loss by the number of ranks and DDP averages the gradients: they add up.
     ``torch.distributed`` says that there are ranks, and no collective works: ranks call a loss
     unequally often, so that a loss that communicates would hang. A loss that has imported such a
     function by its own name still sees one process.
@@ -93,13 +94,10 @@ def unequal_ranks(subject: Subject, batch: Batch) -> Finding:
     skip = unnormalised(subject, whole)
     gaps = []
     for parts in _splits(subject.groups(batch)):
-        size, results = len(parts), []
+        results = []
         for rank, rows in enumerate(parts):
-            with _as_rank(rank, size):
-                result = call(subject.loss_fn, batch.take(rows), batch.counts())
-            # Each rank backpropagates loss * size; the average divides by size again.
-            grads = {name: grad * size / size for name, grad in result.grads.items()}
-            results.append(Result(result.value, grads, result.metrics))
+            with _as_rank(rank, len(parts)):
+                results.append(call(subject.loss_fn, batch.take(rows), batch.counts()))
         gaps.append((_label(parts), difference(join(batch, parts, results), whole, skip)))
     return judge("unequal ranks", gaps)
 
