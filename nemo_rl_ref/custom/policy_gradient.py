@@ -34,10 +34,9 @@ from nemo_rl_ref.algorithms.loss.interfaces import LossType
 from nemo_rl_ref.algorithms.utils import calculate_kl, masked_mean
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 
+Counts = tuple[Tensor, Tensor]
 LOG_RATIO_CLAMP = 20.0
-PER_TOKEN = (
-    *("advantages", "prev_logprobs", "generation_logprobs", "reference_policy_logprobs"),
-)
+PER_TOKEN = ("advantages", "prev_logprobs", "generation_logprobs", "reference_policy_logprobs")
 
 
 def positive_setting(cfg: ClippedPGLossConfig, key: str, default: float | None) -> float:
@@ -59,7 +58,8 @@ def zero_where_masked(
     masked_columns = torch.nn.functional.pad(masked, (1, 0), value=True)
     clean = dict(data)
     for key in PER_TOKEN:
-        if key in data:
+        # A wrong shape is left to `ClippedPGLossFn`.
+        if key in data and data[key].shape == masked_columns.shape:
             clean[key] = data[key].masked_fill(masked_columns, 0.0)
     if "curr_logprobs_unfiltered" in data:
         clean["curr_logprobs_unfiltered"] = data["curr_logprobs_unfiltered"].masked_fill(masked, 0)
@@ -109,9 +109,16 @@ class TokenPGLossFn(ClippedPGLossFn):
             losses = torch.where(advantages < 0, torch.minimum(losses, bound), losses)
         return losses
 
-    def reduce(self, losses: Tensor, mask: Tensor, valid_seqs: Tensor, valid_toks: Tensor) -> Tensor:
-        """Returns the scalar loss from token losses and mask (B, S-1) and the global counts."""
-        return masked_mean(losses, mask, global_normalization_factor=valid_toks)
+    def reduce(self, losses: Tensor, mask: Tensor, sample_mask: Tensor, counts: Counts) -> Tensor:
+        """Returns the scalar loss.
+
+        Args:
+            losses: of the tokens, (B, S-1).
+            mask: 1 on the tokens that count, (B, S-1).
+            sample_mask: 1 on the responses that count, (B,).
+            counts: valid responses and tokens of the global batch.
+        """
+        return masked_mean(losses, mask, global_normalization_factor=counts[1])
 
     def log_ratios(self, logprobs: Tensor, prev_logprobs: Tensor, mask: Tensor) -> Tensor:
         """log ρ (B, S-1), or log s of the response at each of its tokens; nats, clamped."""
@@ -127,7 +134,8 @@ class TokenPGLossFn(ClippedPGLossFn):
         if self.sequence_level_importance_ratios:
             logs = differences.sum(-1, keepdim=True)
         weights = logs.exp().nan_to_num(nan=0.0, posinf=0.0)
-        kind, high = self.truncated_importance_sampling_type, self.truncated_importance_sampling_ratio
+        kind = self.truncated_importance_sampling_type
+        high = self.truncated_importance_sampling_ratio
         low = self.truncated_importance_sampling_ratio_min or 0.0
         if kind == "tis":
             return weights.clamp(low, high)
@@ -162,7 +170,7 @@ class TokenPGLossFn(ClippedPGLossFn):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Computes the loss of a micro-batch. Arguments and metrics: `ClippedPGLossFn`."""
         logprobs, data, mask = zero_where_masked(next_token_logprobs, data)
-        counts = (global_valid_seqs, global_valid_toks)
+        sample_mask, counts = data["sample_mask"], (global_valid_seqs, global_valid_toks)
         _, metrics = super().__call__(logprobs.detach(), data, *counts)
 
         prev = logprobs.detach() if self.force_on_policy_ratio else data["prev_logprobs"][:, 1:]
@@ -170,8 +178,8 @@ class TokenPGLossFn(ClippedPGLossFn):
         if self.reference_policy_kl_penalty != 0:
             kl = self.kl_estimates(logprobs, data)
             losses = losses + self.reference_policy_kl_penalty * kl
-            metrics["kl_penalty"] = self.reduce(kl.detach(), mask, *counts).item()
-        loss = self.reduce(losses, mask, *counts)
+            metrics["kl_penalty"] = self.reduce(kl.detach(), mask, sample_mask, counts).item()
+        loss = self.reduce(losses, mask, sample_mask, counts)
         return loss, {**metrics, "loss": loss.item()}
 
     def weighted_losses(
@@ -208,8 +216,8 @@ class DrGRPOLossFn(TokenPGLossFn):
         super().__init__(cfg, use_fused_linear_logprobs)
         self.max_response_length = positive_setting(cfg, "max_response_length", None)
 
-    def reduce(self, losses: Tensor, mask: Tensor, valid_seqs: Tensor, valid_toks: Tensor) -> Tensor:
-        factor = valid_seqs * self.max_response_length
+    def reduce(self, losses: Tensor, mask: Tensor, sample_mask: Tensor, counts: Counts) -> Tensor:
+        factor = counts[0] * self.max_response_length
         return masked_mean(losses, mask, global_normalization_factor=factor)
 
 
@@ -224,27 +232,19 @@ class BNPOLossFn(TokenPGLossFn):
     micro-batch DAPO's. TRL's micro-batches are of one size; N_m/N is what its mean over them is
     then. Sequence packing makes micro-batches of one response.
 
-    The paper's BNPO is something else: rewards normalised with a beta distribution, an advantage
-    and not a loss. It is not here.
+    Not the beta normalisation of rewards (https://arxiv.org/abs/2506.02864) that has the same
+    name: that is an advantage, not a loss.
 
-    Source: TRL's GRPO trainer. The paper: Xiao et al. (2025), https://arxiv.org/abs/2506.02864.
+    Source: TRL's ``loss_type="bnpo"``, https://github.com/huggingface/trl/pull/3256.
     """
 
     fixed = {"token_level_loss": False}
     needs_whole_batch = True
 
-    def reduce(self, losses: Tensor, mask: Tensor, valid_seqs: Tensor, valid_toks: Tensor) -> Tensor:
-        return masked_mean(losses, mask) * self.rows / (valid_seqs + 1e-8)
-
-    def __call__(
-        self,
-        next_token_logprobs: Tensor,
-        data: BatchedDataDict[ClippedPGLossDataDict] | dict[str, Any],
-        global_valid_seqs: Tensor,
-        global_valid_toks: Tensor,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        self.rows = data["sample_mask"].sum()
-        return super().__call__(next_token_logprobs, data, global_valid_seqs, global_valid_toks)
+    def reduce(self, losses: Tensor, mask: Tensor, sample_mask: Tensor, counts: Counts) -> Tensor:
+        return masked_mean(losses, mask) * masked_mean(
+            torch.ones_like(sample_mask), sample_mask, global_normalization_factor=counts[0]
+        )
 
 
 class LUSPOLossFn(TokenPGLossFn):
@@ -256,14 +256,14 @@ class LUSPOLossFn(TokenPGLossFn):
     any length. Ranges of the size of ``ratio_clip_min=2e-3``, ``ratio_clip_max=2.5e-3`` belong to
     s. In TRL this is "luspo" with ``importance_sampling_level="sequence"``.
 
-    Source: Liu et al. (2026), "Length-Unbiased Sequence Policy Optimization",
+    Source: "Length-Unbiased Sequence Policy Optimization" (2026),
     https://arxiv.org/abs/2602.05261.
     """
 
     fixed = {"token_level_loss": False, "sequence_level_importance_ratios": True}
 
-    def reduce(self, losses: Tensor, mask: Tensor, valid_seqs: Tensor, valid_toks: Tensor) -> Tensor:
-        return masked_mean(losses, mask, global_normalization_factor=valid_seqs)
+    def reduce(self, losses: Tensor, mask: Tensor, sample_mask: Tensor, counts: Counts) -> Tensor:
+        return masked_mean(losses, mask, global_normalization_factor=counts[0])
 
 
 class SAPOLossFn(TokenPGLossFn):
@@ -295,14 +295,13 @@ class SAPOLossFn(TokenPGLossFn):
         self, logprobs: Tensor, prev_logprobs: Tensor, advantages: Tensor, mask: Tensor
     ) -> Tensor:
         ratios = self.log_ratios(logprobs, prev_logprobs, mask).exp()
-        tau = torch.where(advantages > 0, self.temperature_pos, self.temperature_neg)
+        tau = torch.full_like(ratios, self.temperature_neg)
+        tau = tau.masked_fill(advantages > 0, self.temperature_pos)
         return -4 / tau * torch.sigmoid(tau * (ratios - 1)) * advantages
 
-    def reduce(self, losses: Tensor, mask: Tensor, valid_seqs: Tensor, valid_toks: Tensor) -> Tensor:
+    def reduce(self, losses: Tensor, mask: Tensor, sample_mask: Tensor, counts: Counts) -> Tensor:
         rows = masked_mean(losses, mask, dim=-1)
-        return masked_mean(
-            rows, torch.ones_like(rows), global_normalization_factor=valid_seqs
-        )
+        return masked_mean(rows, sample_mask, global_normalization_factor=counts[0])
 
 
 class VESPOLossFn(TokenPGLossFn):
@@ -363,11 +362,12 @@ class VESPOLossFn(TokenPGLossFn):
     ) -> Tensor:
         advantages, generation = data["advantages"][:, 1:], data["generation_logprobs"][:, 1:]
         log_w = self.log_sequence_ratios(logprobs, prev_logprobs, generation, mask)
-        k = torch.where(advantages >= 0, self.k_pos, self.k_neg)
-        decay = torch.where(advantages >= 0, self.lambda_pos, self.lambda_neg)
+        k = torch.full_like(logprobs, self.k_neg).masked_fill(advantages >= 0, self.k_pos)
+        decay = torch.full_like(logprobs, self.lambda_neg)
+        decay = decay.masked_fill(advantages >= 0, self.lambda_pos)
         phi = (k * log_w - decay * torch.expm1(log_w)).exp()
         return -phi * advantages * logprobs
 
-    def reduce(self, losses: Tensor, mask: Tensor, valid_seqs: Tensor, valid_toks: Tensor) -> Tensor:
-        factor = valid_toks if self.loss_type == LossType.TOKEN_LEVEL else valid_seqs
+    def reduce(self, losses: Tensor, mask: Tensor, sample_mask: Tensor, counts: Counts) -> Tensor:
+        factor = counts[1] if self.loss_type == LossType.TOKEN_LEVEL else counts[0]
         return masked_mean(losses, mask, global_normalization_factor=factor)

@@ -34,11 +34,9 @@ class DAPOLossFn(ClippedPGLossFn):
     """
 
     def __init__(self, cfg: ClippedPGLossConfig, use_fused_linear_logprobs: bool = False):
+        if isinstance(cfg, ClippedPGLossConfig):
+            cfg = cfg.model_copy(update={"token_level_loss": True})
         super().__init__(cfg, use_fused_linear_logprobs)
-        if not cfg.token_level_loss:
-            super().__init__(
-                cfg.model_copy(update={"token_level_loss": True}), use_fused_linear_logprobs
-            )
 
 
 class EntropyPGLossFn(ClippedPGLossFn):
@@ -61,8 +59,8 @@ class EntropyPGLossFn(ClippedPGLossFn):
 
     The metric ``entropy_estimate`` is Ĥ, nats.
 
-    Source: Williams and Peng (1991), https://doi.org/10.1080/09540099108946587: the bonus. For
-    the gradient from samples see https://arxiv.org/abs/1704.06440.
+    Source: Mnih et al. (2016), https://arxiv.org/abs/1602.01783, Section 4, after Williams and
+    Peng (1991); for language models He et al. (2025), https://arxiv.org/abs/2505.22312.
 
     Raises:
         ValueError: if ``entropy_coefficient`` is negative or no number.
