@@ -182,10 +182,10 @@ from nemo_rl_ref.algorithms.utils import calculate_kl
 torch.manual_seed(1)
 vocabulary = 50
 policy_logits = torch.randn(vocabulary, dtype=torch.float64, requires_grad=True)
-log_ref = torch.log_softmax(torch.randn(vocabulary, dtype=torch.float64), dim=0)
+step = torch.randn(vocabulary, dtype=torch.float64)
 
 
-def exact(kind):
+def exact(kind, log_ref):
     """Mean, spread and mean gradient of an estimator over all tokens, each with its probability."""
     log_pi = torch.log_softmax(policy_logits, dim=0)
     pi = log_pi.exp()
@@ -199,19 +199,25 @@ def exact(kind):
     return mean.item(), spread.item(), torch.autograd.grad(mean, policy_logits)[0]
 
 
-log_pi = torch.log_softmax(policy_logits, dim=0)
-true_kl = (log_pi.exp() * (log_pi - log_ref)).sum()
-true_gradient = torch.autograd.grad(true_kl, policy_logits)[0]
-true_kl = true_kl.item()
-kl_rows = {kind: exact(kind) for kind in ("k1", "k2", "k3", "weighted k3")}
-table = ["| | mean | bias | standard deviation | gradient's error |", "| --- " * 5 + "|"]
-for kind, (mean, spread, gradient) in kl_rows.items():
-    gap = ((gradient - true_gradient).norm() / true_gradient.norm()).item()
-    table.append(f"| {kind} | {mean:.4f} | {mean - true_kl:+.4f} | {spread:.3f} | {gap:.0%} |")
-assert all(abs(kl_rows[k][0] - true_kl) < 1e-12 for k in ("k1", "k3", "weighted k3"))
-assert (kl_rows["weighted k3"][2] - true_gradient).norm() < 1e-12
-assert (kl_rows["k2"][2] - true_gradient).norm() < 1e-12 and kl_rows["k1"][2].norm() < 1e-12
-values(kl_true=f"{true_kl:.4f}")
+table = ["| reference | | mean | bias | standard deviation | gradient's error |", "| --- " * 6 + "|"]
+spreads = {}
+for place, share in (("near", 0.1), ("far", 1.0)):
+    log_ref = torch.log_softmax(policy_logits.detach().lerp(step, share), dim=0)
+    log_pi = torch.log_softmax(policy_logits, dim=0)
+    true_kl = (log_pi.exp() * (log_pi - log_ref)).sum()
+    (true_gradient,) = torch.autograd.grad(true_kl, policy_logits)
+    rows = {kind: exact(kind, log_ref) for kind in ("k1", "k2", "k3", "weighted k3")}
+    for kind, (mean, spread, gradient) in rows.items():
+        bias = round(mean - true_kl.item(), 4) + 0.0
+        gap = ((gradient - true_gradient).norm() / true_gradient.norm()).item()
+        table.append(f"| {place} | {kind} | {mean:.4f} | {bias:+.4f} | {spread:.4f} | {gap:.0%} |")
+        spreads[place, kind] = spread
+    assert all(abs(rows[k][0] - true_kl) < 1e-12 for k in ("k1", "k3", "weighted k3"))
+    assert all((rows[k][2] - true_gradient).norm() < 1e-12 for k in ("k2", "weighted k3"))
+    assert rows["k1"][2].norm() < 1e-12
+    values(**{f"kl_{place}": f"{true_kl.item():.4f}"})
+assert spreads["near", "k3"] < 0.2 * spreads["near", "k1"]
+assert spreads["far", "k3"] > spreads["far", "k1"]
 Markdown("\n".join(table))
 
 # %% [markdown]
@@ -244,9 +250,9 @@ preference_losses = {
     "APO-zero": build(pairwise.APOZeroLossFn),
     "APO-down": build(pairwise.APODownLossFn),
     "DiscoPOP": build(pairwise.DiscoPOPLossFn),
-    "f-DPO, forward KL": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="forward_kl"),
-    "f-DPO, JS": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="js_divergence"),
-    "f-DPO, α": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="alpha_divergence"),
+    "f-DPO (forward KL)": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="forward_kl"),
+    "f-DPO (JS)": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="js_divergence"),
+    "f-DPO (α)": build(f_divergence.FDivergenceDPOLossFn, f_divergence_type="alpha_divergence"),
     "RPO (sq)": build(reward_aware.RPOLossFn, preference_loss="rpo_sq"),
     "RPO (backward KL)": build(reward_aware.RPOLossFn, preference_loss="rpo_bwd_kl"),
     "RPO (forward KL)": build(reward_aware.RPOLossFn, preference_loss="rpo_fwd_kl"),
@@ -292,6 +298,14 @@ def pair_weights(loss_fn):
 weights_of = {name: pair_weights(loss_fn) for name, loss_fn in preference_losses.items()}
 assert all(weight.isfinite().all() for weight in weights_of.values())
 rows_needed = -(-len(weights_of) // 3)
+at_eight = {name: -weight[-1, 0].item() for name, weight in weights_of.items()}
+values(
+    weights_turn=", ".join(n for n, w in weights_of.items() if (-w[:, 0]).min() < -1e-3),
+    weights_stay=", ".join(n for n, w in at_eight.items() if w > 0.1),
+    weights_differ=", ".join(
+        n for n, w in weights_of.items() if (w[:, 0] + w[:, 1]).abs().max() > 1e-3
+    ),
+)
 panels(1)  # the common look
 plt.close("all")
 figure, grid = plt.subplots(rows_needed, 3, figsize=(4.8, 1.25 * rows_needed), sharex=True)
@@ -310,6 +324,14 @@ figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper cent
 # ## Which promises each loss keeps
 
 # %%
+#| label: promises
+from nemo_rl_ref.contract import PROMISES
+
+table = ["| promise | what it says |", "| --- | --- |"]
+table += [f"| {name} | {entry[0]} |" for name, entry in PROMISES.items()]
+Markdown("\n".join(table))
+
+# %%
 #| label: contract-table
 from nemo_rl_ref.algorithms.loss import (
     DistillationLossConfig,
@@ -319,7 +341,25 @@ from nemo_rl_ref.algorithms.loss import (
     MseValueLossFn,
     PreferenceLossFn,
 )
-from nemo_rl_ref.contract import PROMISES, check_losses
+from nemo_rl_ref.contract import check_losses
+from nemo_rl_ref.custom import policy_gradient, policy_gradient_extras
+
+
+def build_pg(loss_class, **settings):
+    """A policy-gradient loss with its defaults."""
+    return loss_class(ClippedPGLossConfig(**settings))
+
+
+policy_gradient_losses = {
+    "Dr. GRPO": build_pg(policy_gradient.DrGRPOLossFn, max_response_length=8),
+    "BNPO": build_pg(policy_gradient.BNPOLossFn),
+    "LUSPO": build_pg(policy_gradient.LUSPOLossFn),
+    "SAPO": build_pg(policy_gradient.SAPOLossFn),
+    "VESPO": build_pg(policy_gradient.VESPOLossFn),
+    "DAPO": build_pg(policy_gradient_extras.DAPOLossFn),
+    "entropy-regularised": build_pg(policy_gradient_extras.EntropyPGLossFn),
+    "MaxRL": build_pg(policy_gradient_extras.MaxRLLossFn),
+}
 
 reports = check_losses(
     {
@@ -330,8 +370,11 @@ reports = check_losses(
         "distillation": DistillationLossFn(DistillationLossConfig()),
         "draft": DraftCrossEntropyLossFn(),
         **preference_losses,
+        **policy_gradient_losses,
     }
 )
+kept = [name for name, report in reports.items() if report.ok]
+values(contract_losses=len(reports), contract_all=", ".join(kept))
 marks = {"ok": "✓", "failed": "✗", "not applicable": "–"}
 table = ["| loss | " + " | ".join(PROMISES) + " |", "| --- " * (len(PROMISES) + 1) + "|"]
 for name, report in reports.items():
@@ -400,8 +443,8 @@ class ThirdTry(SecondTry):
 
 
 third = check_loss(ThirdTry())
-print(third)
 assert not first.ok and not second.ok and third.ok
+third
 
 # %% [markdown]
 # ## Numerical rules

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_rl_ref.algorithms.loss import NLLLossFn
 from nemo_rl_ref.algorithms.loss.interfaces import LossInputType, LossType
-from nemo_rl_ref.contract import PROMISES, check_loss
+from nemo_rl_ref.contract import PROMISES, check_loss, check_losses
 from nemo_rl_ref.contract._pickling import FreshInterpreter
 
 ROOT = Path(__file__).parents[1]
@@ -101,9 +102,28 @@ def test_what_cannot_be_unpickled(monkeypatch):
 
 def test_the_other_interpreter_reports_its_end():
     with FreshInterpreter() as fresh:
-        status, text = fresh.ask(b"no pickle")
-    assert status == "error"
-    assert text.startswith("exit status 1: ")
+        answers = fresh.ask(b"no pickle", 2)
+    assert [status for status, _ in answers] == ["error", "error"]
+    assert answers[0][1].startswith("exit status 1: ")
+
+
+def test_many_losses_share_one_interpreter(monkeypatch):
+    """Each gets the report that it gets alone, under the name it was given."""
+    started = []
+    start = FreshInterpreter.__init__
+    monkeypatch.setattr(
+        FreshInterpreter, "__init__", lambda self: (started.append(1), start(self))[1]
+    )
+    locked = NLLLossFn()
+    locked.lock = threading.Lock()
+    losses = {"good": NLLLossFn(), "bad": locked, "also good": NLLLossFn()}
+    reports = check_losses(losses)
+    assert list(reports) == list(losses) and len(started) == 1
+    assert [report["pickling"].status for report in reports.values()] == ["ok", "failed", "ok"]
+    assert [report.loss for report in reports.values()] == list(losses)
+    assert [entry.name for entry in reports["good"].entries] == list(PROMISES)
+    with pytest.raises(TypeError, match="loss_fn is the class NLLLossFn, expected a loss"):
+        check_losses({"a class": NLLLossFn})
 
 
 def test_no_interpreter_is_left_behind():

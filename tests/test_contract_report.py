@@ -64,6 +64,12 @@ def test_table():
     assert "BROKEN: nan" in console.export_text()
 
 
+def test_the_text_is_there_in_a_notebook_too(monkeypatch):
+    """In a notebook rich would display the table instead of returning it."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "NLLLossFn" in str(check_loss(NLLLossFn(), only=["protocol"]))
+
+
 def test_only_printing_needs_rich():
     """So that a minimal installation can check its losses."""
     code = (

@@ -96,7 +96,7 @@ class Report:
         """Returns the table as plain text, 100 columns wide. Needs rich."""
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=100, color_system=None)
+        console = Console(file=io.StringIO(), width=100, color_system=None, force_jupyter=False)
         console.print(self)
         return console.file.getvalue().rstrip("\n")
 
