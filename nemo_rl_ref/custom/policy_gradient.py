@@ -11,7 +11,8 @@ For response i with tokens t = 1 … \|y_i\| and advantage A, of N responses in 
 
 Clipping (also dual), the correction for tokens that another engine sampled and the KL term are set
 by the flags of `ClippedPGLossConfig` and mean what they mean there. The KL estimate, times β, is
-added to the loss of a token, so that it is reduced as that is. The metrics are NeMo RL's.
+added to the loss of a token, so that it is reduced as that is. As in NeMo RL its gradient is that
+of KL(π_θ‖π_ref); TRL's is so only with ``use_bias_correction_kl``. The metrics are NeMo RL's.
 
 Masked tokens and rows, whatever they hold, add nothing. Log-ratios are clamped to ±20 nats, so
 that the loss and its gradient are finite; a token whose log-ratio is clamped has no gradient

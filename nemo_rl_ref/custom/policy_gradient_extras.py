@@ -44,7 +44,8 @@ class EntropyPGLossFn(ClippedPGLossFn):
 
     .. math:: L = L_{PG} - c \, \hat H, \quad
               \hat H = \underset{i,t}{\mathrm{mean}} \; -w_{i,t} \log π_θ(y_{i,t} \mid x, y_{i,<t}),
-              \quad w_{i,t} = \frac{π_θ(y_{i,t} \mid x, y_{i,<t})}{π_{gen}(y_{i,t} \mid x, y_{i,<t})}
+              \quad w_{i,t} =
+              \frac{π_θ(y_{i,t} \mid x, y_{i,<t})}{π_{gen}(y_{i,t} \mid x, y_{i,<t})}
 
     c is the config key ``entropy_coefficient``, 0.01 if not given; the mean is over tokens or over
     responses, as that of the loss.

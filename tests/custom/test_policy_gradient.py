@@ -543,6 +543,22 @@ def test_garbage_under_the_mask_changes_nothing(name, garbage):
     assert again[2] == metrics
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_padding_changes_nothing(name):
+    """Also with importance weights bounded away from 1, which masked tokens would have."""
+    logprobs, data = make_batch(15)
+    flags = EVERYTHING["tis"] | {"truncated_importance_sampling_ratio": 0.8}
+    loss_fn = ALL[name](config(reference_policy_kl_penalty=BETA, **flags))
+    loss, grad, _ = run(loss_fn, logprobs, data)
+    wide = {
+        key: value if key == "sample_mask" else torch.nn.functional.pad(value, (0, 3))
+        for key, value in data.items()
+    }
+    padded = run(loss_fn, torch.nn.functional.pad(logprobs, (0, 3)), wide)
+    torch.testing.assert_close(padded[0], loss)
+    torch.testing.assert_close(padded[1], torch.nn.functional.pad(grad, (0, 3)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MINE)
 def test_extremes_are_finite(name, dtype):
