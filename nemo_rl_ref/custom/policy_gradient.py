@@ -11,8 +11,8 @@ For response i with tokens t = 1 … \|y_i\| and advantage A, of N responses in 
 
 Clipping (also dual), the correction for tokens that another engine sampled and the KL term are set
 by the flags of `ClippedPGLossConfig` and mean what they mean there. The KL estimate, times β, is
-added to the loss of a token, so that it is reduced as that is. As in NeMo RL its gradient is that
-of KL(π_θ‖π_ref); TRL's is so only with ``use_bias_correction_kl``. The metrics are NeMo RL's.
+added to the loss of a token, so that it is reduced as that is. As in NeMo RL, the gradient of its
+k1 and k3 is that of KL(π_θ‖π_ref); TRL's k3 has it only with ``use_bias_correction_kl``.
 
 Masked tokens and rows, whatever they hold, add nothing. Log-ratios are clamped to ±20 nats, so
 that the loss and its gradient are finite; a token whose log-ratio is clamped has no gradient
@@ -169,7 +169,10 @@ class TokenPGLossFn(ClippedPGLossFn):
         global_valid_seqs: Tensor,
         global_valid_toks: Tensor,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Computes the loss of a micro-batch. Arguments and metrics: `ClippedPGLossFn`."""
+        """Computes the loss of a micro-batch. Arguments and metrics: `ClippedPGLossFn`.
+
+        All metrics but ``loss`` and ``kl_penalty`` come from a pass of that, without gradient.
+        """
         logprobs, data, mask = zero_where_masked(next_token_logprobs, data)
         sample_mask, counts = data["sample_mask"], (global_valid_seqs, global_valid_toks)
         _, metrics = super().__call__(logprobs.detach(), data, *counts)

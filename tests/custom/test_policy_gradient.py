@@ -543,6 +543,18 @@ def test_garbage_under_the_mask_changes_nothing(name, garbage):
     assert again[2] == metrics
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+@pytest.mark.parametrize("name", ALL)
+def test_dtype_of_the_masks(name, dtype):
+    logprobs, data = make_batch(16)
+    loss_fn = ALL[name](config(reference_policy_kl_penalty=BETA))
+    loss, grad, _ = run(loss_fn, logprobs, data)
+    data = {key: value.to(dtype) if "mask" in key else value for key, value in data.items()}
+    again = run(loss_fn, logprobs, data)
+    torch.testing.assert_close(again[0], loss)
+    torch.testing.assert_close(again[1], grad)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_padding_changes_nothing(name):
     """Also with importance weights bounded away from 1, which masked tokens would have."""
