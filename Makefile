@@ -50,8 +50,8 @@ notebooks: venv ## write each notebook as .ipynb, not executed, into _build/ipyn
 		echo "_build/ipynb/$${name%.py}.ipynb"; \
 	done
 
-bench: venv ## run the benchmarks, tests/benchmarks/*.py
-	@for script in tests/benchmarks/*.py; do \
+bench: venv ## run the benchmarks, tests/benchmarks/bench_*.py
+	@for script in tests/benchmarks/bench_*.py; do \
 		[ -f "$$script" ] || { echo "error: no script in tests/benchmarks" >&2; exit 1; }; \
 		echo "$$script"; $(PY) "$$script" || exit 1; \
 	done

@@ -361,24 +361,32 @@ policy_gradient_losses = {
     "MaxRL": build_pg(policy_gradient_extras.MaxRLLossFn),
 }
 
-reports = check_losses(
-    {
-        "NLL": NLLLossFn(),
-        "preference (reward model)": PreferenceLossFn(),
-        "clipped policy gradient": ClippedPGLossFn(ClippedPGLossConfig()),
-        "value": MseValueLossFn(MseValueLossConfig()),
-        "distillation": DistillationLossFn(DistillationLossConfig()),
-        "draft": DraftCrossEntropyLossFn(),
-        **preference_losses,
-        **policy_gradient_losses,
-    }
-)
+every_loss = {
+    "NLL": NLLLossFn(),
+    "preference (reward model)": PreferenceLossFn(),
+    "clipped policy gradient": ClippedPGLossFn(ClippedPGLossConfig()),
+    "value": MseValueLossFn(MseValueLossConfig()),
+    "distillation": DistillationLossFn(DistillationLossConfig()),
+    "draft": DraftCrossEntropyLossFn(),
+    **preference_losses,
+    **policy_gradient_losses,
+}
+reports = check_losses(every_loss)
 kept = [name for name, report in reports.items() if report.ok]
 values(contract_losses=len(reports), contract_all=", ".join(kept))
+
+
+def needs(loss_fn):
+    """What a loss reads that NeMo RL's trainer does not provide, and whether it couples a batch."""
+    needed = [f"`{key}`" for key in getattr(loss_fn, "needs_data", ())]
+    return ", ".join(needed + ["whole batch"] * bool(getattr(loss_fn, "needs_whole_batch", False)))
+
+
 marks = {"ok": "✓", "failed": "✗", "not applicable": "–"}
-table = ["| loss | " + " | ".join(PROMISES) + " |", "| --- " * (len(PROMISES) + 1) + "|"]
+table = ["| loss | " + " | ".join(PROMISES) + " | needs |", "| --- " * (len(PROMISES) + 2) + "|"]
 for name, report in reports.items():
-    table.append(f"| {name} | " + " | ".join(marks[e.status] for e in report.entries) + " |")
+    cells = [marks[entry.status] for entry in report.entries]
+    table.append(f"| {name} | " + " | ".join(cells) + f" | {needs(every_loss[name])} |")
 Markdown("\n".join(table))
 
 # %% [markdown]
@@ -481,4 +489,28 @@ values(
     golden_cases=sum(count for count, _ in by_symbol.values()),
     golden_worst=f"{max(worst for _, worst in by_symbol.values()):.1e}",
 )
+Markdown("\n".join(rows))
+
+# %% [markdown]
+# ## How far from TRL
+#
+# The comparison itself stands in the tests, which drive the loss methods of TRL's trainers.
+
+# %%
+#| label: trl-differences
+import sys
+from pathlib import Path
+
+import nemo_rl_ref
+
+checks = Path(nemo_rl_ref.__file__).parents[1] / "tests" / "custom"
+rows = ["| loss | largest relative difference to TRL |", "| --- | --- |"]
+if checks.exists():  # not where only the package is installed
+    sys.path.insert(0, str(checks))
+    from trl_differences import differences as differences_to_trl
+
+    to_trl = differences_to_trl()
+    rows += [f"| {name.replace('_', ' ')} | {worst:.1e} |" for name, worst in to_trl.items()]
+    assert max(to_trl.values()) < 1e-5
+    values(trl_losses=len(to_trl), trl_worst=f"{max(to_trl.values()):.1e}")
 Markdown("\n".join(rows))

@@ -18,18 +18,12 @@ TRL, precomputed  the same with precompute_ref_log_probs=True
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import logging
 import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -42,6 +36,8 @@ import transformers  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
+
+from _record import device_name, write_result  # noqa: E402
 
 from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn  # noqa: E402
@@ -163,18 +159,6 @@ class Trl:
         return steps_of(clock.ticks)
 
 
-def device_name():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.split(":")[1].strip()
-        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor() or platform.machine()}"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
@@ -221,37 +205,14 @@ def main():
         print(f"{name:40}{ratio:6.2f}")
 
     if arguments.write:
-        write_result(seconds, ratios)
-
-
-def write_result(seconds, ratios):
-    """Put the numbers under this script's name into results/<device>.json."""
-    device = device_name()
-    words = re.findall(r"[a-z0-9]+", device.lower().replace("(r)", ""))
-    slug = "-".join(words) if torch.cuda.is_available() else f"{'-'.join(words)}-{os.cpu_count()}-cores"
-    path = Path(__file__).parent / "results" / f"{slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results["dpo_step"] = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
-        },
-        "pairs_per_step": PAIRS,
-        "seconds_per_step": {name: round(value, 6) for name, value in seconds.items()},
-        "ratios": {name: round(value, 3) for name, value in ratios.items()},
-    }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(results, indent=2) + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    print(path.relative_to(ROOT))
+        write_result(
+            "dpo_step",
+            {
+                "pairs_per_step": PAIRS,
+                "seconds_per_step": {name: round(value, 6) for name, value in seconds.items()},
+                "ratios": {name: round(value, 3) for name, value in ratios.items()},
+            },
+        )
 
 
 if __name__ == "__main__":

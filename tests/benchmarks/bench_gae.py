@@ -20,14 +20,8 @@ ours. The script fails if ours differs by more than 1e-5 or is less than 10 time
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -35,6 +29,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+
+from _record import device_name, write_result  # noqa: E402
 
 from nemo_rl_ref.algorithms import _gae  # noqa: E402
 from nemo_rl_ref.algorithms.advantage_estimator import GeneralizedAdvantageEstimator  # noqa: E402
@@ -117,16 +113,6 @@ def measure(config, batch, rounds):
     return medians, {name: largest_difference(results[name], exact) for name in contenders}
 
 
-def device_name():
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.split(":")[1].strip()
-        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor() or platform.machine()}"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10, help="turns of each contender")
@@ -158,35 +144,9 @@ def main():
         if ratio < SPEED_UP:
             failed.append(f"{name}: {ratio:.1f} times the loop, expected at least {SPEED_UP}")
     if arguments.write:
-        write_result(found)
+        write_result("gae", {"batch": BATCH, "length": LENGTH, "settings": found})
     if failed:
         sys.exit("\n".join(failed))
-
-
-def write_result(found):
-    """Put the numbers under this script's name into results/<device>.json."""
-    device = device_name()
-    slug = "".join(c if c.isalnum() else "-" for c in device.lower())
-    path = Path(__file__).parent / "results" / f"{slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results["gae"] = {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "batch": BATCH,
-        "length": LENGTH,
-        "settings": found,
-    }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(results, indent=2) + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-    print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
