@@ -383,10 +383,10 @@ def needs(loss_fn):
 
 
 marks = {"ok": "✓", "failed": "✗", "not applicable": "–"}
-table = ["| loss | " + " | ".join(PROMISES) + " | needs |", "| --- " * (len(PROMISES) + 2) + "|"]
+table = ["| loss | needs | " + " | ".join(PROMISES) + " |", "| --- " * (len(PROMISES) + 2) + "|"]
 for name, report in reports.items():
     cells = [marks[entry.status] for entry in report.entries]
-    table.append(f"| {name} | " + " | ".join(cells) + f" | {needs(every_loss[name])} |")
+    table.append(f"| {name} | {needs(every_loss[name])} | " + " | ".join(cells) + " |")
 Markdown("\n".join(table))
 
 # %% [markdown]
