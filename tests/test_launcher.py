@@ -214,3 +214,15 @@ def test_command_lines_name_real_keys_and_do_not_resume_another_run(command, ove
     assert folder and folder != known["checkpointing.checkpoint_dir"], command
     if "for " in listing:
         assert "$" in folder, "every run of the loop needs a folder of its own"
+
+
+def test_the_reference_table_names_real_keys_and_scripts():
+    page = (ROOT / "docs/core-design/design-principles/loss-functions.md").read_text()
+    section = page.split("### In NeMo RL, mirrored")[1].split("###")[0]
+    rows = [line.split(" | ") for line in section.splitlines() if line.startswith("| ")][2:]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row[2])]
+    manifest = load_manifest()
+    known = {key for config in manifest["configs"].values() for key in config}
+    known |= set(manifest["scripts"])
+    assert len(rows) == 13 and len(named) >= 12
+    assert not [name for name in named if name not in known]
