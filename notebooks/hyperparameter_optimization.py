@@ -22,6 +22,7 @@
 
 # %%
 #| label: noise-runs
+import itertools
 import statistics
 
 import torch
@@ -53,8 +54,11 @@ held_out = add_reference_logprobs(
 )
 orders = [
     add_reference_logprobs(
-        reference, preference_batches(train_pairs, tokenizer, batch_size=PAIRS, seed=seed)
-    )[:STEPS]
+        reference,
+        itertools.islice(
+            preference_batches(train_pairs, tokenizer, batch_size=PAIRS, seed=seed), STEPS
+        ),
+    )
     for seed in range(SEEDS)
 ]
 
