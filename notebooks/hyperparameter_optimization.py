@@ -35,7 +35,7 @@ from nemo_rl_ref.display import values
 from nemo_rl_ref.preferences import load_preferences, preference_batches
 from nemo_rl_ref.training import add_reference_logprobs, evaluate, train
 
-STEPS, PAIRS, SEEDS = 24, 32, 6
+STEPS, PAIRS, SEEDS = 16, 32, 6
 LEARNING_RATES = (1e-4, 1.3e-4, 3e-4)
 
 accelerator = Accelerator()

@@ -273,7 +273,7 @@ preference_losses = {
 #|   grows. IPO's falls on a straight line and turns negative. Hinge's is constant and then zero.
 import matplotlib.pyplot as plt
 
-margins = torch.linspace(-8, 8, 81)
+margins = torch.linspace(-8, 8, 49)
 
 
 def pair_weights(loss_fn):
