@@ -24,6 +24,7 @@ from nemo_rl_ref.custom.policy_gradient import (
     VESPOLossFn,
 )
 from nemo_rl_ref.custom.policy_gradient_extras import DAPOLossFn, EntropyPGLossFn, MaxRLLossFn
+from preference_checks import counts, run
 
 ROWS, LENGTH, LONGEST, BETA = 6, 8, 11, 0.05
 POLICIES = ("prev_logprobs", "generation_logprobs", "reference_policy_logprobs")
@@ -52,21 +53,6 @@ def make_batch(seed=0, rows=ROWS, length=LENGTH, spread=0.5, dtype=torch.float64
     return logprobs.to(dtype), {
         key: value if "mask" in key else value.to(dtype) for key, value in data.items()
     }
-
-
-def counts(data):
-    sample_mask = data["sample_mask"].double()
-    tokens = data["token_mask"][:, 1:].double() * sample_mask[:, None]
-    return {"global_valid_seqs": sample_mask.sum(), "global_valid_toks": tokens.sum()}
-
-
-def run(loss_fn, logprobs, data, **overrides):
-    """Loss, gradient and metrics."""
-    logprobs = logprobs.detach().clone().requires_grad_()
-    loss, metrics = loss_fn(logprobs, data, **{**counts(data), **overrides})
-    assert loss.shape == ()
-    loss.backward()
-    return loss.detach(), logprobs.grad, metrics
 
 
 def assert_close(result, expected, expected_grad, rel=1e-5):

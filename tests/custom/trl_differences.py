@@ -2,7 +2,7 @@
 """How far each loss is from TRL's own code: the same calls as the tests make, as numbers."""
 
 import torch
-from preference_checks import config
+from preference_checks import config, run
 from test_against_trl import FROM_LOGITS, PAIRS, SAME, logits_and_labels, make_pairs
 
 from nemo_rl_ref.logprobs import token_logprobs
@@ -18,10 +18,8 @@ def relative(loss, grad, expected, expected_grad):
 def from_logprobs(loss_class, settings, theirs, seed):
     """Of a loss that TRL computes from log-probabilities."""
     policy, data = make_pairs(seed)
+    loss, grad, _ = run(loss_class(config(**settings)), policy, data)
     policy = policy.detach().clone().requires_grad_()
-    counts = torch.tensor(float(len(policy)), dtype=policy.dtype), data["token_mask"][:, 1:].sum()
-    loss, _ = loss_class(config(**settings))(policy, data, *counts)
-    (grad,) = torch.autograd.grad(loss, policy)
     expected = theirs(policy, data)
     return relative(loss, grad, expected, torch.autograd.grad(expected, policy)[0])
 
