@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -36,7 +37,8 @@ from typing import Any
 
 from notebook_cells import cell_starts, split_options
 
-PACKAGE = "nemo_rl_ref"
+# What notebooks read: the package, the comparisons with TRL, the recorded benchmarks.
+STOOD_ON = ("nemo_rl_ref", "tests/custom", "tests/benchmarks/results")
 PINS = "requirements.txt"
 KEPT = 3  # executed copies of one notebook that stay in the store
 CELL_TIMEOUT = 900  # seconds
@@ -83,10 +85,11 @@ def find_notebooks(root: Path) -> list[Notebook]:
 # ---- the key ------------------------------------------------------------------------------
 
 
-def package_files(root: Path) -> list[Path]:
-    """List the files of the package, its data included, and nothing that Python leaves there."""
+def files_stood_on(root: Path) -> list[Path]:
+    """List the files that notebooks read, data included, and nothing that Python leaves there."""
     found = []
-    for folder, subfolders, files in os.walk(root / PACKAGE):
+    walks = (os.walk(root / top) for top in STOOD_ON)
+    for folder, subfolders, files in itertools.chain.from_iterable(walks):
         subfolders[:] = [n for n in subfolders if n != "__pycache__" and not n.startswith(".")]
         found += [
             Path(folder) / n for n in files if not n.startswith(".") and not n.endswith(".pyc")
@@ -124,7 +127,7 @@ def environment_key(root: Path) -> str:
         state.update(content)
 
     add("executor", Path(__file__).read_bytes())
-    for path in package_files(root):
+    for path in files_stood_on(root):
         add(path.relative_to(root).as_posix(), path.read_bytes())
     pins = root / PINS
     if pins.is_file():

@@ -119,6 +119,17 @@ def test_key_changes_with_python_pins_and_device(project, monkeypatch):
         assert environment_key(project.top) != one
 
 
+@pytest.mark.parametrize("file", ["tests/custom/trl.py", "tests/benchmarks/results/cpu.json"])
+def test_key_changes_with_what_notebooks_read_outside_the_package(project, file):
+    before = environment_key(project.top)
+    project.write("tests/test_other.py", "1")
+    assert environment_key(project.top) == before  # no notebook reads this
+    project.write(file, "1")
+    one = environment_key(project.top)
+    project.write(file, "2")
+    assert len({before, one, environment_key(project.top)}) == 3
+
+
 def test_hidden_devices_are_no_devices(monkeypatch):
     monkeypatch.setattr(execution.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
