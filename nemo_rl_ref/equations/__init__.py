@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one source of every displayed equation.
+
+An :class:`Equation` holds a SymPy right-hand side, the meaning of its symbols, the paper that it
+comes from, the function that implements it, and the check: both are evaluated in float64 on at
+least 1,000 random inputs, extremes among them. A page shows one with the directive
+``{equation} label``. `python -m nemo_rl_ref.equations` checks them all.
+"""
+
+from nemo_rl_ref.equations._equation import (
+    SAMPLES,
+    TOLERANCE,
+    Equation,
+    EquationError,
+    Inputs,
+    Result,
+    check,
+    difference,
+    draw_inputs,
+    each,
+    verify,
+)
+from nemo_rl_ref.equations._evaluate import evaluate
+from nemo_rl_ref.equations._latex import to_latex
+
+__all__ = [
+    "SAMPLES",
+    "TOLERANCE",
+    "Equation",
+    "EquationError",
+    "Inputs",
+    "Result",
+    "all_equations",
+    "check",
+    "difference",
+    "draw_inputs",
+    "each",
+    "evaluate",
+    "to_latex",
+    "verify",
+]
+
+
+def all_equations() -> dict[str, Equation]:
+    """Return every equation by its label, module by module.
+
+    Raises:
+        ValueError: two equations have the same label.
+    """
+    from nemo_rl_ref.equations import preferences
+
+    found: dict[str, Equation] = {}
+    for module in (preferences,):
+        for equation in module.EQUATIONS:
+            if equation.label in found:
+                raise ValueError(f"label {equation.label!r} is given to two equations")
+            found[equation.label] = equation
+    return found
