@@ -21,13 +21,13 @@ extensions = [
     "notebook_pages",
     "embed",
     "stored_values",
+    "equations",
     # others
     "myst_nb",
     "sphinx_copybutton",
     "sphinx_design",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinxcontrib.bibtex",
     "module_sources",
     "package_first",
     "sphinxcontrib.bibtex",
@@ -62,9 +62,6 @@ myst_enable_extensions = [
     "tasklist",
 ]
 myst_heading_anchors = 4
-bibtex_bibfiles = ["docs/references.bib"]
-bibtex_default_style = "plain"
-bibtex_reference_style = "author_year"
 myst_dmath_double_inline = True
 
 add_module_names = False

@@ -51,18 +51,28 @@ class Executed:
         contents: the same as JSON data.
         labels: the cells of each label; more than one is an error.
         values: the stored values of each name; more than one is an error.
+        equations: what the checks of the equations found (`equations.py`).
     """
 
     copies: dict[str, Path] = field(default_factory=dict)
     contents: dict[str, dict[str, Any]] = field(default_factory=dict)
     labels: dict[str, list[LabelledCell]] = field(default_factory=dict)
     values: dict[str, list[StoredValue]] = field(default_factory=dict)
+    equations: dict[str, dict[str, Any]] = field(
+        default_factory=lambda: {"checked": {}, "unchecked": {}}
+    )
+
+    def implemented_by(self, name: str) -> list[tuple[str, str]]:
+        """List the equations, label and title, that a function or class implements."""
+        checked = self.equations["checked"].items()
+        return [(label, e["title"]) for label, e in checked if name in e["implementations"]]
 
     def fingerprint(self, kind: str, name: str) -> str:
         """Say in short what a page that uses this name gets; '' where there is nothing.
 
         Args:
-            kind: 'page' (a notebook as a page), 'cell' (a label) or 'value'.
+            kind: 'page' (a notebook as a page), 'cell' (a label), 'value', 'equation' (a label),
+                'equations' (all of them) or 'implementation' (a dotted name).
             name: the notebook's name, the label, or the value's name.
         """
         match kind:
@@ -72,7 +82,13 @@ class Executed:
                 return digest([[c.notebook, c.cell] for c in self.labels.get(name, [])])
             case "value":
                 return digest([[v.notebook, v.text, v.label] for v in self.values.get(name, [])])
-        raise ValueError(f"kind must be 'page', 'cell' or 'value', got {kind!r}")
+            case "equation":
+                return digest(self.equations["checked"].get(name))
+            case "equations":
+                return digest(self.equations)
+            case "implementation":
+                return digest(self.implemented_by(name))
+        raise ValueError(f"kind {kind!r} is not known")
 
 
 def collect(copies: dict[str, Path]) -> Executed:

@@ -7,6 +7,8 @@ least 1,000 random inputs, extremes among them. A page shows one with the direct
 ``{equation} label``. `python -m nemo_rl_ref.equations` checks them all.
 """
 
+from types import ModuleType
+
 from nemo_rl_ref.equations._equation import (
     SAMPLES,
     TOLERANCE,
@@ -36,9 +38,17 @@ __all__ = [
     "draw_inputs",
     "each",
     "evaluate",
+    "not_checked",
     "to_latex",
     "verify",
 ]
+
+
+def _modules() -> tuple[ModuleType, ...]:
+    """The modules that hold equations, in the order of the page."""
+    from nemo_rl_ref.equations import preferences
+
+    return (preferences,)
 
 
 def all_equations() -> dict[str, Equation]:
@@ -47,12 +57,18 @@ def all_equations() -> dict[str, Equation]:
     Raises:
         ValueError: two equations have the same label.
     """
-    from nemo_rl_ref.equations import preferences
-
     found: dict[str, Equation] = {}
-    for module in (preferences,):
+    for module in _modules():
         for equation in module.EQUATIONS:
             if equation.label in found:
                 raise ValueError(f"label {equation.label!r} is given to two equations")
             found[equation.label] = equation
+    return found
+
+
+def not_checked() -> dict[str, str]:
+    """Return why a displayed equation is not checked, by its label on the page."""
+    found: dict[str, str] = {}
+    for module in _modules():
+        found |= getattr(module, "UNCHECKED", {})
     return found

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directive `{equation}`: an equation that was checked, with what the check found.
+
+    ```{equation} dpo-loss
+    ```
+
+prints the equation `dpo-loss` of `nemo_rl_ref.equations`, numbered, for `{eq}`eq-dpo-loss``; below
+it what it was checked against, the largest difference, its paper and its symbols. With `:repeat:`
+it is shown again, without a number and with a link to the numbered one. The API entries of what
+implements an equation link back to it.
+
+`{equation-table}` lists all equations and how each was checked, `{notation-table}` all symbols.
+
+The equations are checked in a process of their own, beside the notebooks, before any page is
+read. The result is kept under `_build/equations` until something that it stands on changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
+from embed import nearest
+from execution import environment_key, write_atomically
+from notebook_cells import digest
+from notebook_pages import executed, note_use
+from sphinx.application import Sphinx
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.typing import ExtensionMetadata
+
+logger = logging.getLogger(__name__)
+
+KEPT = 3  # results that stay in the store
+PREFIX = "eq-"  # of the label for `{eq}`, which prints the number
+TITLE_PREFIX = "equation-"  # of the label for `{ref}`, which prints the title
+UNCHECKED_PAGES = ("reference/api/",)  # formulas in docstrings are not displayed equations
+
+
+# ---- the checks -------------------------------------------------------------------------------
+
+
+def start_checks(app: Sphinx) -> None:
+    """Begin to check the equations, unless the result is there."""
+    root = Path(app.srcdir)
+    app.equation_checks = None
+    if not (root / "nemo_rl_ref" / "equations").is_dir():
+        return
+    key = digest([environment_key(root), Path(__file__).read_text(encoding="utf-8")])
+    app.equation_results = Path(app.outdir).parent / "equations" / f"{key}.json"
+    if not app.equation_results.is_file():
+        logger.info("checking the equations ...")
+        app.equation_checks = subprocess.Popen(
+            [sys.executable, "-m", "nemo_rl_ref.equations", "--json"],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+def finish_checks(app: Sphinx) -> None:
+    """Wait for the checks and put the result where the directives find it.
+
+    An equation that failed ends the build, with a message that names it.
+    """
+    app.executed_notebooks.equations = {"checked": {}, "unchecked": {}}
+    if getattr(app, "equation_results", None) is None:
+        return
+    if app.equation_checks is not None:
+        output, errors = app.equation_checks.communicate()
+        if app.equation_checks.returncode != 0:
+            raise SystemExit(f"\nEquation error: {errors.strip()}")
+        write_atomically(app.equation_results, output.encode())
+        for old in sorted(app.equation_results.parent.glob("*.json"), key=os.path.getmtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    text = app.equation_results.read_text(encoding="utf-8")
+    app.executed_notebooks.equations = json.loads(text)
+
+
+# ---- the directives ---------------------------------------------------------------------------
+
+
+class EquationDirective(SphinxDirective):
+    """What the three directives share."""
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """All equations, as the checks described them."""
+        return executed(self.env).equations
+
+    def parsed(self, *lines: str) -> list[nodes.Node]:
+        """Parse Markdown as if it stood on the page here."""
+        place = nodes.container()
+        place.document = self.state.document
+        source, line = self.get_source_info()
+        self.state.nested_parse(StringList(list(lines), source=source), self.content_offset, place)
+        return place.children
+
+    def table(self, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[nodes.Node]:
+        """Make a table of Markdown cells."""
+        lines = [row_text(head), row_text(tuple("---" for _ in head))]
+        return self.parsed(*lines, *map(row_text, rows))
+
+
+def row_text(cells: tuple[str, ...]) -> str:
+    """Write a row of a Markdown table; a bar inside a formula would end its cell."""
+    return "| " + " | ".join(cell.replace("|", r"\vert ") for cell in cells) + " |"
+
+
+def difference_text(entry: dict[str, Any]) -> str:
+    """Say how large the largest difference is."""
+    return f"{entry['difference']:.0e}" if entry["difference"] > 0 else "0"
+
+
+def implementation_text(entry: dict[str, Any]) -> str:
+    """Link to what implements an equation."""
+    return ", ".join(f"{{py:obj}}`~{name}`" for name in entry["implementations"])
+
+
+def source_text(entry: dict[str, Any]) -> str:
+    """Cite the paper that an equation comes from."""
+    if not entry["source"]:
+        return ""
+    at = f", {entry['at']}" if entry["at"] else ""
+    return f"{{cite:t}}`{entry['source']}`{at}"
+
+
+class ShowEquation(EquationDirective):
+    """Print an equation and what its check found."""
+
+    required_arguments = 1
+    option_spec: ClassVar[dict[str, Any]] = {"repeat": directives.flag}
+
+    def run(self) -> list[nodes.Node]:
+        """Find the equation and print it."""
+        name = self.arguments[0].strip()
+        note_use(self.env, "equation", name)
+        entry = self.found["checked"].get(name)
+        if entry is None:
+            known = list(self.found["checked"])
+            message = f"no equation is labelled {name!r}; {nearest(name, known)}"
+            logger.warning(message, location=self.get_location(), type="equation")
+            return []
+        shown = nodes.math_block(
+            entry["latex"],
+            entry["latex"],
+            nowrap=False,
+            number=None,
+            docname=self.env.docname,
+            label=None,
+            checked=True,
+        )
+        shown["no-wrap"] = False
+        self.set_source_info(shown)
+        if "repeat" in self.options:
+            link = self.parsed(f"Checked, with its symbols, as {{eq}}`{PREFIX}{name}`.")
+            return [shown, nodes.container("", *link, classes=["equation-note"])]
+        target = self.number(shown, name, entry["title"])
+        return [target, shown, self.note(entry)]
+
+    def number(self, shown: nodes.math_block, name: str, title: str) -> nodes.target:
+        """Give the equation its number and make it a target of `{eq}` and of `{ref}`."""
+        label = PREFIX + name
+        domain = self.env.domains.math_domain
+        domain.note_equation(self.env.docname, label, location=shown)
+        shown["label"] = label
+        shown["number"] = domain.get_equation_number_for(label)
+        target = nodes.target("", "", ids=[make_id_of(label)])
+        self.state.document.note_explicit_target(target)
+        standard = self.env.domains.standard_domain
+        standard.labels[TITLE_PREFIX + name] = (self.env.docname, make_id_of(label), title)
+        standard.anonlabels[TITLE_PREFIX + name] = (self.env.docname, make_id_of(label))
+        return target
+
+    def note(self, entry: dict[str, Any]) -> nodes.container:
+        """Say below the equation how it was checked, where it is from, what its symbols mean."""
+        sentences = [
+            f"Checked against {implementation_text(entry)}: {entry['inputs']:,} random inputs, "
+            f"largest difference {difference_text(entry)}.",
+            entry["note"],
+            f"Source: {source_text(entry)}." if entry["source"] else "",
+        ]
+        rows = [(f"${symbol['latex']}$", symbol["meaning"]) for symbol in entry["symbols"]]
+        return nodes.container(
+            "",
+            *self.parsed(" ".join(filter(None, sentences))),
+            nodes.raw("", "<details><summary>Symbols</summary>", format="html"),
+            *self.table(("symbol", "meaning"), rows),
+            nodes.raw("", "</details>", format="html"),
+            classes=["equation-note"],
+        )
+
+
+def make_id_of(label: str) -> str:
+    """Return the HTML id that Sphinx's `{eq}` links to."""
+    return nodes.make_id(f"equation-{label}")
+
+
+class EquationTable(EquationDirective):
+    """List all equations and how each was checked."""
+
+    def run(self) -> list[nodes.Node]:
+        """Make both tables."""
+        note_use(self.env, "equations", "")
+        checked, unchecked = self.found["checked"], self.found["unchecked"]
+        rows = [
+            (
+                f"{{eq}}`{PREFIX}{name}`",
+                f"{{ref}}`{TITLE_PREFIX}{name}`",
+                implementation_text(entry),
+                f"{entry['inputs']:,}",
+                difference_text(entry),
+                source_text(entry),
+            )
+            for name, entry in checked.items()
+        ]
+        head = ("", "equation", "checked against", "inputs", "largest difference", "source")
+        content = self.parsed(f"{len(checked)} displayed equations are checked.")
+        content += self.table(head, rows)
+        if unchecked:
+            content += self.parsed(f"{len(unchecked)} are not, because there is nothing to compute:")
+            rows = [(f"{{eq}}`{label}`", why) for label, why in unchecked.items()]
+            content += self.table(("", "why"), rows)
+        return content
+
+
+class NotationTable(EquationDirective):
+    """List all symbols that equations use."""
+
+    def run(self) -> list[nodes.Node]:
+        """Make the table."""
+        note_use(self.env, "equations", "")
+        symbols = {
+            (symbol["latex"], symbol["meaning"]): None
+            for entry in self.found["checked"].values()
+            for symbol in entry["symbols"]
+        }
+        return self.table(("symbol", "meaning"), [(f"${latex}$", what) for latex, what in symbols])
+
+
+# ---- links back, and equations that nobody checks ---------------------------------------------
+
+
+def link_back(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
+) -> None:
+    """Append to an API entry the equations that it implements."""
+    note_use(app.env, "implementation", name)
+    entries = executed(app.env).implemented_by(name)
+    if entries:
+        links = ", ".join(f":ref:`{title} <{TITLE_PREFIX}{label}>`" for label, title in entries)
+        lines += ["", f"Checked equations: {links}.", ""]
+
+
+def refuse_unchecked(app: Sphinx, doctree: nodes.document) -> None:
+    """Warn of a displayed equation that is neither checked nor listed with a reason."""
+    docname = app.env.docname
+    if docname.startswith(UNCHECKED_PAGES):
+        return
+    reasons = executed(app.env).equations["unchecked"]
+    for shown in doctree.findall(nodes.math_block):
+        if shown.get("checked") or shown.get("label") in reasons:
+            continue
+        note_use(app.env, "equations", "")
+        label = shown.get("label")
+        named = f"the equation {label!r}" if label else "a displayed equation without a label"
+        message = (
+            f"{named} is not checked; make it an Equation and show it with {{equation}}, or give "
+            "its label an entry in UNCHECKED that says why it cannot be checked"
+        )
+        logger.warning(message, location=shown, type="equation", subtype="unchecked")
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Register the extension."""
+    app.setup_extension("notebook_pages")
+    app.setup_extension("sphinx.ext.autodoc")
+    app.connect("builder-inited", start_checks, priority=850)
+    app.connect("builder-inited", finish_checks, priority=950)
+    app.connect("autodoc-process-docstring", link_back, priority=400)
+    app.connect("doctree-read", refuse_unchecked)
+    app.add_directive("equation", ShowEquation)
+    app.add_directive("equation-table", EquationTable)
+    app.add_directive("notation-table", NotationTable)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
