@@ -22,6 +22,7 @@ extensions = [
     "embed",
     "stored_values",
     "equations",
+    "glossary_links",
     # others
     "myst_nb",
     "sphinx_copybutton",

@@ -113,7 +113,8 @@ class EquationDirective(SphinxDirective):
 
 def row_text(cells: tuple[str, ...]) -> str:
     """Write a row of a Markdown table; a bar inside a formula would end its cell."""
-    return "| " + " | ".join(cell.replace("|", r"\vert ") for cell in cells) + " |"
+    plain = (cell.replace(r"\|", r"\Vert ").replace("|", r"\vert ") for cell in cells)
+    return "| " + " | ".join(plain) + " |"
 
 
 def difference_text(entry: dict[str, Any]) -> str:
@@ -261,6 +262,15 @@ def link_back(
         lines += ["", f"Checked equations: {links}.", ""]
 
 
+def is_output(node: nodes.Element) -> bool:
+    """Say whether a formula was printed by a notebook's cell."""
+    while node.parent is not None:
+        node = node.parent
+        if "cell_output" in node.attributes.get("classes", []):
+            return True
+    return False
+
+
 def refuse_unchecked(app: Sphinx, doctree: nodes.document) -> None:
     """Warn of a displayed equation that is neither checked nor listed with a reason."""
     docname = app.env.docname
@@ -268,7 +278,7 @@ def refuse_unchecked(app: Sphinx, doctree: nodes.document) -> None:
         return
     reasons = executed(app.env).equations["unchecked"]
     for shown in doctree.findall(nodes.math_block):
-        if shown.get("checked") or shown.get("label") in reasons:
+        if shown.get("checked") or shown.get("label") in reasons or is_output(shown):
             continue
         note_use(app.env, "equations", "")
         label = shown.get("label")

@@ -31,6 +31,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from notebook_cells import cell_starts, split_options
 STOOD_ON = ("nemo_rl_ref", "tests/custom", "tests/benchmarks/results")
 PINS = "requirements.txt"
 KEPT = 3  # executed copies of one notebook that stay in the store
+AT_ONCE = 2  # notebooks that are executed at the same time
 CELL_TIMEOUT = 900  # seconds
 LONG_CELL = 2.0  # seconds
 EXPECTED = "raises-exception"
@@ -248,7 +250,8 @@ def kernel_environment(root: Path, scratch: Path) -> dict[str, str]:
     # How long a thread of GNU OpenMP waits for its siblings by spinning. Its own choice, 100 times
     # longer, makes a training step ten times slower on a busy machine. No spinning at all makes it
     # three times slower on a quiet one.
-    return {"GOMP_SPINCOUNT": "3000"} | os.environ | {
+    threads = max(1, (os.cpu_count() or 1) // AT_ONCE)
+    return {"GOMP_SPINCOUNT": "3000", "OMP_NUM_THREADS": str(threads)} | os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONHASHSEED": "0",
         "IPYTHONDIR": str(scratch / "ipython"),
@@ -469,7 +472,17 @@ def ensure_executed(root: Path, store: Path, log: Log = print) -> dict[str, Path
     root = root.resolve()
     notebooks = find_notebooks(root)
     environment = environment_key(root) if notebooks else ""
-    return {nb.name: executed_copy(nb, environment, store, log) for nb in notebooks}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        copies = {
+            nb.name: pool.submit(executed_copy, nb, environment, store, log) for nb in notebooks
+        }
+        wait(copies.values(), return_when=FIRST_EXCEPTION)
+        for copy in copies.values():
+            copy.cancel()  # after a failure: those that have not begun; the others come to an end
+        done = [copy for copy in copies.values() if copy.done() and not copy.cancelled()]
+        for copy in done:
+            copy.result()  # raises what a notebook raised
+        return {name: copy.result() for name, copy in copies.items()}
 
 
 def executed_copy(notebook: Notebook, environment: str, store: Path, log: Log) -> Path:

@@ -2,6 +2,7 @@
 """A small site of our own, built with the project's conf.py and extensions."""
 
 import base64
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bs4 import BeautifulSoup
 
@@ -77,11 +79,30 @@ class Site:
         )
         return Built(done.returncode, done.stdout + done.stderr, self)
 
+    def equations(
+        self, checked: dict[str, dict[str, Any]], unchecked: dict[str, str] | None = None
+    ) -> None:
+        """Set what the checks of the site's equations are to find."""
+        self.write("nemo_rl_ref/equations/__init__.py", "")
+        self.write("nemo_rl_ref/equations/__main__.py", EQUATIONS)
+        found = {"checked": checked, "unchecked": unchecked or {}}
+        self.write("nemo_rl_ref/equations/found.json", json.dumps(found))
+
     def executions(self) -> list[str]:
         """List the notebooks that ran, one entry for each time; they note it themselves."""
         file = self.top / "runs.txt"
         return file.read_text().split() if file.is_file() else []
 
+
+#: What `python -m nemo_rl_ref.equations --json` is in a small site: it prints a file beside it.
+EQUATIONS = """
+from pathlib import Path
+folder = Path(__file__).parent
+error = folder / "error.txt"
+if error.is_file():
+    raise SystemExit(error.read_text())
+print((folder / "found.json").read_text())
+"""
 
 NOTE_RUN = """
 import os
@@ -108,6 +129,7 @@ def make_site(top: Path) -> Site:
 
 def fill(site: Site) -> None:
     """Write pages and notebooks that use everything."""
+    site.equations({}, unchecked={"long": "it only has to be long"})
     site.notebook(
         "first",
         "# %% [markdown]\n# # First notebook\n#\n# See [losses](../docs/deep/down/losses.md).",

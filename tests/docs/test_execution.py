@@ -44,9 +44,9 @@ def ensure(project):
 
 def test_nothing_is_executed_twice(project, counted):
     first = ensure(project)
-    assert counted == ["one", "two"]
+    assert sorted(counted) == ["one", "two"]
     assert ensure(project) == first
-    assert counted == ["one", "two"]
+    assert sorted(counted) == ["one", "two"]
     assert first["one"].name == "one.ipynb"
 
 
@@ -66,14 +66,14 @@ def test_a_change_in_what_notebooks_stand_on_executes_all(project, counted, path
     with open(project.top / path, "ab") as file:
         file.write(b" ")
     ensure(project)
-    assert counted == ["one", "two", "one", "two"]
+    assert sorted(counted) == ["one", "one", "two", "two"]
 
 
 def test_a_change_in_one_notebook_executes_only_that_one(project, counted):
     ensure(project)
     project.notebook("two", "y = 3")
     ensure(project)
-    assert counted == ["one", "two", "two"]
+    assert sorted(counted) == ["one", "two", "two"]
 
 
 def test_a_file_that_moved_or_went_away_executes_all(project, counted):
@@ -91,7 +91,7 @@ def test_an_edit_that_is_undone_executes_nothing(project, counted):
     ensure(project)
     project.notebook("two", "y = 2")
     ensure(project)
-    assert counted == ["one", "two", "two"]
+    assert sorted(counted) == ["one", "two", "two"]
 
 
 def test_what_python_leaves_in_the_package_changes_nothing(project, counted):
@@ -99,7 +99,7 @@ def test_what_python_leaves_in_the_package_changes_nothing(project, counted):
     project.write("nemo_rl_ref/__pycache__/number.cpython-311.pyc", "x")
     project.write("nemo_rl_ref/.number.py.swp", "x")
     ensure(project)
-    assert counted == ["one", "two"]
+    assert sorted(counted) == ["one", "two"]
 
 
 def test_key_changes_with_python_pins_and_device(project, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_crash_leaves_no_copy_behind(project, monkeypatch):
         patch.setattr(os, "replace", crash)
         ensure(project)
     left = [path.name for path in (project.top / "_build").rglob("*") if path.is_file()]
-    assert left == [".lock"]
+    assert set(left) == {".lock"}
     assert ensure(project)["one"].read_bytes() == b"half a file"
 
 
@@ -260,6 +260,7 @@ def test_cells_find_the_package_and_show_no_path_of_this_machine(outputs):
 
 def test_a_kernel_ends_with_its_notebook(site):
     site.notebook("a", "import os\nopen('pid', 'w').write(str(os.getpid()))")
+    assert site.run(SCRIPT, "--root", ".").returncode == 0
     site.notebook(
         "b", '# %% tags=["raises-exception"]\nimport os\nos.kill(int(open("pid").read()), 0)'
     )

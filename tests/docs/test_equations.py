@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directive `{equation}`, the tables, the glossary's links."""
+
+import re
+
+import pytest
+
+LOSS = {
+    "title": "A loss",
+    "latex": r"L = -\log \sigma(m) \mid x",
+    "implementations": ["nemo_rl_ref.number.double"],
+    "source": "someone2020",
+    "at": "Eq. 7",
+    "note": "Of one pair.",
+    "symbols": [{"latex": r"m |x\|", "meaning": "a margin, in nats"}],
+    "inputs": 1200,
+    "difference": 3e-16,
+}
+BIBLIOGRAPHY = """
+@misc{someone2020, title = {A paper}, author = {Some One}, year = {2020}}
+"""
+
+
+@pytest.fixture
+def site(site):
+    site.equations({"loss": LOSS})
+    site.write("docs/references.bib", BIBLIOGRAPHY)
+    site.write(
+        "nemo_rl_ref/number.py",
+        '''
+        """A module."""
+        def double(x):
+            """Double a number."""
+            return 2 * x
+        ''',
+    )
+    site.write(
+        "docs/index.md",
+        """
+        # Home
+
+        ```{equation} loss
+        ```
+
+        As {eq}`eq-loss` and {ref}`equation-loss` say.
+
+        ```{toctree}
+        other
+        table
+        reference/glossary
+        ```
+
+        ```{bibliography}
+        ```
+        """,
+    )
+    site.write("docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n")
+    site.write(
+        "docs/table.md",
+        """
+        # Table
+
+        ```{equation-table}
+        ```
+
+        ```{notation-table}
+        ```
+
+        ```{eval-rst}
+        .. automodule:: nemo_rl_ref.number
+        ```
+        """,
+    )
+    site.write(
+        "docs/reference/glossary.md",
+        "# Glossary\n\n```{glossary}\nmargin\n  A margin.\n\nlog-ratio\n  A log-ratio.\n```\n",
+    )
+    return site
+
+
+def test_an_equation_is_numbered_and_says_how_it_was_checked(site):
+    result = site.build()
+    assert result.code == 0, result.text
+    page = result.page("index.html")
+    math = page.select_one("div.math")
+    assert math["id"] == "equation-eq-loss"
+    assert r"L = -\log \sigma(m) \mid x" in math.get_text()
+    assert page.select_one("span.eqno").get_text().startswith("(1)")
+    note = page.select_one(".equation-note").get_text()
+    assert "Checked against double: 1,200 random inputs, largest difference 3e-16." in note
+    assert "Of one pair. Source: One [2020], Eq. 7." in note
+    links = [a["href"] for a in page.select(".equation-note a")]
+    assert any("nemo_rl_ref.number.double" in link for link in links)
+    assert [td.get_text() for td in page.select(".equation-note td")] == [
+        r"\(m \vert x\Vert \)",
+        "a margin, in nats",
+    ]
+    text = page.select_one("article").get_text()
+    assert "As (1) and A loss say." in text
+
+
+def test_repeated_it_has_no_number_and_links_to_the_numbered_one(site):
+    page = site.build().page("other.html")
+    assert page.select("span.eqno") == []
+    note = page.select_one(".equation-note")
+    assert note.get_text().strip() == "Checked, with its symbols, as (1)."
+    assert note.a["href"] == "index.html#equation-eq-loss"
+
+
+def test_the_tables_list_equations_and_symbols_and_the_api_links_back(site):
+    page = site.build().page("table.html")
+    assert "1 displayed equations are checked." in page.get_text()
+    cells = [td.get_text() for td in page.find_all("table")[0].select("td")]
+    assert cells == ["(1)", "A loss", "double", "1,200", "3e-16", "One [2020], Eq. 7"]
+    back = page.select_one("dd").find("a", string="A loss")
+    assert back["href"] == "index.html#equation-eq-loss"
+
+
+def test_a_failed_check_ends_the_build_with_its_message(site):
+    site.write("nemo_rl_ref/equations/error.txt", "equation 'loss' is not what double computes")
+    result = site.build(builder="dummy")
+    assert result.code != 0
+    assert "Equation error: equation 'loss' is not what double computes" in result.text
+
+
+def test_a_new_result_rewrites_the_pages_that_show_it(site):
+    site.build()
+    site.equations({"loss": LOSS | {"difference": 5e-16}})
+    result = site.build()
+    assert "largest difference 5e-16" in result.page("index.html").get_text()
+    assert "5e-16" in result.page("table.html").get_text()
+    again = site.build()
+    assert "checking the equations" not in again.text
+    assert re.search(r"0 added, 0 changed, 0 removed", again.text)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("```{equation} lost\n```", "no equation is labelled 'lost'; did you mean 'loss'?"),
+        ("$$\na\n$$", "docs/other.md:3: WARNING: a displayed equation without a label"),
+        ("$$\na\n$$ (eq-own)", "the equation 'eq-own' is not checked"),
+        ("```{math}\na\n```", "a displayed equation without a label"),
+        ("```{equation} loss\n```", "duplicate label of equation eq-loss"),
+    ],
+)
+def test_what_nobody_checked_is_refused(site, content, message):
+    site.write("docs/other.md", f"# Other\n\n{content}\n")
+    result = site.build(builder="dummy")
+    assert result.code != 0
+    assert message in result.text
+
+
+def test_an_equation_that_no_page_shows_is_refused(site):
+    site.equations({"loss": LOSS, "other": LOSS | {"title": "Another"}})
+    result = site.build(builder="dummy")
+    assert result.code != 0
+    assert "eq-other" in result.text
+
+
+def test_a_reason_allows_an_unchecked_equation_and_is_shown(site):
+    site.equations({"loss": LOSS}, unchecked={"eq-own": "a name for a thing"})
+    site.write("docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n\n$$\na\n$$ (eq-own)\n")
+    result = site.build()
+    assert result.code == 0, result.text
+    assert "1 are not" in result.page("table.html").get_text()
+    assert "a name for a thing" in result.page("table.html").get_text()
+
+
+def test_a_formula_that_a_cell_prints_is_no_displayed_equation(site):
+    site.notebook("one", "#| label: f\nfrom IPython.display import Latex\nLatex('$$a$$')")
+    site.write("docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n\n```{embed} #f\n```\n")
+    result = site.build(builder="dummy")
+    assert "not checked" not in result.text
+
+
+def test_a_term_is_linked_where_a_page_uses_it_first(site):
+    site.write(
+        "docs/other.md",
+        """
+        # The margin
+
+        `margin`, [a margin](index.md), $margin$. Margins of log-ratios, and a margin again.
+
+        The log-ratio; marginal.
+        """,
+    )
+    page = site.build().page("other.html")
+    linked = [(a.get_text(), a["href"]) for a in page.select("article a.term")]
+    assert linked == [
+        ("Margins", "reference/glossary.html#term-margin"),
+        ("log-ratios", "reference/glossary.html#term-log-ratio"),
+    ]
