@@ -228,7 +228,9 @@ class EquationTable(EquationDirective):
         content = self.parsed(f"{len(checked)} displayed equations are checked.")
         content += self.table(head, rows)
         if unchecked:
-            content += self.parsed(f"{len(unchecked)} are not, because there is nothing to compute:")
+            content += self.parsed(
+                f"{len(unchecked)} are not, because there is nothing to compute:"
+            )
             rows = [(f"{{eq}}`{label}`", why) for label, why in unchecked.items()]
             content += self.table(("", "why"), rows)
         return content
@@ -251,9 +253,7 @@ class NotationTable(EquationDirective):
 # ---- links back, and equations that nobody checks ---------------------------------------------
 
 
-def link_back(
-    app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]
-) -> None:
+def link_back(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Append to an API entry the equations that it implements."""
     note_use(app.env, "implementation", name)
     entries = executed(app.env).implemented_by(name)

@@ -199,12 +199,9 @@ def _print_pow(e: sympy.Pow) -> tuple[str, int]:
         below = base if exponent == -1 else sympy.Pow(base, -exponent, evaluate=False)
         return rf"\frac{{1}}{{{to_latex(below)}}}", ATOM
     held = _held(base, ATOM)
-    if isinstance(base, sympy.Symbol | sympy.Indexed) and held[-1:] != "}" and "^" not in held:
-        return f"{held}^{{{to_latex(exponent)}}}", ATOM
-    simple = isinstance(base, sympy.Symbol | sympy.Indexed) and "^" not in held and "(" not in held
-    if simple or not isinstance(base, sympy.Symbol | sympy.Indexed):
-        return f"{held}^{{{to_latex(exponent)}}}", ATOM
-    return f"{_fence(held)}^{{{to_latex(exponent)}}}", ATOM
+    if "^" in held or (isinstance(base, sympy.Symbol) and " " in held):
+        held = _fence(held)
+    return f"{held}^{{{to_latex(exponent)}}}", ATOM
 
 
 def _print_exp(argument: sympy.Basic) -> str:
@@ -216,7 +213,7 @@ def _print_exp(argument: sympy.Basic) -> str:
 def _applied(name: str, argument: sympy.Basic, *, always: bool = False) -> tuple[str, int]:
     inner, strength = _print(argument)
     if always or strength < ATOM:
-        return f"{name}{_fence(inner)}" if name.endswith("a") else rf"{name}{_fence(inner)}", ATOM
+        return f"{name}{_fence(inner)}", ATOM
     return f"{name} {inner}", OPEN
 
 
