@@ -83,6 +83,20 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ |In \[\d*\]: | {2,5}\.\.\.: | {5,8}: 
 copybutton_prompt_is_regexp = True
 copybutton_line_continuation_character = "\\"
 
+# Equations are numbered (3.1), (3.2), … on these pages, docs/_ext/equations.py.
+THEORY = "advanced/algorithm-development/mathematical-foundations"
+equation_chapters = {
+    THEORY: "1",
+    f"{THEORY}/policy-gradient": "2",
+    f"{THEORY}/preferences": "3",
+    f"{THEORY}/ppo": "4",
+    f"{THEORY}/grpo": "5",
+    f"{THEORY}/kl-and-distillation": "6",
+    f"{THEORY}/scaling": "7",
+    "advanced/algorithm-development/custom-dpo": "8",
+    "core-design/design-principles/loss-functions": "9",
+}
+
 bibtex_bibfiles = ["docs/references.bib"]
 bibtex_reference_style = "author_year"
 bibtex_default_style = "plain"

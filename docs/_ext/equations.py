@@ -32,6 +32,7 @@ from execution import environment_key, write_atomically
 from notebook_cells import digest
 from notebook_pages import executed, note_use
 from sphinx.application import Sphinx
+from sphinx.domains.math import MathDomain
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
@@ -84,6 +85,23 @@ def finish_checks(app: Sphinx) -> None:
             old.unlink(missing_ok=True)
     text = app.equation_results.read_text(encoding="utf-8")
     app.executed_notebooks.equations = json.loads(text)
+
+
+# ---- numbers ----------------------------------------------------------------------------------
+
+
+class NumberedByChapter(MathDomain):
+    """Numbers equations (3.1), (3.2), … on the pages that conf.py gives a chapter.
+
+    A reference from another page then says which equation it means.
+    """
+
+    def note_equation(self, docname: str, labelid: str, location: Any = None) -> None:
+        """Give an equation its number."""
+        super().note_equation(docname, labelid, location)
+        chapter = self.env.config.equation_chapters.get(docname)
+        if chapter:
+            self.equations[labelid] = (docname, f"{chapter}.{self.equations[labelid][1]}")
 
 
 # ---- the directives ---------------------------------------------------------------------------
@@ -298,6 +316,8 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("builder-inited", finish_checks, priority=950)
     app.connect("autodoc-process-docstring", link_back, priority=400)
     app.connect("doctree-read", refuse_unchecked)
+    app.add_config_value("equation_chapters", {}, "env", types=(dict,))
+    app.add_domain(NumberedByChapter, override=True)
     app.add_directive("equation", ShowEquation)
     app.add_directive("equation-table", EquationTable)
     app.add_directive("notation-table", NotationTable)

@@ -191,3 +191,13 @@ def test_a_term_is_linked_where_a_page_uses_it_first(site):
         ("Margins", "reference/glossary.html#term-margin"),
         ("log-ratios", "reference/glossary.html#term-log-ratio"),
     ]
+
+
+def test_a_page_with_a_chapter_numbers_its_equations_by_it(site):
+    conf = site.top / "conf.py"
+    conf.write_text(conf.read_text() + '\nequation_chapters = {"index": "3"}\n')
+    result = site.build()
+    page = result.page("index.html")
+    assert page.select_one("span.eqno").get_text().startswith("(3.1)")
+    assert "As (3.1) and A loss say." in page.get_text()
+    assert "as (3.1)" in result.page("other.html").get_text()
