@@ -314,6 +314,7 @@ def printed():
         (r[i] - average, r"r_{i} - \frac{1}{G} \sum_{i=1}^{G} r_{i}"),
         (average * m, r"\left( \frac{1}{G} \sum_{i=1}^{G} r_{i} \right) m"),
         (sympy.Sum(r[i], (i, 1, G)), r"\sum_{i=1}^{G} r_{i}"),
+        (sympy.Sum(r[i], (i, 1, G)) ** 2, r"\left( \sum_{i=1}^{G} r_{i} \right)^{2}"),
         (f.sum_over(pi[y] * R[y], y, Y), rf"\sum_{{y}} {p} r(x, y)"),
         (f.sum_over(r[s.j], s.j, G, sympy.Ne(s.j, i)), r"\sum_{j \ne i} r_{j}"),
         (f.expectation(R[y], y, Y, pi[y], r"y \sim \pi_\theta"),

@@ -198,8 +198,8 @@ def _print_pow(e: sympy.Pow) -> tuple[str, int]:
     if _is_inverse(e):
         below = base if exponent == -1 else sympy.Pow(base, -exponent, evaluate=False)
         return rf"\frac{{1}}{{{to_latex(below)}}}", ATOM
-    held = _held(base, ATOM)
-    if "^" in held or (isinstance(base, sympy.Symbol) and " " in held):
+    held, strength = _print(base)
+    if strength < ATOM or "^" in held or (isinstance(base, sympy.Symbol) and " " in held):
         held = _fence(held)
     return f"{held}^{{{to_latex(exponent)}}}", ATOM
 
