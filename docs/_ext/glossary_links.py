@@ -76,9 +76,8 @@ class GlossaryLinks(SphinxPostTransform):
         for text in list(self.document.findall(nodes.Text)):
             if is_open(text):
                 pieces = self.linked(text, words, terms, used)
-                if len(pieces) > 1 or not isinstance(pieces[0], nodes.Text):
-                    place = text.parent.index(text)
-                    text.parent[place : place + 1] = pieces
+                place = text.parent.index(text)
+                text.parent[place : place + 1] = pieces
 
     def terms(self) -> dict[str, str]:
         """Return the id of each term of the glossary, by the term in lower case."""
@@ -110,9 +109,7 @@ class GlossaryLinks(SphinxPostTransform):
             link["classes"].append("term")
             pieces.append(link)
             done = match.end()
-        if done < len(content):
-            pieces.append(nodes.Text(content[done:]))
-        return pieces
+        return [*pieces, nodes.Text(content[done:])]
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:

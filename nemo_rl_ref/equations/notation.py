@@ -55,7 +55,7 @@ ref = indexed(
 old = indexed(
     "old",
     r"\pi_{\mathrm{old}}(#1 \mid x)",
-    "its probability under the policy that generated it",
+    "its probability under the policy that the update began from",
     PROBABILITIES,
     ("Y",),
 )
@@ -100,7 +100,7 @@ rewards = indexed("rewards", "r_{#1}", "reward of answer $i$ of a group", MODERA
 rho = symbol(
     "rho",
     r"\rho",
-    "importance ratio of a token: its probability under the policy over that under the policy that generated it",
+    "importance ratio of a token: its probability under the policy over that under the policy that the update began from",
     RATIO,
 )
 A = symbol("A", "A", "advantage: how much better than expected, in units of reward", REAL)
