@@ -408,5 +408,13 @@ def test_what_has_no_value_is_refused():
         value_of(sympy.sin(s.m), m=1.0)
 
 
+def test_nested_sums_that_sympy_merged_are_refused():
+    with sympy.evaluate(False):
+        inner = sympy.Sum(s.rewards[s.i], (s.i, 1, s.j))
+        nested = sympy.Sum(inner, (s.j, 1, s.G))
+    with pytest.raises(TypeError, match="one sum of nested ones"):
+        value_of(nested, rewards=[1.0, 2.0], G=2)
+
+
 def test_known_symbols_are_found_by_their_sympy_name():
     assert known(s.beta).latex == r"\beta"

@@ -85,6 +85,8 @@ def _value(e: Any, v: dict[Any, Any]) -> Any:
         case sympy.Piecewise():
             return _cases(e, v)
         case sympy.Sum() | sympy.Product():
+            if len(e.args) > 2:
+                raise TypeError(f"SymPy made one sum of nested ones, {e}; write sum_over outside")
             index, low, high = e.args[1]
             first, last = round(float(_value(low, v))), round(float(_value(high, v)))
             terms = [_value(e.args[0], v | {index: k}) for k in range(first, last + 1)]
