@@ -187,6 +187,9 @@ class DPOPLossFn(DPOLossFn):
 
 # %%
 #| label: dpop-checks
+from nemo_rl_ref.custom import pairwise
+
+
 def loss_and_gradient(loss_fn, logprobs, data):
     """The loss over all rows at once, normalised by their number, and its gradient."""
     logprobs = logprobs.detach().requires_grad_()
@@ -215,6 +218,13 @@ h_w, h_l = h.detach()[0::2], h.detach()[1::2]
 paper = -torch.log(torch.sigmoid(BETA * (h_w - h_l - 5.0 * torch.relu(-h_w)))).mean()
 dpop_error = (loss_and_gradient(dpop, log_pi, data)[0] - paper).abs().item()
 assert dpop_error < 1e-7
+
+# So is that of this project's class, written for all losses of pairs alike.
+again = pairwise.DPOPLossFn(DPOLossConfig(**settings, dpop_penalty=5.0))
+for ours, theirs in zip(
+    loss_and_gradient(dpop, log_pi, data), loss_and_gradient(again, log_pi, data), strict=True
+):
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 # Micro-batches of one pair and of three pairs add up to the whole batch.
 whole, whole_gradient = loss_and_gradient(dpop, log_pi, data)

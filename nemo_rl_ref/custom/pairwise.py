@@ -83,6 +83,29 @@ class HingeLossFn(PairLossFn):
         return torch.relu(1 - beta * (chosen - rejected))
 
 
+class DPOPLossFn(PairLossFn):
+    r"""DPO-Positive: DPO that also objects when the chosen response becomes less likely.
+
+    .. math:: L = -\log σ\big(β (h_w - h_l - λ \max(0, -h_w))\big)
+
+    λ is the config key ``dpop_penalty``, 5 if not given.
+
+    Source: Pal et al. (2024), https://arxiv.org/abs/2402.13228.
+
+    Raises:
+        ValueError: if ``dpop_penalty`` is not 0 or more.
+    """
+
+    def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
+        super().__init__(cfg, use_fused_linear_logprobs)
+        self.penalty = getattr(cfg, "dpop_penalty", 5.0)
+        if not (isinstance(self.penalty, float | int) and self.penalty >= 0):
+            raise ValueError(f"dpop_penalty: got {self.penalty!r}, expected 0 or more")
+
+    def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+        return -logsigmoid(beta * (chosen - rejected - self.penalty * torch.relu(-chosen)))
+
+
 class RobustDPOLossFn(PairLossFn):
     r"""Robust DPO: an unbiased estimate of the DPO loss when a share ε of the labels is flipped.
 

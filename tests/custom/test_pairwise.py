@@ -50,6 +50,11 @@ LOSSES = [
     (pairwise.IPOLossFn, {}, lambda w, l: (w - l - 1 / (2 * BETA)) ** 2),
     (pairwise.HingeLossFn, {}, lambda w, l: torch.clamp(1 - BETA * (w - l), min=0)),
     (
+        pairwise.DPOPLossFn,
+        {"dpop_penalty": 3.0},
+        lambda w, l: -torch.log(sigmoid(BETA * (w - l - 3.0 * torch.clamp(-w, min=0)))),
+    ),
+    (
         pairwise.RobustDPOLossFn,
         {"label_smoothing": EPS},
         lambda w, l: ((1 - EPS) * dpo(w, l) - EPS * dpo(l, w)) / (1 - 2 * EPS),
@@ -165,6 +170,7 @@ def test_settings():
     check_setting(pairwise.ConservativeDPOLossFn, "label_smoothing", [0, 0.5], [-0.1, 0.6, "0.1"])
     check_setting(pairwise.EXOPairLossFn, "label_smoothing", [1e-3, 0.5], [0, 0.6, math.nan, "1"])
     check_setting(pairwise.DiscoPOPLossFn, "discopop_tau", [0.05, 1], [0, 1.1, "0.05"])
+    check_setting(pairwise.DPOPLossFn, "dpop_penalty", [0, 5.0], [-0.1, math.nan, "5"])
     for loss_class in (pairwise.IPOLossFn, pairwise.SPPOHardLossFn):
         check_setting(loss_class, "reference_policy_kl_penalty", [0.1], [0.0, -1.0])
 
