@@ -24,14 +24,17 @@ from nemo_rl_ref.equations._equation import (
 )
 from nemo_rl_ref.equations._evaluate import evaluate
 from nemo_rl_ref.equations._latex import to_latex
+from nemo_rl_ref.equations._symbols import Domain, Symbol
 
 __all__ = [
     "SAMPLES",
     "TOLERANCE",
+    "Domain",
     "Equation",
     "EquationError",
     "Inputs",
     "Result",
+    "Symbol",
     "all_equations",
     "check",
     "difference",
@@ -46,9 +49,35 @@ __all__ = [
 
 def _modules() -> tuple[ModuleType, ...]:
     """The modules that hold equations, in the order of the page."""
-    from nemo_rl_ref.equations import preferences
+    from nemo_rl_ref.equations import (
+        distillation,
+        gae,
+        grpo,
+        kl_estimators,
+        kl_regularised,
+        likelihood,
+        off_policy,
+        policy_gradient,
+        ppo,
+        preferences,
+        reductions,
+        scaling,
+    )
 
-    return (preferences,)
+    return (
+        likelihood,
+        policy_gradient,
+        kl_regularised,
+        preferences,
+        ppo,
+        gae,
+        off_policy,
+        grpo,
+        reductions,
+        kl_estimators,
+        distillation,
+        scaling,
+    )
 
 
 def all_equations() -> dict[str, Equation]:

@@ -245,6 +245,8 @@ def check(equation: Equation, samples: int = SAMPLES, seed: int = 0) -> Result:
         :func:`verify`.
 
     Raises:
+        EquationError: the implementation raised an error, for example because the equation has no
+            symbol that it needs.
         TypeError: the implementation did not return one number for each input.
     """
     worst = Result(equation.label, 0, -1.0, 0.0, 0.0)
@@ -255,7 +257,13 @@ def check(equation: Equation, samples: int = SAMPLES, seed: int = 0) -> Result:
         given = Inputs(
             {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in drawn.items()}
         )
-        implemented = equation.check(given)
+        try:
+            implemented = equation.check(given)
+        except Exception as error:
+            raise EquationError(
+                f"equation {equation.label!r} ({equation.title}) cannot be checked against "
+                f"{', '.join(equation.implementations)}: {type(error).__name__}: {error}"
+            ) from error
         printed = _printed(equation, drawn)
         for step, values in enumerate(printed):
             wanted = implemented[step] if isinstance(implemented, list | tuple) else implemented

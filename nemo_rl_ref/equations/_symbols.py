@@ -98,7 +98,7 @@ class Symbol:
     @property
     def plain_latex(self) -> str:
         """LaTeX with the usual indices: what a table of symbols shows."""
-        letters = {"G": "i", "T": "t", "Y": "y", "N": "n", "S": "s", "K": "k", "M": "m", "B": "b"}
+        letters = {"G": "i", "T": "t", "Y": "y", "N": "n", "S": "s", "K": "k", "M": "m", "B": "d"}
         latex = self.latex
         for number, size in enumerate(self.shape, start=1):
             latex = latex.replace(f"#{number}", letters.get(size[0], size[0].lower()))
