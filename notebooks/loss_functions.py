@@ -174,7 +174,7 @@ assert (gradient_weight(-1.0, {})[ratios < 0.8] == 0).all();
 # ## Estimators of the KL divergence
 
 # %%
-#| label: kl-estimators
+#| label: kl-estimator-values
 from IPython.display import Markdown
 
 from nemo_rl_ref.algorithms.utils import calculate_kl
