@@ -165,7 +165,7 @@ def test_wheel_needs_only_torch_and_pydantic(wheel):
     needs = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     minimal = {r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})}
     assert minimal == {"torch", "pydantic"}
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "trl", "docs", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"equations", "train", "trl", "docs", "test"}
 
 
 def test_import_from_the_wheel_loads_no_trainer(wheel):

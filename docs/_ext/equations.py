@@ -245,7 +245,9 @@ class EquationTable(EquationDirective):
         head = ("", "equation", "checked against", "inputs", "largest difference", "source")
         content = self.parsed(f"{len(checked)} displayed equations are checked.")
         content += self.table(head, rows)
-        if unchecked:
+        if not unchecked:
+            content += self.parsed("No displayed equation is left unchecked.")
+        else:
             content += self.parsed(
                 f"{len(unchecked)} are not, because there is nothing to compute:"
             )

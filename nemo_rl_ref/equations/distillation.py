@@ -38,6 +38,8 @@ from nemo_rl_ref.equations.kl_estimators import (
 )
 from nemo_rl_ref.equations.notation import V, Y, pi, v, y
 
+__all__ = ["EQUATIONS"]
+
 p = indexed(
     "kd_p",
     "p_{#1}",
@@ -215,8 +217,6 @@ def _opd_gradient(inputs: Inputs) -> Tensor:
     loss = loss_fn(log_pi, batch, global_valid_seqs=count(1), global_valid_toks=count(1))[0]
     return slope(loss, theta)
 
-
-UNCHECKED: dict[str, str] = {}
 
 with evaluate(False):
     forward_kl = sum_over(p[v] * log(p[v] / q[v]), v, V)

@@ -17,6 +17,8 @@ from nemo_rl_ref.equations._functions import maximum
 from nemo_rl_ref.equations._symbols import MODERATE, Domain, indexed, size, symbol
 from nemo_rl_ref.equations.notation import T, gamma, lam, u
 
+__all__ = ["EQUATIONS"]
+
 ESTIMATOR = "nemo_rl_ref.algorithms.advantage_estimator.GeneralizedAdvantageEstimator"
 
 #: β of the penalty that brings rewards to every token. So large that no clamp of k1 binds.
@@ -75,9 +77,6 @@ adaptive = symbol(
     # Powers of 2: NeMo RL computes this λ in float32, which holds them exactly.
     Domain(lambda rng, shape: 2.0 ** rng.integers(-5, 3, size=shape)),
 )
-
-#: What is displayed without a check, and why.
-UNCHECKED: dict[str, str] = {}
 
 
 def estimate(

@@ -56,8 +56,7 @@ from nemo_rl_ref.equations._symbols import (
 from nemo_rl_ref.equations.notation import A, G, T, beta, eps, i, j, rewards, rho, t
 from nemo_rl_ref.equations.ppo import eps_high, eps_low
 
-#: Displayed equations that no check evaluates, and why.
-UNCHECKED: dict[str, str] = {}
+__all__ = ["EQUATIONS"]
 
 # ---- symbols --------------------------------------------------------------------------------
 

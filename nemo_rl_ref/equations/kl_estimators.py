@@ -26,6 +26,8 @@ from nemo_rl_ref.equations._functions import (
 from nemo_rl_ref.equations._symbols import POSITIVE, PROBABILITY, REAL, indexed, symbol
 from nemo_rl_ref.equations.notation import R, Y, beta, old, pi, ref, y
 
+__all__ = ["EQUATIONS"]
+
 token_pi = symbol(
     "kl_token_pi",
     r"\pi_\theta(y_t \mid x, y_{<t})",
@@ -221,8 +223,6 @@ def _k3_in_reward(inputs: Inputs) -> Tensor:
     reward = estimate("k3", log_pi, inputs.ref.log()).detach()
     return slope(sum(map(expect, log_pi, reward)), theta)
 
-
-UNCHECKED: dict[str, str] = {}
 
 with evaluate(False):
     log_ratio = log(pi[y] / ref[y])

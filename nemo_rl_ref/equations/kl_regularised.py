@@ -17,6 +17,8 @@ from nemo_rl_ref.equations._functions import expectation, kl, sum_over, variance
 from nemo_rl_ref.equations._symbols import POSITIVE, PROBABILITIES, indexed, symbol
 from nemo_rl_ref.equations.notation import R, Y, beta, pi, ref, y, y_other
 
+__all__ = ["EQUATIONS"]
+
 Z = symbol("Z", "Z(x)", "normaliser of the best policy under the KL penalty", POSITIVE)
 best = indexed(
     "best",

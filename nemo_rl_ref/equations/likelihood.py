@@ -32,6 +32,8 @@ from nemo_rl_ref.equations._symbols import (
 from nemo_rl_ref.equations.notation import N, T, V, Y, gamma, n, pi, t, u, v, y
 from nemo_rl_ref.logprobs import token_logprobs
 
+__all__ = ["EQUATIONS"]
+
 STATE = r"x, y_{<t}"
 NEXT = rf"v \sim \pi_\theta(\cdot \mid {STATE})"
 DATA = r"y \sim p_{\mathcal{D}}"

@@ -42,6 +42,8 @@ from nemo_rl_ref.equations.ppo import (
     token_ratio,
 )
 
+__all__ = ["EQUATIONS"]
+
 UNDER_MU = r"y \sim \mu"
 UNDER_OLD = r"y \sim \pi_{\mathrm{old}}"
 
@@ -92,9 +94,6 @@ w_max = symbol(
     Domain(lambda rng, shape: 1 + 10.0 ** rng.uniform(-2, 1, size=shape), (1.002, 2.0, 5.0)),
 )
 w_min = symbol("w_min", r"w_{\min}", "smallest weight that counts as it is", SMALL)
-
-#: What is displayed without a check, and why.
-UNCHECKED: dict[str, str] = {}
 
 
 def corrected(kind: str | None = None, **settings: Any) -> Any:

@@ -25,6 +25,8 @@ from nemo_rl_ref.equations._symbols import MODERATE, REAL, UNIT, indexed, symbol
 from nemo_rl_ref.equations.likelihood import data_prob, mask
 from nemo_rl_ref.equations.notation import N, R, T, Y, n, old, pi, t, u, y
 
+__all__ = ["EQUATIONS"]
+
 SAMPLED = r"y \sim \pi_\theta"
 STALE = r"y \sim \pi_{\mathrm{old}}"
 

@@ -41,6 +41,8 @@ from nemo_rl_ref.equations._symbols import (
 )
 from nemo_rl_ref.equations.notation import A, T, V, eps, rho, t, v
 
+__all__ = ["EQUATIONS"]
+
 CLIPPED = "nemo_rl_ref.algorithms.loss.ClippedPGLossFn"
 VALUE = "nemo_rl_ref.algorithms.loss.MseValueLossFn"
 
@@ -152,9 +154,6 @@ value_eps = symbol(
     "how far a value may move before it stops to count, in units of reward",
     SMALL,
 )
-
-#: What is displayed without a check, and why.
-UNCHECKED: dict[str, str] = {}
 
 
 def token_batch(

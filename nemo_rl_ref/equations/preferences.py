@@ -53,6 +53,8 @@ from nemo_rl_ref.equations.notation import (
     t,
 )
 
+__all__ = ["EQUATIONS"]
+
 PAIRS = r"(x, y_w, y_l) \sim \mathcal{D}"
 
 chosen = indexed(

@@ -20,6 +20,8 @@ from nemo_rl_ref.equations._symbols import MASK, REAL, index, indexed, size, sym
 from nemo_rl_ref.equations.grpo import lengths, longest
 from nemo_rl_ref.equations.notation import G, T, i, j, t
 
+__all__ = ["EQUATIONS"]
+
 B = size("B", "B", "number of micro-batches", (1, 2, 5))
 b = index("b", "d", "a micro-batch")
 token_losses = indexed(

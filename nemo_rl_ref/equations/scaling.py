@@ -31,6 +31,8 @@ from nemo_rl_ref.equations._symbols import (
 )
 from nemo_rl_ref.equations.notation import G, N, Y, i, j, n, old, pi, rewards, y
 
+__all__ = ["EQUATIONS"]
+
 few = size("Y_few", r"|\mathcal{Y}|", "number of answers that are possible", (2, 3))
 a = index("sc_a", "y", "an answer")
 prob = indexed(
@@ -130,8 +132,6 @@ def _ess_renyi(inputs: Inputs) -> Tensor:
     log_old = inputs.old.log()
     return _ess_fraction(log_old, (inputs.pi.log() - log_old).exp())
 
-
-UNCHECKED: dict[str, str] = {}
 
 with evaluate(False):
     EQUATIONS = [

@@ -110,6 +110,7 @@ def test_repeated_it_has_no_number_and_links_to_the_numbered_one(site):
 def test_the_tables_list_equations_and_symbols_and_the_api_links_back(site):
     page = site.build().page("table.html")
     assert "1 displayed equations are checked." in page.get_text()
+    assert "No displayed equation is left unchecked." in page.get_text()
     cells = [td.get_text() for td in page.find_all("table")[0].select("td")]
     assert cells == ["(1)", "A loss", "double", "1,200", "3e-16", "One [2020], Eq. 7"]
     back = page.select_one("dd").find("a", string="A loss")

@@ -121,23 +121,21 @@ def public_objects():
     found = {}
     for name in public_modules():
         module = importlib.import_module(name)
-        for attribute, value in vars(module).items():
+        hands_on = hasattr(module, "__path__")  # a package, what its private files define
+        for attribute in vars(module).get("__all__", dir(module)):
+            value = getattr(module, attribute)
             is_code = inspect.isclass(value) or inspect.isfunction(value)
-            if is_code and not attribute.startswith("_") and "nemo_rl_ref" in value.__module__:
+            if not is_code or attribute.startswith("_"):
+                continue
+            if value.__module__ == name or (hands_on and "nemo_rl_ref" in value.__module__):
                 found.setdefault(value, []).append(f"{name}.{attribute}")
     return found
 
 
 def test_every_public_name_is_documented(project_html):
-    inventory = InventoryFile.loads(
-        project_html.joinpath("objects.inv").read_bytes(), uri=""
-    ).data
+    inventory = InventoryFile.loads(project_html.joinpath("objects.inv").read_bytes(), uri="").data
     known = {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
-    missing = [
-        names[0]
-        for value, names in public_objects().items()
-        if not known & set(names)
-    ]
+    missing = [names[0] for value, names in public_objects().items() if not known & set(names)]
     assert missing == []
 
 
