@@ -164,6 +164,13 @@ on = table.index_put((world.prefixes, world.answers), p, accumulate=True)
 visits = on.sum(-1, keepdim=True)  # how often the data comes through a prefix
 expected = visits * (logits.softmax(-1) - on / visits)
 sft_gradient_error = (slope - expected).abs().max().item()
+
+# Data in which no answer begins with token 2: the prefixes of those answers get no gradient.
+absent = world.answers[:, 0] == 2
+log_some = log_data.masked_fill(absent, -torch.inf).log_softmax(0)
+slope = gradient(-expect(log_some, world.logprob(logits)), logits)
+never = world.prefixes[absent, 1:].unique()
+assert (slope[never] == 0).all() and (slope != 0).any()
 assert sft_gradient_error < 1e-12
 values(sft_gradient_error=f"{sft_gradient_error:.0e}")
 
@@ -305,7 +312,22 @@ others = torch.stack([spread(best + offset) for offset in offsets])
 parabola = spread(best) + offsets**2 * expect(log_p, square)
 parabola_error = (others / parabola - 1).abs().max().item()
 assert others.argmin() == 30 and parabola_error < 1e-12
+
+# Without the 5; and two answers of which the better one is almost sure.
+centred = expect(log_p, reward * square) / expect(log_p, square) + 5
+none_centred = spread(5.0) / spread(centred)
+sure = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
+sure_score = torch.eye(2, dtype=torch.float64) - sure.exp()  # of a softmax
+sure_reward = torch.tensor([1.0, 0.0], dtype=torch.float64)
+sure_none, sure_mean = (
+    variance(sure, (sure_reward - b)[:, None] * sure_score).sum().item()
+    for b in (0.0, expect(sure, sure_reward))
+)
+assert sure_none < sure_mean
 values(
+    baseline_none_centred=f"{none_centred:.2f}",
+    baseline_sure_none=f"{sure_none:.4f}",
+    baseline_sure_mean=f"{sure_mean:.3f}",
     baseline_best=f"{best:.2f}",
     baseline_average=f"{average:.2f}",
     baseline_none=f"{spread(0) / spread(best):.1f}",
@@ -539,8 +561,6 @@ values(kl_slope_error=f"{slope_error:.0e}")
 
 # %%
 #| label: thm-implicit-reward
-from torch.nn.functional import logsigmoid
-
 implied = BETA * (log_found - log_ref)  # of the policy that optimisation found
 # Two answers to one prompt: their difference is the reward's, whatever Z is.
 differences = (implied[:, None] - implied) - (reward[:, None] - reward)
@@ -566,22 +586,39 @@ values(shift_error=f"{shift_error:.0e}")
 
 # %%
 #| label: thm-dpo-minimiser
+from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
+
 # DPO on infinite data: every ordered pair of answers, as often as annotators prefer it.
-def population_loss(logits, share=preferences, beta=BETA):
-    h = world.logprob(logits) - log_ref
-    margins = beta * (h[:, None] - h)
-    return -(share * logsigmoid(margins)).sum() / len(world) ** 2
+ordered = torch.cartesian_prod(*[torch.arange(len(world))] * 2)  # chosen, rejected
+rows = ordered.flatten()
 
 
-from_uniform = torch.zeros(world.states, world.vocab, dtype=torch.float64)
-by_dpo = world.logprob(ascend(lambda logits: -population_loss(logits), from_uniform))
+def population_loss(loss_fn, logits, weights):
+    """A loss of NeMo RL's protocol, each answer in the place of a token, pairs weighted."""
+    data = {
+        "reference_policy_logprobs": log_ref[rows, None].expand(-1, 2),
+        "token_mask": torch.ones(len(rows), 2),
+        "sample_mask": weights[*ordered.T].repeat_interleave(2),
+    }
+    count = torch.tensor(float(len(rows)), dtype=torch.float64)
+    return loss_fn(world.logprob(logits)[rows, None], data, count, count)[0]
+
+
+def fit(loss_fn, weights):
+    """Log-probabilities of the policy that a loss leads to, from the uniform policy."""
+    from_uniform = torch.zeros(world.states, world.vocab, dtype=torch.float64)
+    found = ascend(lambda logits: -population_loss(loss_fn, logits, weights), from_uniform)
+    return world.logprob(found)
+
+
+dpo = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=BETA))
+by_dpo = fit(dpo, preferences.sqrt())  # the class multiplies by the mask twice
 minimiser_error = (by_dpo.exp() - log_best.exp()).abs().max().item()
 assert minimiser_error < 1e-6
 values(dpo_minimiser_error=f"{minimiser_error:.0e}")
 
 # %%
 #| label: thm-dpo-weight
-from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.custom.pairwise import ConservativeDPOLossFn, DPOPLossFn, IPOLossFn
 
 
@@ -596,7 +633,6 @@ def loss_of(loss_fn, h_w, h_l):
     return loss_fn(rows, data, torch.tensor(2.0, dtype=torch.float64), torch.tensor(2.0))[0]
 
 
-dpo = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=BETA))
 weight_error = 0.0
 for h in torch.linspace(-40, 40, 81, dtype=torch.float64):
     h_w, h_l = h.clone().requires_grad_(), torch.zeros_like(h, requires_grad=True)
@@ -692,7 +728,8 @@ for strength in (0.1, 1.0, 10.0):
         found = ascend(lambda logits, ipo=ipo: -one_pair(ipo, logits), small.policy(seed=seed))
         h = small.logprob(found) - log_small
         assert abs(h[0] - h[1] - 1 / (2 * strength)) < 1e-6
-        assert strength < 1 or small.logprob(found)[1].exp() > 0.01  # the rejected answer lives
+        rejected = small.logprob(found)[1].exp()  # it lives
+        assert rejected > (0.01 if strength >= 1 else 1e-3)
 
 # %%
 #| label: fig-preference-minimisers
@@ -725,19 +762,15 @@ axis.set_title("margin β (h_w − h_l) at the minimum")
 axis.legend(fontsize=9)
 # %%
 #| label: thm-label-noise
+from nemo_rl_ref.custom.pairwise import RobustDPOLossFn
+
 # A fifth of the labels is flipped. DPO then ends at the policy of weaker preferences.
 NOISE = 0.2
 noisy = (1 - NOISE) * preferences + NOISE * preferences.T
-
-
-def robust_loss(logits):
-    """Robust DPO on the noisy labels, written with the loss of the pair and of its reverse."""
-    right, wrong = population_loss(logits, noisy), population_loss(logits, noisy.T)
-    return ((1 - NOISE) * right - NOISE * wrong) / (1 - 2 * NOISE)
-
-
-on_noise = world.logprob(ascend(lambda logits: -population_loss(logits, noisy), from_uniform))
-corrected = world.logprob(ascend(lambda logits: -robust_loss(logits), from_uniform))
+settings = {"reference_policy_kl_penalty": BETA}
+on_noise = fit(DPOLossFn(DPOLossConfig(**settings)), noisy.sqrt())
+robust = RobustDPOLossFn(DPOLossConfig(**settings, label_smoothing=NOISE))
+corrected = fit(robust, noisy)  # this class multiplies by the mask once
 noise_kl, noise_error = (
     kl(log_best, on_noise).item(),
     kl(log_best, corrected).abs().item(),

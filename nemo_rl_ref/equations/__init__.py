@@ -2,8 +2,8 @@
 """The one source of every displayed equation.
 
 An :class:`Equation` holds a SymPy right-hand side, the meaning of its symbols, the paper that it
-comes from, the function that implements it, and the check: both are evaluated in float64 on at
-least 1,000 random inputs, extremes among them. A page shows one with the directive
+comes from, the function that computes it, and the check: both are evaluated in float64 on at
+least 1,000 random inputs, as a rule extremes among them. A page shows one with the directive
 ``{equation} label``. `python -m nemo_rl_ref.equations` checks them all.
 """
 

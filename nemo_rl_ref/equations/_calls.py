@@ -17,10 +17,19 @@ def count(value: float) -> Tensor:
     return torch.tensor(float(value) - ADDED, dtype=torch.float64)
 
 
+#: How the log-probability of a chosen and of a rejected answer is spread over its tokens. The chosen
+#: one has two, then padding. Powers of two, so that the sum is exact.
+SHARES = torch.tensor([[0.75, 0.25, 0.0], [0.5, 0.25, 0.25]], dtype=torch.float64)
+REFERENCE_SHARES = torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.25, 0.5]], dtype=torch.float64)
+
+
 def pair_batch(
     policy_w: Tensor, policy_l: Tensor, reference_w: Tensor, reference_l: Tensor
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Make NeMo RL's batch of pairs, each answer one token long.
+    """Make NeMo RL's batch of pairs.
+
+    Two prompt tokens come first. A chosen answer has two tokens and one of padding, a rejected answer
+    three. What does not count has a log-probability that would change the loss if it were read.
 
     Args:
         policy_w: log-probabilities of the chosen answers under the policy, `(P,)`, nats.
@@ -29,25 +38,28 @@ def pair_batch(
         reference_l: those of the rejected answers under the reference.
 
     Returns:
-        `next_token_logprobs` of shape `(2P, 1)` and the batch, float64.
+        `next_token_logprobs` of shape `(2P, 4)` and the batch, float64.
     """
+    pairs = len(policy_w)
+    counted = (SHARES > 0).double().repeat(pairs, 1)
 
-    def rows(chosen: Tensor, rejected: Tensor) -> Tensor:
-        return torch.stack([chosen, rejected], dim=1).reshape(-1, 1)
+    def rows(chosen: Tensor, rejected: Tensor, shares: Tensor, other: float) -> Tensor:
+        answers = torch.stack([chosen, rejected], dim=1)[:, :, None] * shares
+        tokens = answers.reshape(-1, 3) + other * (1 - counted)
+        return torch.nn.functional.pad(tokens, (1, 0), value=other)  # the second prompt token
 
-    policy = rows(policy_w, policy_l)
-    reference = rows(reference_w, reference_l)
-    length = len(policy)
+    policy = rows(policy_w, policy_l, SHARES, -1.5)
+    reference = rows(reference_w, reference_l, REFERENCE_SHARES, -0.5)
     return policy, {
-        "input_ids": torch.zeros(length, 2, dtype=torch.long),
+        "input_ids": torch.zeros(2 * pairs, 5, dtype=torch.long),
         # Of (B, S) entries the first S - 1 are read: reference_policy_logprobs[:, :-1].
-        "reference_policy_logprobs": torch.cat([reference, torch.zeros_like(reference)], dim=1),
-        "token_mask": torch.tensor([[0.0, 1.0]], dtype=torch.float64).expand(length, 2),
-        "sample_mask": torch.ones(length, dtype=torch.float64),
+        "reference_policy_logprobs": torch.nn.functional.pad(reference, (0, 1), value=7.0),
+        "token_mask": torch.nn.functional.pad(counted, (2, 0)),
+        "sample_mask": torch.ones(2 * pairs, dtype=torch.float64),
     }
 
 
 def pair_counts(pairs: int) -> dict[str, Tensor]:
-    """Return both global counts for `pairs` pairs of answers of one token."""
+    """Return both global counts for `pairs` pairs of :func:`pair_batch`."""
     # global_valid_seqs is halved before 1e-8 is added.
-    return {"global_valid_seqs": 2 * count(pairs), "global_valid_toks": count(2 * pairs)}
+    return {"global_valid_seqs": 2 * count(pairs), "global_valid_toks": count(5 * pairs)}

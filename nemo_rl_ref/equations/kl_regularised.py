@@ -45,10 +45,11 @@ def objective(log_p: Tensor, inputs: Inputs) -> Tensor:
 
 
 def best_logprob(inputs: Inputs) -> Tensor:
-    """Return log π* as the optimiser finds it: one natural-gradient step of length 1/β.
+    """Return log π* as one natural-gradient step of length 1/β finds it.
 
     From the uniform policy the natural gradient is Y times the gradient by the logits. The
-    objective is such that one step of this length arrives. Autograd goes through it.
+    objective is such that one step of this length arrives: `kl-optimum` asserts that the gradient is
+    zero there. Autograd goes through the step.
     """
     world = _world(inputs.Y)
     logits = torch.zeros(1, inputs.Y, dtype=torch.float64, requires_grad=True)
@@ -69,7 +70,12 @@ def _objective(inputs: Inputs) -> Tensor:
 
 @each
 def _best(inputs: Inputs) -> Tensor:
-    return best_logprob(inputs)[inputs.Y - 1].exp().detach()
+    logits = best_logprob(inputs).detach()[None].requires_grad_()
+    log_p = _world(inputs.Y).logprob(logits)
+    slope = torch.autograd.grad(objective(log_p, inputs), logits)[0]
+    if not slope.abs().max() < 1e-9:
+        raise ValueError(f"the step does not end at an optimum, the gradient there is {slope}")
+    return log_p[inputs.Y - 1].exp().detach()
 
 
 @each
@@ -128,7 +134,7 @@ with evaluate(False):
         Equation(
             label="kl-objective",
             title="Reward under a KL penalty",
-            left=r"J(\pi_\theta)",
+            left=r"J_\beta(\pi_\theta)",
             right=(
                 expectation(R[y], y, Y, pi[y], POLICY) - beta * kl(pi[y], ref[y], y, Y, PI, REF),
                 expectation(R[y] - beta * log(pi[y] / ref[y]), y, Y, pi[y], POLICY),
@@ -140,6 +146,7 @@ with evaluate(False):
             check=_objective,
             source="rafailov2023",
             at="Eq. 3",
+            note="The first line is a definition.",
         ),
         Equation(
             label="kl-optimum",
@@ -155,13 +162,13 @@ with evaluate(False):
             prepare=_moderate_beta,
             source="rafailov2023",
             at="Eq. 4",
-            note="One exact natural-gradient step of length 1/β on the objective, from the uniform "
-            "policy, arrives at this policy.",
+            note="One natural-gradient step of length 1/β on the objective, from the uniform policy, "
+            "arrives at this policy. The check asserts that the objective's gradient is zero there.",
         ),
         Equation(
             label="kl-value",
             title="Value of the best policy",
-            left=r"J(\pi^*)",
+            left=r"J_\beta(\pi^*)",
             right=beta * log(NORMALISER),
             implementation=(
                 "nemo_rl_ref.enumeration.expect",
@@ -173,7 +180,7 @@ with evaluate(False):
         Equation(
             label="kl-gap",
             title="What any other policy misses",
-            left=r"J(\pi_\theta)",
+            left=r"J_\beta(\pi_\theta)",
             right=(
                 beta * log(Z) - beta * expectation(log(pi[y] / best[y]), y, Y, pi[y], POLICY),
                 beta * log(Z) - beta * kl(pi[y], best[y], y, Y, PI, STAR),
@@ -191,7 +198,7 @@ with evaluate(False):
         Equation(
             label="kl-envelope",
             title="Value of the best policy as the penalty grows",
-            left=r"\frac{\mathrm{d}}{\mathrm{d} \beta} J(\pi^*)",
+            left=r"\frac{\mathrm{d}}{\mathrm{d} \beta} J_\beta(\pi^*)",
             right=-kl(best[y], ref[y], y, Y, STAR, REF),
             also=(R, beta),
             implementation=(

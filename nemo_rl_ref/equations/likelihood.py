@@ -165,16 +165,36 @@ def _middle(drawn: dict[str, Any]) -> dict[str, Any]:
     return drawn | {"t": drawn["T"] // 2 + 1}
 
 
-@each
+def _last_rewards(drawn: dict[str, Any]) -> dict[str, Any]:
+    """Two tokens remain: the next values are means of the rewards of the second.
+
+    After token v the second token w has the probability that was drawn for token v + w, and as its
+    reward what was drawn as value for w, times v.
+    """
+    vocab = drawn["V"]
+    places = np.add.outer(np.arange(vocab), np.arange(vocab)) % vocab
+    second_policy = drawn["token_policy"][:, places]
+    second_reward = drawn["value_v"][:, None] * np.arange(1.0, vocab + 1)[:, None]
+    means = torch.vmap(torch.vmap(expect))(
+        torch.from_numpy(second_policy).log(), torch.from_numpy(second_reward)
+    )
+    return drawn | {
+        "second_policy": second_policy,
+        "second_reward": second_reward,
+        "value_v": means.numpy(),
+    }
+
+
 def _value_recursion(inputs: Inputs) -> Tensor:
-    """Two tokens remain: rewards of the second have the next values as their means."""
+    """The mean of the discounted returns of all answers of two tokens."""
     world = _world(inputs.V, 2)
-    table = torch.zeros(world.states, inputs.V, dtype=torch.float64)
-    table[world.prefixes[0, 0]] = inputs.token_policy.log()
     first, second = world.answers.T
-    spread = torch.linspace(-1, 1, inputs.V, dtype=torch.float64)
-    rewards = inputs.reward_v[first] + inputs.gamma * (inputs.value_v[first] + spread[second])
-    return expect(world.logprob(table), rewards)
+    tables = torch.zeros(len(inputs.gamma), world.states, inputs.V, dtype=torch.float64)
+    tables[:, world.prefixes[0, 0]] = inputs.token_policy.log()
+    tables[:, world.prefixes[:, 1]] = inputs.second_policy.log()[:, first]
+    later = inputs.second_reward[:, first, second]
+    returns = inputs.reward_v[:, first] + inputs.gamma[:, None] * later
+    return torch.vmap(expect)(torch.vmap(world.logprob)(tables), returns)
 
 
 # ---- maximum likelihood -------------------------------------------------------------------
@@ -274,7 +294,9 @@ with evaluate(False):
             right=expectation(reward_v[v] + gamma * value_v[v], v, V, token_policy[v], NEXT),
             implementation="nemo_rl_ref.enumeration.expect",
             check=_value_recursion,
-            note="The expectation over all ways in which two tokens can follow.",
+            prepare=_last_rewards,
+            note="The mean return over all ways in which two tokens can follow, each with rewards of "
+            "its own. The next values are means over the second token.",
         ),
         Equation(
             label="sft-loss",

@@ -158,13 +158,21 @@ def _with_gradient(drawn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trajectories(drawn: dict[str, Any]) -> dict[str, Any]:
-    """Replace what was drawn by policies, directions and rewards of a world of up to 3 tokens."""
+    """Make policies, directions and rewards of a world of up to 3 tokens of what was drawn.
+
+    Prefix k and token v have the logit log π of answer k + v. Directions are the scores drawn,
+    rewards the rewards, each taken in turn.
+    """
     world = _world(2 if drawn["Y"] == 2 else 3, min(drawn["T"], 3))
-    samples = len(drawn["pi"])
-    rng = np.random.default_rng([len(world), world.vocab])
-    tables = rng.normal(size=(3, samples, world.states, world.vocab))
-    tables[0] *= 10.0 ** rng.uniform(-2, 1, size=(samples, 1, 1))
-    logits, direction, rewards = torch.from_numpy(tables)
+    samples, shape = len(drawn["pi"]), (world.states, world.vocab)
+    turn = np.arange(world.states * world.vocab).reshape(shape)
+
+    def table(name: str, places: np.ndarray) -> Tensor:
+        values = drawn[name].reshape(samples, -1)
+        return torch.from_numpy(values[:, places % values.shape[1]])
+
+    logits = table("pi", np.add.outer(*map(np.arange, shape))).log()
+    direction, rewards = table("token_score", turn), table("reward_at", turn)
     jacobians = torch.vmap(torch.func.jacrev(world.token_logprobs))(logits)
     scores = torch.einsum("nytsv,nsv->nyt", jacobians, direction)
     return {
@@ -258,21 +266,28 @@ def _reinforce_loss(inputs: Inputs) -> Tensor:
     return sum(_pg_loss(REINFORCE, *part, inputs.sft_mask.sum()) for part in parts)
 
 
-def _off_policy_gradient(inputs: Inputs) -> Tensor:
-    """Minus the gradient of the loss with the ratio unclipped, answers weighted by π_old.
-
-    All inputs are one batch; each has a θ of its own.
-    """
-    theta = _zeros(inputs)
-    loss = _pg_loss(
+def _off_policy_loss(inputs: Inputs, log_pi: Tensor) -> Tensor:
+    """The loss with the ratio unclipped, answers weighted by π_old; all inputs are one batch."""
+    return _pg_loss(
         UNCLIPPED,
-        _log_pi(inputs, theta).reshape(-1, 1),
+        log_pi.reshape(-1, 1),
         inputs.old.log().reshape(-1, 1),
         inputs.R.reshape(-1, 1),
         torch.ones(inputs.R.numel(), 1, dtype=torch.float64),
         inputs.old.flatten(),
         1,
     )
+
+
+@each
+def _importance_sampling(inputs: Inputs) -> Tensor:
+    return -_off_policy_loss(inputs, inputs.pi.log())
+
+
+def _off_policy_gradient(inputs: Inputs) -> Tensor:
+    """Minus the gradient of the loss; each input has a θ of its own."""
+    theta = _zeros(inputs)
+    loss = _off_policy_loss(inputs, _log_pi(inputs, theta))
     return -torch.autograd.grad(loss, theta)[0].flatten()
 
 
@@ -285,6 +300,7 @@ with evaluate(False):
             right=(expectation(R[y], y, Y, pi[y], SAMPLED), sum_over(pi[y] * R[y], y, Y)),
             implementation="nemo_rl_ref.enumeration.expect",
             check=_expected_reward,
+            note="The first expression is a definition.",
         ),
         Equation(
             label="policy-gradient",
@@ -376,9 +392,11 @@ with evaluate(False):
             title="Importance sampling",
             left=r"J(\theta)",
             right=expectation(pi[y] / old[y] * R[y], y, Y, old[y], STALE),
-            implementation="nemo_rl_ref.enumeration.expect",
-            check=_expected_reward,
+            implementation="nemo_rl_ref.algorithms.loss.ClippedPGLossFn",
+            check=_importance_sampling,
             source="precup2000",
+            note="Minus the loss of answers weighted by $\\pi_{\\mathrm{old}}$, with a clipping range "
+            "that never binds.",
         ),
         Equation(
             label="off-policy-gradient",

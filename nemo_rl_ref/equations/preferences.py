@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -294,29 +295,40 @@ def _dpo_population_slope(inputs: Inputs) -> Tensor:
     return torch.autograd.grad(population_loss(margin, inputs), margin)[0]
 
 
-def least(inputs: Inputs, loss_fn: PairLossFn, beta: Tensor, steps: int) -> Tensor:
-    """Return where the loss over both labels is least, by Newton's method on the log-ratio."""
-    gap = torch.zeros_like(inputs.prefer)
+def newton(loss_of: Callable[[Tensor], Tensor], found: Tensor, steps: int) -> Tensor:
+    """Return where a sum of losses, each of one entry of `found`, is least: Newton's method."""
     for _ in range(steps):
-        gap = gap.detach().requires_grad_()
-        zero = torch.zeros_like(gap)
-        preferred = loss_fn.pair_losses(gap, zero, beta)
-        reversed_ = loss_fn.pair_losses(zero, gap, beta)
-        loss = inputs.prefer * preferred + (1 - inputs.prefer) * reversed_
-        (slope,) = torch.autograd.grad(loss.sum(), gap, create_graph=True)
-        (curvature,) = torch.autograd.grad(slope.sum(), gap)
-        gap = gap - slope / curvature
-    return beta * gap
+        found = found.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss_of(found), found, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), found)
+        found = found - slope / curvature
+    return found
 
 
 def _dpo_minimiser(inputs: Inputs) -> Tensor:
-    """Conservative DPO without smoothing is DPO; it gives the loss of every pair by itself."""
-    loss_fn = ConservativeDPOLossFn(DPOLossConfig(label_smoothing=0.0))
-    return least(inputs, loss_fn, inputs.beta, steps=20)
+    """One batch has every input's pair and the pair in reverse, weighted by `sample_mask`."""
+    # The loss multiplies by the mask twice.
+    shares = torch.cat([inputs.prefer, 1 - inputs.prefer]).sqrt().repeat_interleave(2)
+
+    def loss_of(margins: Tensor) -> Tensor:
+        zero = torch.zeros_like(margins)
+        both, reversed_ = torch.cat([margins, zero]), torch.cat([zero, margins])
+        logprobs, data = pair_batch(both, reversed_, torch.zeros_like(both), torch.zeros_like(both))
+        return dpo(1.0)(logprobs, data | {"sample_mask": shares}, **pair_counts(1))[0]
+
+    return newton(loss_of, torch.zeros_like(inputs.prefer), steps=20)
 
 
 def _ipo_minimiser(inputs: Inputs) -> Tensor:
-    return least(inputs, IPOLossFn(DPOLossConfig()), inputs.beta, steps=2)
+    loss_fn = IPOLossFn(DPOLossConfig())
+
+    def loss_of(gap: Tensor) -> Tensor:
+        zero = torch.zeros_like(gap)
+        preferred = loss_fn.pair_losses(gap, zero, inputs.beta)
+        reversed_ = loss_fn.pair_losses(zero, gap, inputs.beta)
+        return (inputs.prefer * preferred + (1 - inputs.prefer) * reversed_).sum()
+
+    return inputs.beta * newton(loss_of, torch.zeros_like(inputs.prefer), steps=2)
 
 
 @each
@@ -475,8 +487,8 @@ with evaluate(False):
             right=-prefer * logsigma(m) - (1 - prefer) * logsigma(-m),
             implementation=DPO,
             check=_dpo_population,
-            note="The loss of the pair and of the pair in reverse, each as often as it is labelled "
-            "so.",
+            note="A definition, written with σ. Compared with it is the loss of the pair and of the "
+            "pair in reverse, each as often as it is labelled so.",
         ),
         Equation(
             label="dpo-population-slope",
@@ -492,11 +504,9 @@ with evaluate(False):
             title="Margin at which the DPO loss is least",
             left=r"m^*_{\mathrm{DPO}}",
             right=log(prefer / (1 - prefer)),
-            also=(beta,),
-            implementation=PAIRWISE + "ConservativeDPOLossFn",
+            implementation=DPO,
             check=_dpo_minimiser,
-            note="Found by Newton's method on the losses of the pair and of its reverse. The class "
-            "is used without smoothing, where it is DPO.",
+            note="Found by Newton's method on the losses of the pair and of its reverse.",
         ),
         Equation(
             label="dpo-displacement",
