@@ -585,40 +585,8 @@ values(shift_error=f"{shift_error:.0e}")
 
 
 # %%
-#| label: thm-dpo-minimiser
-from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
-
-# DPO on infinite data: every ordered pair of answers, as often as annotators prefer it.
-ordered = torch.cartesian_prod(*[torch.arange(len(world))] * 2)  # chosen, rejected
-rows = ordered.flatten()
-
-
-def population_loss(loss_fn, logits, weights):
-    """A loss of NeMo RL's protocol, each answer in the place of a token, pairs weighted."""
-    data = {
-        "reference_policy_logprobs": log_ref[rows, None].expand(-1, 2),
-        "token_mask": torch.ones(len(rows), 2),
-        "sample_mask": weights[*ordered.T].repeat_interleave(2),
-    }
-    count = torch.tensor(float(len(rows)), dtype=torch.float64)
-    return loss_fn(world.logprob(logits)[rows, None], data, count, count)[0]
-
-
-def fit(loss_fn, weights):
-    """Log-probabilities of the policy that a loss leads to, from the uniform policy."""
-    from_uniform = torch.zeros(world.states, world.vocab, dtype=torch.float64)
-    found = ascend(lambda logits: -population_loss(loss_fn, logits, weights), from_uniform)
-    return world.logprob(found)
-
-
-dpo = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=BETA))
-by_dpo = fit(dpo, preferences.sqrt())  # the class multiplies by the mask twice
-minimiser_error = (by_dpo.exp() - log_best.exp()).abs().max().item()
-assert minimiser_error < 1e-6
-values(dpo_minimiser_error=f"{minimiser_error:.0e}")
-
-# %%
 #| label: thm-dpo-weight
+from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.custom.pairwise import ConservativeDPOLossFn, DPOPLossFn, IPOLossFn
 
 
@@ -633,6 +601,7 @@ def loss_of(loss_fn, h_w, h_l):
     return loss_fn(rows, data, torch.tensor(2.0, dtype=torch.float64), torch.tensor(2.0))[0]
 
 
+dpo = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=BETA))
 weight_error = 0.0
 for h in torch.linspace(-40, 40, 81, dtype=torch.float64):
     h_w, h_l = h.clone().requires_grad_(), torch.zeros_like(h, requires_grad=True)
@@ -641,6 +610,35 @@ for h in torch.linspace(-40, 40, 81, dtype=torch.float64):
     weight_error = max(weight_error, (up + wanted).abs().item(), (down - wanted).abs().item())
 assert weight_error < 1e-8  # 1e-8 is what NeMo RL adds to its denominators
 values(dpo_weight_error=f"{weight_error:.0e}")
+
+# %%
+#| label: thm-dpo-minimiser
+# DPO on infinite data: every ordered pair of answers, as often as annotators prefer it.
+rows = torch.cartesian_prod(*[torch.arange(len(world))] * 2).flatten()  # chosen, rejected, …
+
+
+def population_loss(loss_fn, logits, weights):
+    """A loss of NeMo RL's protocol, each answer in the place of a token, pairs weighted."""
+    data = {
+        "reference_policy_logprobs": log_ref[rows, None].expand(-1, 2),
+        "token_mask": torch.ones(len(rows), 2),
+        "sample_mask": weights.flatten().repeat_interleave(2),
+    }
+    count = torch.tensor(float(len(rows)), dtype=torch.float64)
+    return loss_fn(world.logprob(logits)[rows, None], data, count, count)[0]
+
+
+def fit(loss_fn, weights):
+    """Log-probabilities of the policy that a loss leads to, from the uniform policy."""
+    from_uniform = torch.zeros(world.states, world.vocab, dtype=torch.float64)
+    found = ascend(lambda logits: -population_loss(loss_fn, logits, weights), from_uniform)
+    return world.logprob(found)
+
+
+by_dpo = fit(dpo, preferences.sqrt())  # the class multiplies by the mask twice
+minimiser_error = (by_dpo.exp() - log_best.exp()).abs().max().item()
+assert minimiser_error < 1e-6
+values(dpo_minimiser_error=f"{minimiser_error:.0e}")
 
 # %%
 #| label: thm-dpo-both-fall
