@@ -254,14 +254,14 @@ with evaluate(False):
         ),
         Equation(
             label="topk-kl",
-            title="Forward KL over the teacher's top k",
+            title="Forward KL over the teacher's top k, both renormalised",
             left=r"\mathrm{KL}(\, \tilde p \,\|\, \tilde q \,)",
             right=Sum(p[v] / kept_p * (log(p[v] / kept_p) - log(q[v] / kept_q)), (v, 1, k)),
             implementation=LOSS,
             check=_topk,
             prepare=_teacher_first,
-            note="Tokens are numbered by the teacher's probability. The trainer renormalises both "
-            "distributions over the top $k$; the check does so with a softmax of the kept logits.",
+            note="Tokens are numbered by the teacher's probability. The check renormalises with a softmax "
+            "of the kept logits, as the trainer does before it calls the loss.",
         ),
         Equation(
             label="topk-outside",
@@ -303,6 +303,8 @@ with evaluate(False):
             right=sum_over(q[v] * log(q[v] / geometric), v, V),
             implementation=LOSS,
             check=_several("reverse"),
+            note="NeMo RL's loss has one teacher; here each teacher is one position, and its weight is "
+            "that position's mask.",
         ),
         Equation(
             label="geometric-minimum",
@@ -321,5 +323,7 @@ with evaluate(False):
             + sum_over(weights[l] * sum_over(teachers[l, v] * log(teachers[l, v]), v, V), l, M),
             implementation=LOSS,
             check=_several("forward"),
+            note="NeMo RL's loss has one teacher; here each teacher is one position, and its weight is "
+            "that position's mask.",
         ),
     ]

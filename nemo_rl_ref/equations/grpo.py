@@ -101,7 +101,7 @@ token_pi = indexed(
 token_old = indexed(
     "token_old",
     r"\pi_{\mathrm{old}}(y_{#1} \mid x, y_{<#1})",
-    "its probability under the policy that the update began from",
+    "probability of token $t$ under the policy that the update began from",
     TOKEN,
     ("T",),
 )
@@ -177,7 +177,7 @@ raw_parts = indexed(
 )
 total = symbol("total", r"\tilde{A}_i", "weighted sum of the components' advantages", REAL)
 batch_mean = symbol("batch_mean", r"\bar{A}", "mean of the sums over the batch", REAL)
-batch_std = symbol("batch_std", r"s_{\tilde{A}}", "their standard deviation", REAL)
+batch_std = symbol("batch_std", r"s_{\tilde{A}}", "standard deviation of the sums over the batch", REAL)
 
 # ---- checks: advantages ---------------------------------------------------------------------
 
@@ -269,6 +269,7 @@ def _with_parts(drawn: dict[str, Any]) -> dict[str, Any]:
     estimator = GRPOAdvantageEstimator(AdvEstimatorConfig(), settings())
     rows = torch.from_numpy(raw).reshape(-1, drawn["G"])
     prompts, flat = in_one_batch(rows)
+    prompts = 2 * prompts + _two_prompts(drawn["G"]).repeat_interleave(len(rows), dim=0)
     found = estimator.compute_advantage(prompts, flat, torch.ones(len(flat), 1))[:, 0]
     parts = found.reshape(drawn["G"], -1).T.reshape(raw.shape)
     return choose_answer(drawn | {"raw_parts": raw, "part": parts.numpy()})
@@ -279,7 +280,7 @@ def _gdpo(inputs: Inputs) -> Tensor:
     config = AdvEstimatorConfig(reward_weights=inputs.part_weight.tolist())
     estimator = GDPOAdvantageEstimator(config, settings())
     batch = {f"reward/{number}": row for number, row in enumerate(inputs.raw_parts)}
-    prompts = torch.zeros(inputs.G, 1, dtype=torch.long)
+    prompts = _two_prompts(inputs.G)
     found = estimator.compute_advantage(prompts, None, torch.ones(inputs.G, 1).double(), batch)
     return found[inputs.i - 1, 0]
 
@@ -479,7 +480,8 @@ with evaluate(False):
             implementation=STATISTICS,
             check=_others_std,
             prepare=_with_statistics,
-            note="NeMo RL's; in the paper a deviation is that of the whole group.",
+            note="NeMo RL's; in the paper a deviation is that of the whole group. $b_{-i}$ is NeMo "
+            "RL's, checked in its own equation.",
         ),
         Equation(
             label="grpo-advantage",
@@ -493,7 +495,8 @@ with evaluate(False):
             check=_normalised,
             prepare=_with_statistics,
             source="shao2024",
-            note="The paper's mean and deviation include the answer itself.",
+            note="The paper's mean and deviation include the answer itself. $b_{-i}$ and $s_{-i}$ are "
+            "NeMo RL's, checked in their own equations.",
         ),
         Equation(
             label="grpo-objective",
@@ -510,7 +513,7 @@ with evaluate(False):
             check=_grpo_objective,
             prepare=_with_kl,
             source="shao2024",
-            note="The paper averages over each answer first.",
+            note="The paper averages over each answer first. $k_{i,t}$ is NeMo RL's, checked as k3.",
         ),
         Equation(
             label="grpo-published",
@@ -534,6 +537,7 @@ with evaluate(False):
             implementation="nemo_rl_ref.custom.policy_gradient.DrGRPOLossFn",
             check=_dr_grpo,
             source="liu2025drgrpo",
+            note="The class is this site's, not NeMo RL's.",
         ),
         Equation(
             label="gspo-ratio",
@@ -598,7 +602,8 @@ with evaluate(False):
             check=_reinforce_pp,
             prepare=_with_baselines,
             source="hu2025",
-            note="A batch of answers to two prompts, without a KL in the reward.",
+            note="A batch of $G$ answers to two prompts, without a KL in the reward. $b_i$ is NeMo "
+            "RL's group mean.",
         ),
         Equation(
             label="gdpo",
@@ -618,6 +623,7 @@ with evaluate(False):
             check=_gdpo,
             prepare=_with_parts,
             source="liu2026gdpo",
-            note="A batch of one prompt.",
+            note="A batch of $G$ answers to two prompts. $A_j^{(q)}$ is NeMo RL's, checked as the "
+            "normalised advantage.",
         ),
     ]

@@ -37,12 +37,12 @@ token_pi = symbol(
 token_ref = symbol(
     "kl_token_ref",
     r"\pi_{\mathrm{ref}}(y_t \mid x, y_{<t})",
-    "its probability under the reference policy",
+    "probability of token $t$ under the reference policy, given what is before it",
     PROBABILITY,
 )
 h = symbol(
     "kl_h",
-    "h",
+    r"\hat h",
     "clamped log-ratio of the sampled token to the reference, in nats",
     REAL,
 )
@@ -57,7 +57,11 @@ score = indexed(
 )
 f = indexed("kl_f", r"f_\theta(#1)", "any function of the answer and the parameters", REAL, ("Y",))
 grad_f = indexed(
-    "kl_grad_f", r"\nabla_\theta f_\theta(#1)", "its own gradient, answer held fixed", REAL, ("Y",)
+    "kl_grad_f",
+    r"\nabla_\theta f_\theta(#1)",
+    r"gradient of $f_\theta$, answer held fixed",
+    REAL,
+    ("Y",),
 )
 
 POLICY = r"\pi_\theta"
@@ -389,8 +393,9 @@ with evaluate(False):
         Equation(
             label="kl-weighted-gradient",
             title="Gradient of the average of weighted k3",
-            left=rf"\mathbb{{E}}_{{{UNDER_POLICY}}}\left[ \nabla_\theta "
-            r"\frac{\pi_\theta(y \mid x)}{\mathrm{sg}(\pi_\theta(y \mid x))}\, k_3 \right]",
+            left=rf"\mathbb{{E}}_{{{UNDER_POLICY}}}\left[ \nabla_\theta \left( "
+            r"\frac{\pi_\theta(y \mid x)}{\mathrm{sg}(\pi_\theta(y \mid x))}\, k_3 "
+            r"\right) \right]",
             right=expectation(score[y] * log_ratio, y, Y, pi[y], UNDER_POLICY),
             implementation="nemo_rl_ref.algorithms.loss.ClippedPGLossFn",
             check=_weighted_gradient,

@@ -45,7 +45,7 @@ _TOKEN_PROBABILITY = Domain(
 _LENGTH = Domain(lambda rng, shape: rng.integers(1, 8, size=shape).astype(float), (1.0, 7.0))
 
 logits = indexed("logits", "z_{#1}", "the model's logit of token $v$", REAL, ("V",))
-logit_y = symbol("logit_y", "z_{y_t}", "its logit of the token that stands at $t$", REAL)
+logit_y = symbol("logit_y", "z_{y_t}", "logit of the token that stands at $t$", REAL)
 token_y = index("token_y", "y_t", r"token $t$ of the answer")
 token_policy = indexed(
     "token_policy",

@@ -48,14 +48,14 @@ pi = indexed(
 ref = indexed(
     "ref",
     r"\pi_{\mathrm{ref}}(#1 \mid x)",
-    "its probability under the reference policy",
+    "probability of answer $y$ under the reference policy",
     PROBABILITIES,
     ("Y",),
 )
 old = indexed(
     "old",
     r"\pi_{\mathrm{old}}(#1 \mid x)",
-    "its probability under the policy that the update began from",
+    "probability of answer $y$ under the policy that the update began from",
     PROBABILITIES,
     ("Y",),
 )

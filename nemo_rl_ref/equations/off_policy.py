@@ -50,7 +50,7 @@ UNDER_OLD = r"y \sim \pi_{\mathrm{old}}"
 mu = indexed(
     "mu",
     r"\mu(#1 \mid x)",
-    "its probability under the policy of the generation engine",
+    "probability of answer $y$ under the policy of the generation engine",
     PROBABILITIES,
     ("Y",),
 )
@@ -68,14 +68,14 @@ weight = symbol(
     RATIO,
 )
 token_weight = indexed("token_weight", "w_{#1}", "importance weight of token $t$", RATIO, ("T",))
-span = size("span", "T", "number of tokens of an answer", (2, 5))
+span = size("T_span", "T", "number of tokens of an answer", (2, 5))
 place = size("place", "t", "position of a token in an answer, from 1", (1, 2))
 span_weight = indexed(
     "span_weight",
     "w_{#1}",
     "importance weight of token $t$",
     Domain(lambda rng, shape: RATIO.draw(rng, shape) ** 0.5, (0.5, 1.0, 1.1)),
-    ("span",),
+    ("T_span",),
 )
 geometric = symbol(
     "geometric", r"\bar w", "geometric mean of the weights of an answer's tokens", RATIO

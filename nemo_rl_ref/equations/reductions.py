@@ -143,7 +143,7 @@ with evaluate(False):
         Equation(
             label="micro-weight",
             title="Weight of a token in a mean of means",
-            left=r"\frac{\partial \tilde{L}}{\partial \ell_{b,t}}",
+            left=r"\frac{\partial \tilde{L}}{\partial \ell_{d,t}}",
             right=1 / (B * own_count),
             lets={own_count: sum_over(counted[b, t], t, T)},
             also=(token_losses,),
@@ -184,6 +184,6 @@ with evaluate(False):
             prepare=choose_answer,
             also=(lengths,),
             source="liu2025drgrpo",
-            note="The gradient is autograd's.",
+            note="The gradient is autograd's. The class is this site's, not NeMo RL's.",
         ),
     ]

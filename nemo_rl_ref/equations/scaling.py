@@ -138,7 +138,7 @@ with evaluate(False):
         Equation(
             label="pair-form",
             title="A group's gradient estimate by pairs",
-            left=r"\frac{1}{G} \sum_{i} (r_i - b_i)\, s(y_i)",
+            left=r"\frac{1}{G} \sum_{i} (r_i - b_{-i})\, s(y_i)",
             right=sum_over(
                 sum_over(
                     (rewards[i] - rewards[j]) * (sample_score[i] - sample_score[j]), j, G, Gt(j, i)
@@ -150,12 +150,12 @@ with evaluate(False):
             implementation=ESTIMATOR,
             check=_pair_form,
             source="ahmadian2024",
-            note="With the leave-one-out baseline $b_i$ and `normalize_rewards` off.",
+            note="With the leave-one-out baseline $b_{-i}$ and `normalize_rewards` off.",
         ),
         Equation(
             label="group-variance",
             title="Variance of a group's gradient estimate",
-            left=r"\mathrm{Var}\left[ \frac{1}{G} \sum_{i} (r_i - b_i)\, s(y_i) \right]",
+            left=r"\mathrm{Var}\left[ \frac{1}{G} \sum_{i} (r_i - b_{-i})\, s(y_i) \right]",
             right=1 / G * variance(score[a] * (reward[a] - mu), a, few, prob[a], UNDER_POLICY)
             + (
                 variance(reward[a], a, few, prob[a], UNDER_POLICY)
@@ -170,7 +170,7 @@ with evaluate(False):
             implementation=(ESTIMATOR, ENUMERATION),
             check=_group_variance,
             prepare=centred,
-            note="Over all groups, with the leave-one-out baseline $b_i$ and `normalize_rewards` "
+            note="Over all groups, with the leave-one-out baseline $b_{-i}$ and `normalize_rewards` "
             "off; $s$ is one component of the gradient.",
         ),
         Equation(
