@@ -1076,19 +1076,25 @@ values(one_token_error=f"{one_token_error:.0e}")
 # %%
 #| label: thm-truncation
 log_engine = world.logprob(policy.detach() + 0.8 * noise)  # far away
-weight = (log_p - log_engine).exp()  # weights of whole answers
+weight = (log_p - log_engine).exp().detach()  # weights of whole answers
 bounds = torch.logspace(0, weight.max().log10().item(), 30, dtype=torch.float64).tolist()
 good = (reward > 0).double()  # a reward of 0 or 1
+TRUNCATED = "truncated_importance_sampling"
 truth_good = expect(log_p, good)
 
 
-def bias_and_variance(truncated):
-    value = truncated * good
+def bias_and_variance(kind, bound):
+    """With NeMo RL's weights: each answer is one token, and the loss is -weight × advantage."""
+    zero = torch.zeros(len(world), 1, dtype=torch.float64)
+    advantage = torch.ones_like(zero, requires_grad=True)
+    limits = {f"{TRUNCATED}_type": kind, f"{TRUNCATED}_ratio": bound, f"{TRUNCATED}_ratio_min": 0.0}
+    loss = pg_loss(zero, zero, advantage, -weight.log()[:, None], **correction, **limits)
+    value = -gradient(loss, advantage)[:, 0] * good
     return (expect(log_engine, value) - truth_good).item(), variance(log_engine, value).item()
 
 
-tis = [bias_and_variance(weight.clamp(max=bound)) for bound in bounds]
-icepop = [bias_and_variance(weight * (weight <= bound)) for bound in bounds]
+tis = [bias_and_variance("tis", bound) for bound in bounds]
+icepop = [bias_and_variance("icepop", bound) for bound in bounds]
 for (bias_c, _), bound in zip(tis, bounds, strict=True):
     assert abs(bias_c + expect(log_engine, (weight - bound).clamp(min=0) * good)) < 1e-14
 for before, after in itertools.pairwise(tis):
@@ -1111,10 +1117,18 @@ upper.legend();
 
 # %%
 #| label: thm-effective-sample-size
+import math
+
 # The same mismatch at every token: the share of samples that count falls as a power of the length.
 token_old = torch.log_softmax(torch.tensor([0.5, 0.0, -0.5], dtype=torch.float64), 0)
 token_engine = torch.log_softmax(torch.tensor([0.3, 0.2, -0.5], dtype=torch.float64), 0)
 per_token = 1 / expect(token_engine, (2 * (token_old - token_engine)).exp())
+# What it says: the mean of two weighted signs has the variance 1 / (2 × share), over all pairs.
+signed = torch.cat([token_engine, token_engine]) - math.log(2)
+ratio = (token_old - token_engine).exp()
+pairs, log_pair = groups(signed, 2)
+spread_of_mean = variance(log_pair, torch.cat([ratio, -ratio])[pairs].mean(-1))
+assert abs(spread_of_mean - 1 / (2 * per_token)) < 1e-13
 shares = {}
 for length in range(1, 9):
     answers = World(vocab=3, horizon=length).answers
@@ -1195,8 +1209,6 @@ values(
 
 # %%
 #| label: thm-group-std
-import math
-
 
 def cosine(a, b):
     """Cosine of the angle between two gradients."""
@@ -1879,7 +1891,18 @@ shares = torch.stack([ess_share(log_new, log_sampler) for log_new in drift])
 renyi = torch.stack([torch.logsumexp(2 * log_new - log_sampler, 0) for log_new in drift])
 moved = torch.stack([kl(log_new, log_sampler) for log_new in drift])
 
-error = (shares - (-renyi).exp()).abs().max()
+assert (shares - (-renyi).exp()).abs().max() < 1e-12
+
+
+def share_of_pairs(log_new, log_sampler):
+    """What two weighted samples are worth: signs of variance 1, over all pairs of samples."""
+    ratio = (log_new - log_sampler).exp()
+    pairs, log_pair = groups(torch.cat([log_sampler, log_sampler]) - math.log(2), 2)
+    return 1 / (2 * variance(log_pair, torch.cat([ratio, -ratio])[pairs].mean(-1)))
+
+
+by_pairs = torch.stack([share_of_pairs(log_new, log_sampler) for log_new in drift])
+error = (shares - by_pairs).abs().max()
 assert error < 1e-12
 assert (shares.diff() < 0).all()  # each step further away costs samples
 assert (shares <= (-moved).exp() + 1e-12).all()

@@ -41,6 +41,7 @@ from nemo_rl_ref.equations.ppo import (
     token_batch,
     token_ratio,
 )
+from nemo_rl_ref.equations.scaling import share_of_samples
 
 __all__ = ["EQUATIONS"]
 
@@ -204,7 +205,7 @@ def _variance(inputs: Inputs) -> Tensor:
 def _share(inputs: Inputs) -> Tensor:
     log_mu = inputs.mu.log()
     weights = weights_of(corrected(), (inputs.old.log() - log_mu)[:, None])[:, 0]
-    return expect(log_mu, weights) ** 2 / expect(log_mu, weights**2)
+    return share_of_samples(log_mu, weights)
 
 
 with evaluate(False):
@@ -314,9 +315,11 @@ with evaluate(False):
                 1 / expectation(answer_weight[y] ** 2, y, Y, mu[y], UNDER_MU),
                 1 / (1 + variance_under(answer_weight[y], y, Y, mu[y], UNDER_MU)),
             ),
-            implementation=(CLIPPED, "nemo_rl_ref.enumeration.expect"),
+            implementation=(CLIPPED, "nemo_rl_ref.enumeration.groups"),
             check=_share,
             **policies,
             source="kong1992",
+            note="The variance of the mean of two independent signs, over that of their mean with "
+            "NeMo RL's weights, over all pairs of samples.",
         ),
     ]

@@ -112,7 +112,7 @@ token = indexed(
 ref_token = indexed(
     "ref_token",
     r"\pi_{\mathrm{ref}}(y_{#1} \mid x, y_{<#1})",
-    "its probability under the reference policy",
+    "probability of token $t$ of the answer under the reference policy",
     PROBABILITY,
     ("T",),
 )

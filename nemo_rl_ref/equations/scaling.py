@@ -116,21 +116,34 @@ def _no_signal(inputs: Inputs) -> Tensor:
     return torch.stack(found)
 
 
-def _ess_fraction(log_under: Tensor, ratios: Tensor) -> Tensor:
-    mean = expect(log_under, ratios)
-    return mean**2 / (mean**2 + exact_variance(log_under, ratios))
-
-
 @each
 def _ess(inputs: Inputs) -> Tensor:
-    uniform = torch.full_like(inputs.sc_rho, 1 / inputs.N).log()
-    return inputs.N * _ess_fraction(uniform, inputs.sc_rho)
+    """One over the variance of a weighted mean, over all signs that the N samples can have."""
+    signs, log_group = groups(torch.tensor([0.5, 0.5], dtype=torch.float64).log(), inputs.N)
+    weighted = ((2 * signs - 1) * inputs.sc_rho).sum(-1) / inputs.sc_rho.sum()
+    return 1 / exact_variance(log_group, weighted)
+
+
+def share_of_samples(log_under: Tensor, weights: Tensor, number: int = 2) -> Tensor:
+    """Return how many samples of variance 1 a weighted one is worth, over all groups of samples.
+
+    Each sample is an answer and a sign, which does not depend on the answer and has mean 0.
+
+    Args:
+        log_under: log-probabilities of the answers where samples come from, `(Y,)`, nats.
+        weights: the weights of the answers, `(Y,)`.
+        number: samples in a group.
+    """
+    log_signed = torch.cat([log_under, log_under]) - torch.tensor(2.0).double().log()
+    members, log_group = groups(log_signed, number)
+    mean = torch.cat([weights, -weights])[members].mean(-1)
+    return 1 / (number * exact_variance(log_group, mean))
 
 
 @each
 def _ess_renyi(inputs: Inputs) -> Tensor:
     log_old = inputs.old.log()
-    return _ess_fraction(log_old, (inputs.pi.log() - log_old).exp())
+    return share_of_samples(log_old, (inputs.pi.log() - log_old).exp())
 
 
 with evaluate(False):
@@ -187,10 +200,11 @@ with evaluate(False):
             title="Effective sample size",
             left=r"\mathrm{ESS}",
             right=bracket(sum_over(rho[n], n, N)) ** 2 / sum_over(rho[n] ** 2, n, N),
-            implementation=("nemo_rl_ref.enumeration.expect", ENUMERATION),
+            implementation=("nemo_rl_ref.enumeration.groups", ENUMERATION),
             check=_ess,
             source="kong1992",
-            note="Compared with $N m^2 / (m^2 + v)$ of the ratios' mean $m$ and variance $v$.",
+            note="One over the variance of the weighted mean of $N$ independent signs. No code of NeMo "
+            "RL computes it.",
         ),
         Equation(
             label="ess-renyi",
@@ -201,9 +215,10 @@ with evaluate(False):
                 exp(-D),
             ),
             lets={D: log(sum_over(pi[y] ** 2 / old[y], y, Y))},
-            implementation=("nemo_rl_ref.enumeration.expect", ENUMERATION),
+            implementation=("nemo_rl_ref.enumeration.groups", ENUMERATION),
             check=_ess_renyi,
             source="metelli2018",
-            note=r"In the limit of many samples, for which the ratios' mean is 1.",
+            note="The variance of the mean of two independent signs, over that of their mean weighted "
+            "with the ratios, over all pairs of samples.",
         ),
     ]
