@@ -260,8 +260,8 @@ with evaluate(False):
             implementation=LOSS,
             check=_topk,
             prepare=_teacher_first,
-            note="Tokens are numbered by the teacher's probability. The check renormalises with a softmax "
-            "of the kept logits, as the trainer does before it calls the loss.",
+            note="Tokens are numbered by the teacher's probability. The check renormalises with a "
+            "softmax of the kept logits, as the trainer does before it calls the loss.",
         ),
         Equation(
             label="topk-outside",
@@ -303,8 +303,8 @@ with evaluate(False):
             right=sum_over(q[v] * log(q[v] / geometric), v, V),
             implementation=LOSS,
             check=_several("reverse"),
-            note="NeMo RL's loss has one teacher; here each teacher is one position, and its weight is "
-            "that position's mask.",
+            note="NeMo RL's loss has one teacher; here each teacher is one position, and its "
+            "weight is that position's mask.",
         ),
         Equation(
             label="geometric-minimum",
@@ -323,7 +323,7 @@ with evaluate(False):
             + sum_over(weights[l] * sum_over(teachers[l, v] * log(teachers[l, v]), v, V), l, M),
             implementation=LOSS,
             check=_several("forward"),
-            note="NeMo RL's loss has one teacher; here each teacher is one position, and its weight is "
-            "that position's mask.",
+            note="NeMo RL's loss has one teacher; here each teacher is one position, and its "
+            "weight is that position's mask.",
         ),
     ]

@@ -177,7 +177,9 @@ raw_parts = indexed(
 )
 total = symbol("total", r"\tilde{A}_i", "weighted sum of the components' advantages", REAL)
 batch_mean = symbol("batch_mean", r"\bar{A}", "mean of the sums over the batch", REAL)
-batch_std = symbol("batch_std", r"s_{\tilde{A}}", "standard deviation of the sums over the batch", REAL)
+batch_std = symbol(
+    "batch_std", r"s_{\tilde{A}}", "standard deviation of the sums over the batch", REAL
+)
 
 # ---- checks: advantages ---------------------------------------------------------------------
 
@@ -495,8 +497,8 @@ with evaluate(False):
             check=_normalised,
             prepare=_with_statistics,
             source="shao2024",
-            note="The paper's mean and deviation include the answer itself. $b_{-i}$ and $s_{-i}$ are "
-            "NeMo RL's, checked in their own equations.",
+            note="The paper's mean and deviation include the answer itself. $b_{-i}$ and $s_{-i}$ "
+            "are NeMo RL's, checked in their own equations.",
         ),
         Equation(
             label="grpo-objective",
@@ -513,7 +515,8 @@ with evaluate(False):
             check=_grpo_objective,
             prepare=_with_kl,
             source="shao2024",
-            note="The paper averages over each answer first. $k_{i,t}$ is NeMo RL's, checked as k3.",
+            note="The paper averages over each answer first. $k_{i,t}$ is NeMo RL's, checked in "
+            "its own equation.",
         ),
         Equation(
             label="grpo-published",

@@ -183,8 +183,8 @@ with evaluate(False):
             implementation=(ESTIMATOR, ENUMERATION),
             check=_group_variance,
             prepare=centred,
-            note="Over all groups, with the leave-one-out baseline $b_{-i}$ and `normalize_rewards` "
-            "off; $s$ is one component of the gradient.",
+            note="Over all groups, with the leave-one-out baseline $b_{-i}$ and "
+            "`normalize_rewards` off; $s$ is one component of the gradient.",
         ),
         Equation(
             label="no-signal",
@@ -203,8 +203,8 @@ with evaluate(False):
             implementation=("nemo_rl_ref.enumeration.groups", ENUMERATION),
             check=_ess,
             source="kong1992",
-            note="One over the variance of the weighted mean of $N$ independent signs. No code of NeMo "
-            "RL computes it.",
+            note="One over the variance of the weighted mean of $N$ independent signs. No code of "
+            "NeMo RL computes it.",
         ),
         Equation(
             label="ess-renyi",
@@ -218,7 +218,7 @@ with evaluate(False):
             implementation=("nemo_rl_ref.enumeration.groups", ENUMERATION),
             check=_ess_renyi,
             source="metelli2018",
-            note="The variance of the mean of two independent signs, over that of their mean weighted "
-            "with the ratios, over all pairs of samples.",
+            note="The variance of the mean of two independent signs, over that of their mean "
+            "weighted with the ratios, over all pairs of samples.",
         ),
     ]
