@@ -2,7 +2,8 @@
 """What is known about NeMo RL at one commit, as data.
 
 ``manifest.json`` lists symbols, signatures and configuration keys. ``golden.json`` lists inputs
-and the outputs that NeMo RL's own code returned for them.
+and the outputs that NeMo RL's own code returned for them. ``keys.json`` lists every key that a
+configuration of NeMo RL may have.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-#: The commit of NVIDIA-NeMo/RL that both files describe.
+#: The commit of NVIDIA-NeMo/RL that the files describe.
 COMMIT = "7ea279abfbeb698b092856d0dab61e7cf39bc909"
 
 _FOLDER = Path(__file__).parent
@@ -63,6 +64,19 @@ def load_golden() -> tuple[GoldenCase, ...]:
         ValueError: if the file describes another commit than `COMMIT`.
     """
     return tuple(GoldenCase(**_decode(case)) for case in _read("golden.json")["cases"])
+
+
+@cache
+def load_keys() -> dict[str, Any]:
+    """Reads ``keys.json``: ``keys``, all configuration keys, and ``open``, sections with any key.
+
+    Returns:
+        The parsed file. It is read once and shared: do not write to it.
+
+    Raises:
+        ValueError: if the file describes another commit than `COMMIT`.
+    """
+    return _read("keys.json")
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes ``keys.json`` from a checkout of NeMo RL at the pinned commit. ::
+
+    python -m nemo_rl_ref.upstream.make_keys path/to/RL
+
+A key exists if a configuration class has it, starting from every ``MasterConfig``, or if a YAML
+file of the examples has it. The classes are read from their source; nothing of the checkout is
+imported or executed. In a key, ``#`` stands for the index of a list's entry, ``*`` for any name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemo_rl_ref.upstream import COMMIT
+
+#: Where the configurations of NeMo RL's entry points are, in a checkout.
+YAML_FILES = (
+    "examples/configs/**/*.yaml",
+    "examples/modelopt/*.yaml",
+    "examples/nemo_gym/**/*.yaml",
+    "examples/swe_bench/*.yaml",
+    "research/*/configs/**/*.yaml",
+)
+
+#: Classes that a section holds besides those of its annotation, by name in the source.
+HELD_TOO = {
+    "policy.generation": ("DynamoConfig",),
+    "teacher": ("PolicyConfig",),
+    "teachers.#": ("PolicyConfig",),
+}
+
+#: Sections that NeMo RL passes on as keyword arguments, though their classes list some keys.
+PASSED_ON = (
+    "data.default",
+    "data.train",
+    "data.train.#",
+    "data.validation",
+    "data.validation.#",
+    "data.val_data_paths",
+    "infra",
+)
+
+#: Keys that are only looked up in the code: in no class and no file.
+LOOKED_UP = (
+    "data.val_data_paths",
+    "infra",
+    "policy.megatron_cfg.virtual_pipeline_model_parallel_size",
+)
+
+
+@dataclass
+class _Found:
+    keys: set[str] = field(default_factory=set)
+    open: set[str] = field(default_factory=set)
+
+
+class _Classes:
+    """The classes and type aliases of a source tree, by module and name."""
+
+    def __init__(self, root: Path) -> None:
+        self.nodes: dict[tuple[Path, str], ast.expr | ast.ClassDef] = {}
+        for path in sorted((root / "nemo_rl").rglob("*.py")):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef):
+                    self.nodes[path, node.name] = node
+                elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    self.nodes[path, node.targets[0].id] = node.value
+
+    def named(self, name: str, module: Path) -> tuple[Path, ast.expr | ast.ClassDef] | None:
+        """What `name` means in `module`: its own, or else the one of that name elsewhere."""
+        if (module, name) in self.nodes:
+            return module, self.nodes[module, name]
+        places = [place for place, other in self.nodes if other == name]
+        return (places[0], self.nodes[places[0], name]) if len(places) == 1 else None
+
+    def masters(self) -> Iterator[tuple[Path, ast.ClassDef]]:
+        """Every class called MasterConfig."""
+        for (path, name), node in self.nodes.items():
+            if name == "MasterConfig":
+                yield path, node
+
+    def subclasses(self, name: str) -> Iterator[tuple[Path, ast.ClassDef]]:
+        """The classes that name `name` among their bases."""
+        for (path, _), node in self.nodes.items():
+            if isinstance(node, ast.ClassDef):
+                if any(isinstance(base, ast.Name) and base.id == name for base in node.bases):
+                    yield path, node
+
+    def add_class(self, path: Path, node: ast.ClassDef, prefix: str, found: _Found) -> None:
+        """Adds the fields of a class, and those of its bases and subclasses, below `prefix`."""
+        for base in node.bases:
+            if isinstance(base, ast.Name) and (named := self.named(base.id, path)):
+                if isinstance(named[1], ast.ClassDef):
+                    self._add_fields(*named, prefix, found)
+        self._add_fields(path, node, prefix, found)
+        if node.name != "MasterConfig":
+            for place, subclass in self.subclasses(node.name):
+                self._add_fields(place, subclass, prefix, found)
+
+    def _add_fields(self, path: Path, node: ast.ClassDef, prefix: str, found: _Found) -> None:
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                self.add_type(item.annotation, path, f"{prefix}{item.target.id}", found)
+
+    def add_type(self, node: ast.expr, module: Path, key: str, found: _Found) -> None:
+        """Adds `key`, and what an annotation says is below it."""
+        found.keys.add(key)
+        for name in HELD_TOO.get(key, ()):
+            self.add_class(*self.named(name, module), f"{key}.", found)
+        match node:
+            case ast.Constant(value=str(text)):
+                self.add_type(ast.parse(text, mode="eval").body, module, key, found)
+            case ast.BinOp(left=left, right=right):
+                self.add_type(left, module, key, found)
+                self.add_type(right, module, key, found)
+            case ast.Subscript(value=ast.Name(id="dict" | "Dict"), slice=ast.Tuple(elts=[_, to])):
+                self.add_type(to, module, f"{key}.*", found)
+            case ast.Subscript(value=ast.Name(id="list" | "List"), slice=to):
+                self._add_below(to, module, f"{key}.#", found)
+            case ast.Subscript(value=ast.Name(id="Annotated"), slice=ast.Tuple(elts=[first, *_])):
+                self.add_type(first, module, key, found)
+            case ast.Subscript(value=ast.Name(id="Union"), slice=ast.Tuple(elts=several)):
+                for one in several:
+                    self.add_type(one, module, key, found)
+            case ast.Subscript(value=ast.Name(id="Optional" | "NotRequired" | "Required")):
+                self.add_type(node.slice, module, key, found)
+            case ast.Name(id="Any" | "dict" | "Dict"):
+                found.open.add(key.removesuffix(".*"))
+            case ast.Name(id=name) if named := self.named(name, module):
+                if isinstance(named[1], ast.ClassDef):
+                    self.add_class(*named, f"{key}.", found)
+                else:
+                    self.add_type(named[1], named[0], key, found)
+
+    def _add_below(self, node: ast.expr, module: Path, key: str, found: _Found) -> None:
+        """As `add_type`, without `key` itself: a list of numbers has no keys."""
+        below = _Found()
+        self.add_type(node, module, key, below)
+        found.keys |= below.keys - {key}
+        found.open |= below.open
+
+
+def _yaml_keys(value: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a parsed YAML file, sections too, indices of lists as ``#``."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield f"{prefix}{name}"
+            yield from _yaml_keys(item, f"{prefix}{name}.")
+    elif isinstance(value, list):
+        for item in value:
+            yield from _yaml_keys(item, f"{prefix}#.")
+
+
+def make_keys(checkout: Path) -> dict[str, Any]:
+    """Collects the keys.
+
+    Args:
+        checkout: The folder of a checkout of NeMo RL at `nemo_rl_ref.upstream.COMMIT`.
+
+    Returns:
+        What ``keys.json`` holds: ``commit``; ``keys``, every key and section; ``open``, the
+        sections below which any key is legal.
+
+    Raises:
+        ValueError: If the checkout is of another commit, or is none.
+    """
+    from omegaconf import OmegaConf
+
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if head != COMMIT:
+        raise ValueError(f"checkout {checkout}: got commit {head or 'none'}, expected {COMMIT}")
+    found = _Found(set(LOOKED_UP), set(PASSED_ON))
+    classes = _Classes(checkout)
+    for path, node in classes.masters():
+        classes.add_class(path, node, "", found)
+    for path in sorted({path for glob in YAML_FILES for path in checkout.glob(glob)}):
+        content = OmegaConf.to_container(OmegaConf.load(path))
+        found.keys |= {key for key in _yaml_keys(content) if key != "defaults"}
+    found.keys = {key for key in found.keys if not key.endswith("_override_")}
+    found.keys -= {f"{key}.*" for key in found.open}
+    return {"commit": COMMIT, "keys": sorted(found.keys), "open": sorted(found.open)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes ``keys.json`` beside this file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkout", type=Path, help="folder of a checkout of NVIDIA-NeMo/RL")
+    try:
+        content = make_keys(parser.parse_args(argv).checkout)
+    except ValueError as error:
+        sys.exit(str(error))
+    path = Path(__file__).with_name("keys.json")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"{path}: {len(content['keys'])} keys, {len(content['open'])} open sections")
+
+
+if __name__ == "__main__":
+    main()
