@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor functions that several losses and advantage estimators share."""
 
+import random
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from nemo_rl_ref.data.chat_templates import COMMON_CHAT_TEMPLATES
 
 
 def calculate_kl(
@@ -279,3 +284,83 @@ def _check_groups(
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, expected (B,) = {tuple(rewards.shape)}"
             )
+
+
+def set_seed(seed: int) -> None:
+    """Seeds the generators of Python, NumPy and PyTorch, on all devices."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.cuda.manual_seed_all(seed)
+
+
+def get_tokenizer(tokenizer_config: Mapping[str, Any], get_processor: bool = False) -> Any:
+    """Loads the tokenizer of a configuration.
+
+    Unlike in NeMo RL, code that comes with a tokenizer is not run.
+
+    Args:
+        tokenizer_config: the section ``policy.tokenizer``: ``name``; ``chat_template``, a Jinja
+            template, the path of a ``.jinja`` file, "default" for the tokenizer's own, or None for
+            one that only joins the contents, the tokenizer's own if it is not there;
+            ``chat_template_kwargs``, passed to the template every time.
+        get_processor: must be False; processors for images are left out.
+
+    Returns:
+        The tokenizer. Where it has no pad token, its end token is used.
+
+    Raises:
+        FileNotFoundError: if there is no such ``.jinja`` file.
+        ValueError: if the tokenizer has no chat template and none is given, or
+            ``chat_template_kwargs`` is no mapping.
+    """
+    from transformers import AutoTokenizer
+
+    if get_processor:
+        raise NotImplementedError("get_processor: processors for images are left out")
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_config["name"]))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    template = tokenizer_config.get("chat_template", "default")
+    if template is None:
+        template = COMMON_CHAT_TEMPLATES.passthrough_prompt_response
+    if template.endswith(".jinja"):
+        if not Path(template).is_file():
+            raise FileNotFoundError(f"policy.tokenizer.chat_template: no file at {template}")
+        template = Path(template).read_text(encoding="utf-8")
+    if template.lower() != "default":
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"policy.tokenizer.chat_template: not set, and the tokenizer {tokenizer_config['name']} "
+            "has none of its own; expected a Jinja template, or null to join the contents"
+        )
+    settings = tokenizer_config.get("chat_template_kwargs")
+    if settings is not None:
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f"policy.tokenizer.chat_template_kwargs: got {settings!r}, expected a mapping"
+            )
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **settings)
+    return tokenizer
+
+
+def maybe_pad_last_batch(batch: Any, dp_size: int, mbs: int) -> Any:
+    """Fills a batch up so that every rank gets the same number of full micro-batches.
+
+    Args:
+        batch: a `BatchedDataDict`; changed in place.
+        dp_size: number of data-parallel ranks.
+        mbs: rows of a micro-batch.
+
+    Returns:
+        The batch, its last row repeated with ``sample_mask`` 0.
+    """
+    missing = -batch.size % (dp_size * mbs)
+    if missing:
+        for key, value in batch.items():
+            last = value[-1:] if key != "sample_mask" else torch.zeros_like(value[-1:])
+            batch[key] = torch.cat([value, last.repeat(missing, *[1] * (value.ndim - 1))])
+    return batch

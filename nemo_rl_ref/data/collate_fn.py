@@ -46,13 +46,13 @@ def preference_collate_fn(
     multiple = make_sequence_length_divisible_by
     width = -(-int(lengths.max()) // multiple) * multiple
 
-    def padded(values: list[torch.Tensor], fill: int) -> torch.Tensor:
-        batch = pad_sequence(values, batch_first=True, padding_value=fill)
-        return torch.nn.functional.pad(batch, (0, width - batch.shape[1]), value=fill)
-
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    missing = width - input_ids.shape[1]
     data: BatchedDataDict[Any] = BatchedDataDict(
         {
-            "input_ids": padded(rows, tokenizer.pad_token_id),
+            "input_ids": torch.nn.functional.pad(
+                input_ids, (0, missing), value=tokenizer.pad_token_id
+            ),
             "input_lengths": lengths,
             "sample_mask": torch.tensor(
                 [datum["loss_multiplier"] for datum in data_batch]
@@ -60,10 +60,8 @@ def preference_collate_fn(
         }
     )
     if add_loss_mask:
-        masks = []
-        for log, row in zip(logs, rows, strict=True):
-            mask = torch.zeros_like(row)
-            mask[len(row) - len(log[-1]["token_ids"]) :] = 1
-            masks.append(mask)
-        data["token_mask"] = padded(masks, 0)
+        answers = torch.tensor([len(log[-1]["token_ids"]) for log in logs])
+        column = torch.arange(width)
+        before, end = (lengths - answers).unsqueeze(-1), lengths.unsqueeze(-1)
+        data["token_mask"] = ((column >= before) & (column < end)).long()
     return data

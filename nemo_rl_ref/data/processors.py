@@ -10,7 +10,16 @@ from typing import Any
 import torch
 
 
-def format_messages(messages: list[dict[str, str]], tokenizer: Any) -> list[dict[str, Any]]:
+def format_messages(
+    messages: list[dict[str, str]],
+    tokenizer: Any,
+    *,
+    add_bos: bool = True,
+    add_eos: bool = True,
+    add_generation_prompt: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+    prompt: str | None = None,
+) -> list[dict[str, Any]]:
     """Tokenize a conversation message by message with the tokenizer's chat template.
 
     The template is applied to ever longer prefixes of the conversation. The text a message adds
@@ -21,21 +30,41 @@ def format_messages(messages: list[dict[str, str]], tokenizer: Any) -> list[dict
     Args:
         messages: Chat messages, ``{"role": str, "content": str}``.
         tokenizer: A Hugging Face tokenizer with a chat template.
+        add_bos: Whether to add the begin token, if the tokenizer has one.
+        add_eos: Whether to add the end token, if the tokenizer has one.
+        add_generation_prompt: Whether what the template puts before an answer belongs to the
+            message before it, and is not trained on, or to the answer.
+        tools: Tool descriptions for the template.
+        prompt: A text with ``{}`` where the content of the first user message goes.
 
     Returns:
         The messages with ``content`` as templated and ``token_ids``, an int64 tensor ``(T,)``.
     """
     formatted: list[dict[str, Any]] = []
     before = ""
+    if prompt:
+        first = next((i for i, m in enumerate(messages) if m["role"] == "user"), 0)
+        filled = {"role": "user", "content": prompt.format(messages[first]["content"])}
+        messages = [*messages[:first], filled, *messages[first + 1 :]]
+    options = {} if tools is None else {"tools": tools}
     for index, message in enumerate(messages):
         after = tokenizer.apply_chat_template(
-            messages[: index + 1], tokenize=False, add_special_tokens=False
+            messages[: index + 1],
+            tokenize=False,
+            add_special_tokens=False,
+            add_generation_prompt=add_generation_prompt and message["role"] in ("user", "tool"),
+            **options,
         )
         text = after[len(os.path.commonprefix([before, after])) :]
-        if index == 0 and tokenizer.bos_token and not text.startswith(tokenizer.bos_token):
+        if (
+            add_bos
+            and index == 0
+            and tokenizer.bos_token
+            and not text.startswith(tokenizer.bos_token)
+        ):
             text = tokenizer.bos_token + text
         ended = tokenizer.eos_token and text.rstrip("\n").endswith(tokenizer.eos_token)
-        if index == len(messages) - 1 and tokenizer.eos_token and not ended:
+        if add_eos and index == len(messages) - 1 and tokenizer.eos_token and not ended:
             text += tokenizer.eos_token
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         formatted.append(
@@ -60,7 +89,8 @@ def preference_preprocessor(
 
     Args:
         datum_dict: A record in ranked form (``context``, ``completions``).
-        task_data_spec: Not used here; NeMo RL takes prompt templates from it. Pass ``None``.
+        task_data_spec: A :class:`~nemo_rl_ref.data.interfaces.TaskDataSpec` whose prompt the first
+            user message is put into, or ``None``.
         tokenizer: A Hugging Face tokenizer with a chat template.
         max_seq_length: Longest allowed prompt plus answer, in tokens.
         idx: The record's number, carried into the result.
@@ -71,8 +101,9 @@ def preference_preprocessor(
         a pair that was too long) and ``idx``.
     """
     first, second = sorted(datum_dict["completions"], key=lambda entry: entry["rank"])
+    prompt = task_data_spec.prompt if task_data_spec else None
     logs = [
-        format_messages(datum_dict["context"] + entry["completion"], tokenizer)
+        format_messages(datum_dict["context"] + entry["completion"], tokenizer, prompt=prompt)
         for entry in (first, second)
     ]
     lengths = [_length(log) for log in logs]
@@ -98,5 +129,106 @@ def preference_preprocessor(
     }
 
 
+def sft_processor(
+    datum_dict: dict[str, Any],
+    task_data_spec: Any,
+    tokenizer: Any,
+    max_seq_length: int,
+    idx: int,
+    add_bos: bool = True,
+    add_eos: bool = True,
+    add_generation_prompt: bool = False,
+) -> dict[str, Any]:
+    """Tokenize one conversation for supervised training.
+
+    A conversation of ``max_seq_length`` tokens or more is cut to a stub and given weight zero, as
+    in NeMo RL. (:func:`preference_preprocessor` still takes one of exactly that length.)
+
+    Args:
+        datum_dict: A record with ``messages``, and ``tools`` if the template needs them.
+        task_data_spec: As for :func:`preference_preprocessor`.
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        max_seq_length: In tokens.
+        idx: The record's number, carried into the result.
+        add_bos: See :func:`format_messages`.
+        add_eos: See :func:`format_messages`.
+        add_generation_prompt: See :func:`format_messages`.
+
+    Returns:
+        ``message_log`` (messages with ``token_ids``), ``length`` in tokens before any cut,
+        ``extra_env_info`` (None), ``loss_multiplier`` (1.0, or 0.0 if it was too long) and ``idx``.
+    """
+    message_log = format_messages(
+        datum_dict["messages"],
+        tokenizer,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_generation_prompt=add_generation_prompt,
+        tools=datum_dict.get("tools"),
+        prompt=task_data_spec.prompt if task_data_spec else None,
+    )
+    length = _length(message_log)
+    too_long = length >= max_seq_length
+    if too_long:
+        for message in message_log:
+            limit = min(4, max_seq_length // len(message_log))
+            message["token_ids"] = message["token_ids"][:limit]
+    return {
+        "message_log": message_log,
+        "length": length,
+        "extra_env_info": None,
+        "loss_multiplier": 0.0 if too_long else 1.0,
+        "idx": idx,
+    }
+
+
 def _length(message_log: list[dict[str, Any]]) -> int:
     return sum(len(message["token_ids"]) for message in message_log)
+
+
+def math_hf_data_processor(
+    datum_dict: dict[str, Any],
+    task_data_spec: Any,
+    tokenizer: Any,
+    max_seq_length: int,
+    idx: int,
+) -> dict[str, Any]:
+    """Tokenize one problem for rollouts.
+
+    A prompt of ``max_seq_length`` tokens or more is cut to a stub and given weight zero, as in
+    NeMo RL.
+
+    Args:
+        datum_dict: A record whose ``messages`` are the problem and its answer.
+        task_data_spec: A :class:`~nemo_rl_ref.data.interfaces.TaskDataSpec`: its prompt, which the
+            problem is put into, and its system prompt.
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        max_seq_length: In tokens.
+        idx: The record's number, carried into the result.
+
+    Returns:
+        ``message_log`` (one message with the templated ``content`` and ``token_ids`` (T,)),
+        ``length`` in tokens before any cut, ``extra_env_info`` with the ``ground_truth``,
+        ``loss_multiplier`` (1.0, or 0.0 if it was too long), ``idx`` and ``task_name``.
+    """
+    problem, answer = (message["content"] for message in datum_dict["messages"][:2])
+    if task_data_spec.prompt:
+        problem = task_data_spec.prompt.format(problem)
+    system = task_data_spec.system_prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": problem})
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, add_special_tokens=False
+    )
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    too_long = len(ids) >= max_seq_length
+    kept = ids[: min(4, max_seq_length)] if too_long else ids
+    token_ids = torch.tensor(kept, dtype=torch.int64)
+    return {
+        "message_log": [{"role": "user", "content": text, "token_ids": token_ids}],
+        "length": len(ids),
+        "extra_env_info": {"ground_truth": answer},
+        "loss_multiplier": 0.0 if too_long else 1.0,
+        "idx": idx,
+        "task_name": datum_dict["task_name"],
+    }

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run needs to go on with the same bits: written on all processes together, and read back.
+
+Not in NeMo RL, whose workers write their own shards. A checkpoint is a folder::
+
+    step_20/
+        training_info.json         counters, and the metric that ranks it
+        config.yaml                the configuration of the run
+        files.json                 size and SHA-256 of every other file
+        policy/weights/            config.json and model.safetensors, as from_pretrained reads them
+        policy/tokenizer/
+        policy/optimizer/          optimizer.pt: optimizer, scheduler; random.pt: generators
+
+Weights are safetensors. Of the other files only tensors and plain containers are read.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_rl_ref.sealed import CheckpointError, broken, check_checkpoint, clear_leftovers
+from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
+from nemo_rl_ref.utils.logger import flatten_dict
+
+__all__ = [
+    "Trained",
+    "check_same_config",
+    "get_random_state",
+    "load_checkpoint",
+    "save_checkpoint",
+    "set_random_state",
+]
+
+
+@dataclass
+class Trained:
+    """A model and what moves it: what a checkpoint holds under one name.
+
+    Attributes:
+        model: From ``accelerator.prepare``. If it has ``save_pretrained``, that writes it.
+        optimizer: From ``accelerator.prepare``.
+        scheduler: The learning-rate scheduler, not prepared.
+    """
+
+    model: Any
+    optimizer: Any
+    scheduler: Any
+
+
+def save_checkpoint(
+    manager: CheckpointManager,
+    step: int,
+    training_info: Mapping[str, Any],
+    run_config: Mapping[str, Any] | None,
+    *,
+    accelerator: Any,
+    models: Mapping[str, Trained],
+    tokenizer: Any = None,
+    random_state: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint, on all processes together.
+
+    Args:
+        manager: Says where, and removes what need not be kept.
+        step: Number of steps done.
+        training_info: Counters and metrics, see `CheckpointManager.init_tmp_checkpoint`.
+        run_config: The configuration, a plain dict.
+        accelerator: The run's ``accelerate.Accelerator``.
+        models: By name, ``policy`` and for PPO ``value``.
+        tokenizer: Saved beside the policy if given.
+        random_state: From `get_random_state`; as it is now if not given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If a file cannot be written. What was written is removed; earlier
+            checkpoints are untouched.
+    """
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    states = {name: accelerator.get_state_dict(trained.model) for name, trained in models.items()}
+    random_states = gather_object([random_state or get_random_state()])
+    problem: list[str | None] = [None]
+    if accelerator.is_main_process:
+        name = "training_info.json"
+        try:
+            folder = Path(manager.init_tmp_checkpoint(step, training_info, run_config))
+            for name, write in _parts(
+                models, states, random_states, tokenizer, accelerator, manager.save_optimizer
+            ):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                write(folder / name)
+            name = "files.json"
+            if not _is_sharded(accelerator):
+                manager.finalize_checkpoint(folder)
+        except Exception as error:  # OSError, or what safetensors and torch make of one
+            shutil.rmtree(manager.checkpoint_dir / f"tmp_step_{step}", ignore_errors=True)
+            latest = manager.get_latest_checkpoint_path()
+            problem[0] = (
+                f"{manager.checkpoint_dir / f'tmp_step_{step}' / name}: cannot be written: "
+                f"{error}. Step {step} is not saved. "
+                + (f"{latest} is whole: " if latest else "There is no earlier checkpoint: ")
+                + "free space, or move the folder to a larger disk and set "
+                "checkpointing.checkpoint_dir, and start the same command again"
+            )
+    if accelerator.num_processes > 1:
+        broadcast_object_list(problem)
+    if problem[0]:
+        raise CheckpointError(problem[0])
+    if _is_sharded(accelerator):
+        folder = (manager.checkpoint_dir / f"tmp_step_{step}").absolute()
+        accelerator.save_state(str(folder / "policy" / "optimizer"))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            manager.finalize_checkpoint(folder)
+    accelerator.wait_for_everyone()
+    return manager.checkpoint_dir / f"step_{step}"
+
+
+def load_checkpoint(
+    checkpoint_path: PathLike, *, accelerator: Any, models: Mapping[str, Trained]
+) -> None:
+    """Put optimizers, schedulers and random generators back.
+
+    The weights are those of ``weights`` in the checkpoint; load them before
+    ``accelerator.prepare``. Call `check_checkpoint` first.
+
+    Args:
+        checkpoint_path: The checkpoint.
+        accelerator: The run's ``accelerate.Accelerator``.
+        models: By name, as they were saved.
+
+    Raises:
+        CheckpointError: If a file cannot be read, or does not fit the model.
+    """
+    for name, trained in models.items():
+        _, folder = CheckpointManager.get_resume_paths(checkpoint_path, model_component=name)
+        if folder is None:
+            continue
+        if _is_sharded(accelerator):
+            accelerator.load_state(str(folder))
+        else:
+            path = folder / "optimizer.pt"
+            state = _torch_load(path)
+            try:
+                trained.optimizer.load_state_dict(state["optimizer"])
+                trained.scheduler.load_state_dict(state["scheduler"])
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(
+                    f"{path}: does not fit this run's model and optimizer: {error}. Set "
+                    "checkpointing.checkpoint_dir to a new folder for a new run"
+                ) from error
+    path = Path(checkpoint_path) / next(iter(models)) / "optimizer" / "random.pt"
+    if path.exists():
+        states = _torch_load(path)
+        if accelerator.process_index < len(states):
+            set_random_state(states[accelerator.process_index])
+
+
+def check_same_config(
+    checkpoint_path: PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...]
+) -> None:
+    """Compare the configuration in a checkpoint with that of this run.
+
+    Args:
+        checkpoint_path: The checkpoint.
+        config: This run's configuration, a plain dict.
+        may_change: Keys, with dots, that may differ, and everything below them.
+
+    Raises:
+        CheckpointError: If other keys differ. The message lists them.
+    """
+    import yaml
+
+    path = Path(checkpoint_path) / "config.yaml"
+    saved = flatten_dict(yaml.safe_load(path.read_text()), expand_lists=False)
+    ours = flatten_dict(yaml.safe_load(yaml.safe_dump(dict(config))), expand_lists=False)
+    different = [
+        f"{key}: {saved.get(key, 'not there')!r} in the checkpoint, {ours.get(key, 'not there')!r}"
+        for key in sorted(saved.keys() | ours.keys())
+        if saved.get(key) != ours.get(key)
+        and not any(key == name or key.startswith(name + ".") for name in may_change)
+    ]
+    if different:
+        shown = "\n  ".join(different[:20])
+        raise CheckpointError(
+            f"{path}: the checkpoint is of another configuration:\n  {shown}\nSet them back, set "
+            "checkpointing.checkpoint_dir to a new folder for a new run, or, to go on with the "
+            "changes, pass --allow-config-changes"
+        )
+
+
+def get_random_state() -> dict[str, Any]:
+    """Return the state of Python's, NumPy's and PyTorch's generators, as tensors and numbers."""
+    import numpy
+
+    kind, keys, *rest = numpy.random.get_state()
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `get_random_state` returned."""
+    import numpy
+
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype("uint32"), *rest))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _parts(
+    models: Mapping[str, Trained],
+    states: Mapping[str, Any],
+    random_states: list[dict[str, Any]],
+    tokenizer: Any,
+    accelerator: Any,
+    save_optimizer: bool,
+) -> list[tuple[str, Callable[[Path], None]]]:
+    """What a checkpoint consists of: the name of each part, and what writes it."""
+    parts: list[tuple[str, Callable[[Path], None]]] = []
+    for name, trained in models.items():
+        model = accelerator.unwrap_model(trained.model)
+        parts.append((f"{name}/weights", lambda p, m=model, s=states[name]: _save_weights(m, s, p)))
+        if save_optimizer and not _is_sharded(accelerator):
+            state = {
+                "optimizer": trained.optimizer.state_dict(),
+                "scheduler": trained.scheduler.state_dict(),
+            }
+            parts.append((f"{name}/optimizer/optimizer.pt", lambda p, s=state: torch.save(s, p)))
+    first = next(iter(models))
+    if save_optimizer:
+        parts.append((f"{first}/optimizer/random.pt", lambda p: torch.save(random_states, p)))
+    if tokenizer is not None:
+        parts.append((f"{first}/tokenizer", lambda p: tokenizer.save_pretrained(p)))
+    return parts
+
+
+def _save_weights(model: Any, state: dict[str, Any], folder: Path) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder, state_dict=state)
+    else:
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+
+
+def _is_sharded(accelerator: Any) -> bool:
+    """Whether no process has the whole optimizer: FSDP and DeepSpeed, which save it themselves."""
+    return str(getattr(accelerator.distributed_type, "value", "")) in ("FSDP", "DEEPSPEED")
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises whatever its reader stumbles over
+        raise broken(path, f"cannot be read: {error}") from error

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line that the runners share: a configuration, overrides, and a loss of one's own."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from nemo_rl_ref.trainer import process_state
+from nemo_rl_ref.utils.config_keys import NOT_HERE
+
+
+def run(
+    argv: Sequence[str] | None,
+    description: str,
+    used: Iterable[str],
+    train: Callable[..., Any],
+    *,
+    env: bool = False,
+    not_here: Mapping[str, str] = NOT_HERE,
+) -> int:
+    """Read a configuration, account for its keys, and train.
+
+    Args:
+        argv: The arguments; None for those of the process.
+        description: What the program does.
+        used: Patterns of the keys that ``train`` reads, see
+            `nemo_rl_ref.utils.config_keys.check_keys`.
+        train: Called with the configuration, a plain dict, and the options ``loss``, ``strict`` and
+            ``allow_config_changes``, and ``env`` if there is such an option.
+        env: Whether there is an option ``--env``, for a reward of one's own.
+        not_here: Switches that must be off, see `nemo_rl_ref.utils.config_keys.check_keys`.
+
+    Returns:
+        The exit status: 0, or 1 after an error that is printed in one piece.
+    """
+    from nemo_rl_ref.sealed import CheckpointError
+    from nemo_rl_ref.utils.config import OverridesError
+    from nemo_rl_ref.utils.config_keys import read_config
+    from nemo_rl_ref.utils.logger import get_next_experiment_dir
+
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=description,
+        epilog="All other arguments are overrides in Hydra's grammar, as NeMo RL takes them: "
+        "policy.model_name=… dpo.max_num_steps=10 ++policy.optimizer.kwargs.amsgrad=true",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of NeMo RL's")
+    parser.add_argument("--loss", metavar="FILE.py:CLASS", help="a loss of your own; is imported")
+    if env:
+        parser.add_argument("--env", metavar="FILE.py:FUNCTION", help="a reward of your own")
+    parser.add_argument("--strict", action="store_true", help="refuse a loss that breaks a promise")
+    parser.add_argument(
+        "--allow-config-changes",
+        action="store_true",
+        help="resume from a checkpoint although configuration or data have changed",
+    )
+    options, overrides = parser.parse_known_args(argv)
+    if misspelt := [text for text in overrides if text.startswith("--")]:
+        parser.error(f"{misspelt[0]}: no such option")
+    try:
+        config, report = read_config(options.config, overrides, used, not_here=not_here)
+        if process_state().is_main_process:
+            print(report)
+        config["logger"]["log_dir"] = _on_all(get_next_experiment_dir, config["logger"]["log_dir"])
+        train(
+            config,
+            loss=options.loss,
+            strict=options.strict,
+            allow_config_changes=options.allow_config_changes,
+            **({"env": options.env} if env else {}),
+        )
+    except (
+        CheckpointError, OverridesError, FloatingPointError, ImportError, OSError, ValueError
+    ) as error:  # fmt: skip
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _on_all(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns on the main process, which alone calls it."""
+    from accelerate.utils import broadcast_object_list
+
+    result = [function(*arguments) if process_state().is_main_process else None]
+    if process_state().num_processes > 1:
+        broadcast_object_list(result)
+    return result[0]

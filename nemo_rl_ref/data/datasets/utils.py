@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration's entry to a dataset."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from nemo_rl_ref.data.interfaces import TaskDataSpec
+
+#: Keys that say which data a run sees: a dataset that does not take one must not be silent.
+_BEHAVIORAL_KEYS = (
+    "chosen_key", "data_path", "input_key", "output_key", "prompt_key", "rejected_key", "seed",
+    "split", "split_validation_size", "subset",
+)  # fmt: skip
+
+
+def update_single_dataset_config(
+    data_config: dict[str, Any], default_data_config: dict[str, Any]
+) -> None:
+    """Fill in, in place, what an entry leaves out and ``data.default`` has."""
+    for key, value in default_data_config.items():
+        data_config.setdefault(key, value)
+
+
+def warn_on_unsupported_dataset_config_keys(
+    dataset_class: Any, data_config: Mapping[str, Any]
+) -> None:
+    """Warn of keys that choose the data and that the dataset does not take."""
+    accepted = inspect.signature(dataset_class).parameters
+    for key in _BEHAVIORAL_KEYS:
+        value = data_config.get(key)
+        if value is None or key in accepted or (key == "split_validation_size" and not value):
+            continue
+        warnings.warn(
+            f"{key}: got {value!r}, and {dataset_class.__name__} takes no such key: it is ignored",
+            stacklevel=3,
+        )
+
+
+def build_dataset(data_config: Mapping[str, Any], registry: Mapping[str, Any]) -> Any:
+    """Build the dataset that an entry names. Not in NeMo RL.
+
+    Args:
+        data_config: ``dataset_name``, one of the registry's, and its arguments.
+        registry: Classes by name.
+
+    Raises:
+        ValueError: If the name is not in the registry, or there is no ``data_path``.
+    """
+    name = data_config.get("dataset_name")
+    if name not in registry:
+        near = difflib.get_close_matches(str(name), registry, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"dataset_name: got {name!r}; {hint}Here it can be {' or '.join(registry)}, with "
+            "data_path, a .jsonl file or the name of a Hugging Face dataset. NeMo RL's other "
+            "datasets, and dotted names of classes, are left out"
+        )
+    if not data_config.get("data_path"):
+        raise ValueError(f"data_path: not set, expected the data file of the {name}")
+    warn_on_unsupported_dataset_config_keys(registry[name], data_config)
+    split = data_config.get("split")
+    if split not in (None, "train") and str(data_config["data_path"]).endswith((".json", ".jsonl")):
+        warnings.warn(
+            f"split: got {split!r} for the local file {data_config['data_path']}, which has no "
+            "splits: all of it is used here, and NeMo RL stops; set split to null",
+            stacklevel=3,
+        )
+    dataset = registry[name](**data_config)
+    dataset.task_spec = TaskDataSpec(
+        task_name=dataset.task_name,
+        prompt_file=data_config.get("prompt_file"),
+        system_prompt_file=data_config.get("system_prompt_file"),
+    )
+    return dataset

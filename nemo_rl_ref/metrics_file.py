@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics in a JSON Lines file. Not in NeMo RL.
+
+One line is one call of `nemo_rl_ref.utils.logger.Logger.log_metrics`: the step, and the metrics
+under the names that they have in TensorBoard::
+
+    {"step": 3, "train/loss": 0.68, "train/grad_norm": 1.2, "train/lr": 5e-06}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+
+class JsonlLogger:
+    """A JSON Lines file, with the methods of NeMo RL's loggers.
+
+    A line is handed to the system whole, so a run that is killed leaves whole lines.
+
+    Args:
+        path: The file; lines are appended.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def log_metrics(
+        self,
+        metrics: dict[str, Any],
+        step: int,
+        prefix: Optional[str] = "",
+        step_metric: Optional[str] = None,
+        step_finished: bool = False,
+    ) -> None:
+        """Write one line. NaN and infinities become strings, which JSON has no numbers for."""
+        line: dict[str, Any] = {"step": step}
+        for name, value in metrics.items():
+            number = number_of(value)
+            if isinstance(number, float) and not math.isfinite(number):
+                number = str(number)
+            line[f"{prefix}/{name}" if prefix else name] = value if number is None else number
+        with self.path.open("ab", buffering=0) as file:
+            file.write((json.dumps(line, default=str) + "\n").encode())
+
+    def log_hyperparams(self, params: Mapping[str, Any]) -> None:
+        """Nothing: checkpoints hold the configuration, and `Logger` writes it beside this file."""
+
+    def log_histogram(self, histogram: list[Any], step: int, name: str) -> None:
+        """Nothing."""
+
+    def log_plot(self, figure: Any, step: int, name: str) -> None:
+        """Nothing."""
+
+
+def read_metrics(log_dir: str | Path) -> dict[int, dict[str, Any]]:
+    """Read ``metrics.jsonl`` of a run, and of all its continuations.
+
+    Args:
+        log_dir: ``logger.log_dir``: a folder of ``exp_001``, ``exp_002``, …, or one of these. A run
+            that resumes logs to the next of them. Where two have the same step, the later counts.
+
+    Returns:
+        By step, the metrics of that step.
+    """
+    merged: dict[int, dict[str, Any]] = {}
+    files = [*sorted(Path(log_dir).glob("exp_*/metrics.jsonl")), Path(log_dir) / "metrics.jsonl"]
+    for path in files:
+        for line in _lines(path):
+            merged.setdefault(line.pop("step"), {}).update(line)
+    return dict(sorted(merged.items()))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    for text in lines[:-1]:  # what follows the last newline is nothing, or was cut off
+        yield json.loads(text)
+
+
+def number_of(value: Any) -> int | float | None:
+    """A Python number, or None for what is not a single number."""
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else None
+    if isinstance(value, (int, float)):
+        return value
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 0) == 1 else None

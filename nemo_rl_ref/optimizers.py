@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimizer and learning-rate scheduler from a configuration.
+
+NeMo RL writes them as dotted names with keyword arguments, and a schedule as a list::
+
+    optimizer:
+      name: torch.optim.AdamW
+      kwargs: {lr: 5.0e-6, weight_decay: 0.1}
+    scheduler:
+      - name: torch.optim.lr_scheduler.LinearLR
+        kwargs: {start_factor: 0.1, total_iters: 20}
+      - name: torch.optim.lr_scheduler.ConstantLR
+        kwargs: {factor: 1.0, total_iters: 10000000000}
+      - milestones: [20]
+
+Only the names below can be used: a configuration cannot make the program import anything else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import optim
+from torch.optim import lr_scheduler
+
+OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
+    f"torch.optim.{kind.__name__}": kind
+    for kind in (
+        optim.Adafactor, optim.Adagrad, optim.Adam, optim.Adamax, optim.AdamW, optim.NAdam,
+        optim.RAdam, optim.RMSprop, optim.SGD,
+    )
+}  # fmt: skip
+
+SCHEDULERS: dict[str, type[lr_scheduler.LRScheduler]] = {
+    f"torch.optim.lr_scheduler.{kind.__name__}": kind
+    for kind in (
+        lr_scheduler.ConstantLR, lr_scheduler.CosineAnnealingLR,
+        lr_scheduler.CosineAnnealingWarmRestarts, lr_scheduler.ExponentialLR,
+        lr_scheduler.LinearLR, lr_scheduler.MultiStepLR, lr_scheduler.OneCycleLR,
+        lr_scheduler.PolynomialLR, lr_scheduler.StepLR,
+    )
+}  # fmt: skip
+
+
+def make_optimizer(
+    config: Mapping[str, Any],
+    parameters: Iterable[torch.nn.Parameter],
+    key: str = "policy.optimizer",
+) -> optim.Optimizer:
+    """Build the optimizer of a configuration.
+
+    Args:
+        config: ``name``, one of `OPTIMIZERS`, and ``kwargs``. A string such as
+            ``torch.bfloat16`` among them becomes the dtype.
+        parameters: What to optimize; those that need no gradient are left out.
+        key: The section's name in the configuration, for messages.
+
+    Raises:
+        ValueError: If the name is not in the list, or an argument is unknown or has a bad value.
+            The message names the key.
+    """
+    kwargs = {
+        name: _dtype(value, f"{key}.kwargs.{name}") for name, value in _kwargs(config, key).items()
+    }
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return _build(config, OPTIMIZERS, key, (trainable,), kwargs)
+
+
+def make_scheduler(
+    config: Mapping[str, Any] | list[Mapping[str, Any]] | None,
+    optimizer: optim.Optimizer,
+    key: str = "policy.scheduler",
+) -> lr_scheduler.LRScheduler:
+    """Build the learning-rate scheduler of a configuration. Step it once a training step.
+
+    Args:
+        config: ``name`` and ``kwargs``; or a list of them that ends in ``milestones``, the steps
+            at which each gives way to the next; or None for a constant rate.
+        optimizer: The optimizer, as `make_optimizer` returns it.
+        key: The section's name in the configuration, for messages.
+
+    Raises:
+        ValueError: If a name is not in the list, an argument is unknown or has a bad value, or
+            the milestones do not fit the schedulers. The message names the key.
+    """
+    if config is None:
+        return lr_scheduler.LambdaLR(optimizer, _constant)
+    if isinstance(config, Mapping):
+        return _build(config, SCHEDULERS, key, (optimizer,), _kwargs(config, key))
+    if not isinstance(config, (list, tuple)) or not config:
+        raise ValueError(f"{key}: got {config!r}, expected a mapping with name, or a list of them")
+    named = [(i, entry) for i, entry in enumerate(config) if "milestones" not in entry]
+    milestones = [entry["milestones"] for entry in config if "milestones" in entry]
+    wanted = len(named) - 1
+    if len(milestones) != 1 or not _increasing(milestones[0]) or len(milestones[0]) != wanted:
+        raise ValueError(
+            f"{key}: got milestones {milestones}, expected one entry milestones: [...] with "
+            f"{wanted} increasing step number{'s' * (wanted != 1)} for {len(named)} schedulers"
+        )
+    schedulers = [
+        _build(entry, SCHEDULERS, f"{key}[{i}]", (optimizer,), _kwargs(entry, f"{key}[{i}]"))
+        for i, entry in named
+    ]
+    return lr_scheduler.SequentialLR(optimizer, schedulers, milestones[0])
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _increasing(steps: Any) -> bool:
+    whole = isinstance(steps, (list, tuple)) and all(isinstance(step, int) for step in steps)
+    return whole and all(a < b for a, b in zip((0, *steps), steps, strict=False))
+
+
+def _kwargs(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    kwargs = config.get("kwargs") or {}
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"{key}.kwargs: got {kwargs!r}, expected a mapping")
+    return dict(kwargs)
+
+
+def _build(
+    config: Mapping[str, Any],
+    allowed: Mapping[str, type],
+    key: str,
+    first: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    name = config.get("name")
+    if name not in allowed:
+        near = difflib.get_close_matches(str(name), allowed, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{key}.name: got {name!r}; {hint}It can be {', '.join(allowed)}")
+    known = list(inspect.signature(allowed[name]).parameters)[len(first) :]
+    for argument in kwargs:
+        if argument not in known:
+            near = difflib.get_close_matches(argument, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"{key}.kwargs.{argument}: {name} has no such argument; {hint}"
+                f"It has {', '.join(known)}"
+            )
+    try:
+        return allowed[name](*first, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{key}: {name} refuses {kwargs}: {error}") from error
+
+
+def _dtype(value: Any, key: str) -> Any:
+    if not isinstance(value, str) or not value.startswith("torch."):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"{key}: got {value!r}, expected the name of a dtype such as torch.bfloat16"
+        )
+    return dtype

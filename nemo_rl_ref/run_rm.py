@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training a Bradley-Terry reward model with NeMo RL's configuration.
+
+    python -m nemo_rl_ref.run_rm --config rm.yaml policy.model_name=… data.train.data_path=…
+
+The model gets a new output, drawn with the run's seed, that maps the state at the last token to a
+reward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nemo_rl_ref.algorithms.loss import PreferenceLossFn
+from nemo_rl_ref.algorithms.utils import get_tokenizer
+from nemo_rl_ref.command_line import run
+from nemo_rl_ref.run_dpo import preference_samples
+from nemo_rl_ref.trainer import USED_KEYS, Task, fit
+from nemo_rl_ref.user_code import checked_loss
+
+USED = (*USED_KEYS, "rm", "data.val_data_paths", "policy.reward_model_cfg")
+METRICS = ("loss", "accuracy", "rewards_chosen_mean", "rewards_rejected_mean", "num_valid_samples")
+
+
+def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = False, **options: Any):
+    """Train as a configuration says.
+
+    Args:
+        config: The configuration, resolved, a plain dict.
+        loss: ``file.py:Class`` to take in the place of `PreferenceLossFn`.
+        strict: Refuse such a loss if it breaks one of NeMo RL's promises.
+        **options: Passed to `nemo_rl_ref.trainer.fit`.
+
+    Returns:
+        What `nemo_rl_ref.trainer.fit` returns.
+
+    Raises:
+        ValueError: If ``policy.reward_model_cfg`` asks for another kind of reward model.
+    """
+    kind = (config["policy"].get("reward_model_cfg") or {}).get("reward_model_type")
+    if kind != "bradley_terry":
+        raise ValueError(
+            f"policy.reward_model_cfg.reward_model_type: got {kind!r}, expected 'bradley_terry'"
+        )
+    loss_fn = PreferenceLossFn()
+    if loss:
+        loss_fn = checked_loss(loss, config["rm"], "rm", pairs=True, strict=strict)
+    tokenizer = get_tokenizer(config["policy"]["tokenizer"])
+    training, validation = preference_samples(config, tokenizer, add_loss_mask=False)
+    task = Task(
+        "rm",
+        training,
+        validation,
+        lambda name: load_reward_model(name, tokenizer.pad_token_id),
+        loss_fn,
+        validation_metrics=None if loss else {name: name for name in METRICS},
+    )
+    return fit(task, config, tokenizer, **options)
+
+
+def load_reward_model(model_name: str | Path, pad_token_id: int) -> Any:
+    """Load a model with one output a sequence, in float32 and training mode.
+
+    Args:
+        model_name: Name or path of a Hugging Face model.
+        pad_token_id: The reward is read at the last token that is not this one. Where padding is
+            done with the end token, that is the token before it, as in NeMo RL.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(model_name), num_labels=1, dtype=torch.float32, use_safetensors=True
+    )
+    model.config.pad_token_id = pad_token_id
+    return model.train()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status."""
+    return run(argv, __doc__.split("\n")[0], USED, train)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Code of the user's own, given on purpose and by path: ``--loss my_file.py:MyLoss``.
+
+A configuration cannot name code to run; the command line can.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def load_object(spec: str, option: str = "--loss") -> Any:
+    """Import a file and return what a name in it stands for.
+
+    The file's folder is appended to ``sys.path``, so that the object can be pickled by reference,
+    and the file is imported under its own name, as ``import my_file`` in that folder would.
+
+    Args:
+        spec: ``path/to/my_file.py:Name``.
+        option: The command-line option it comes from, for messages.
+
+    Raises:
+        ValueError: If it is not of that form, there is no such file, another module has the
+            file's name, or the file does not define the name.
+        ImportError: If the file cannot be imported.
+    """
+    path_text, _, name = spec.rpartition(":")
+    path = Path(path_text).resolve()
+    if path.suffix != ".py" or not name.isidentifier():
+        raise ValueError(f"{option}: got {spec!r}, expected path/to/file.py:Name")
+    if not path.is_file():
+        raise ValueError(f"{option}: no file at {path_text}")
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+        importlib.invalidate_caches()
+    found = importlib.util.find_spec(path.stem)
+    if found is None or found.origin is None or Path(found.origin).resolve() != path:
+        raise ValueError(
+            f"{option}: the name {path.stem!r} belongs to another module"
+            f"{f', {found.origin}' if found else ''}; rename the file"
+        )
+    try:
+        module = importlib.import_module(path.stem)
+    except Exception as error:  # the file is the user's: anything may happen in it
+        raise ImportError(f"{option}: {path_text}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        near = difflib.get_close_matches(name, public, n=1)
+        raise ValueError(
+            f"{option}: {path_text} has no {name!r}; "
+            + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(public) or 'nothing'}")
+        )
+    return getattr(module, name)
+
+
+def build_loss(kind: Any, section: Mapping[str, Any], key: str) -> Any:
+    """Build a loss with the settings of a configuration's section.
+
+    NeMo RL gives a loss the section it belongs to, ``dpo`` for DPO, as the class that its
+    ``__init__`` asks for. The same is done here: the class of the first argument that is a
+    pydantic model or TypedDict, or the one whose name fits, gets the fields that it has, and all
+    of them if it takes any. Other arguments are taken from the section by their names.
+
+    Args:
+        kind: The class. Anything else is returned as it is: a loss that is already built.
+        section: The section, a plain dict.
+        key: Its name, for messages.
+
+    Raises:
+        ValueError: If the class refuses the settings.
+    """
+    from nemo_rl_ref.contract.__main__ import UsageError, _call, _fields, _signature
+    from nemo_rl_ref.contract.__main__ import _takes_any_field as takes_any
+
+    if not isinstance(kind, type):
+        return kind
+    argument, config, others = _signature(kind)
+    wanted = section if takes_any(config) else _fields(config)
+    settings = {name: section[name] for name in section if name in wanted and name not in others}
+    given = {name: section[name] for name in others if name in section}
+    try:
+        return _call(kind, argument, config, given, settings)
+    except UsageError as error:
+        raise ValueError(f"--loss with the section {key}: {error}") from error
+
+
+def checked_loss(
+    spec: str, section: Mapping[str, Any], key: str, *, pairs: bool, strict: bool
+) -> Any:
+    """Load a loss, build it, and find out which of NeMo RL's promises it keeps.
+
+    Args:
+        spec: ``path/to/my_file.py:MyLoss``.
+        section: The settings, see `build_loss`.
+        key: The section's name.
+        pairs: Whether rows are chosen and rejected in turn.
+        strict: Whether a broken promise is an error. Otherwise it is printed.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: If it cannot be loaded, or, with `strict`, breaks a promise.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from nemo_rl_ref.contract import check_loss
+    from nemo_rl_ref.trainer import process_state
+
+    loss_fn = build_loss(load_object(spec), section, key)
+    state = process_state()
+    failed: list[tuple[str, ...]] = [()]
+    if state.is_main_process:
+        report = check_loss(loss_fn, pairs=pairs or None)
+        failed = [report.failed]
+        print(f"{spec} keeps NeMo RL's promises" if report.ok else report)
+    if state.num_processes > 1:
+        broadcast_object_list(failed)
+    if failed[0]:
+        broken = f"{spec} breaks NeMo RL's promises: {', '.join(failed[0])}"
+        if strict:
+            raise ValueError(f"--strict: {broken}")
+        if state.is_main_process:
+            print(f"WARNING: {broken}; the table above says what that changes")
+    return loss_fn

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where metrics go, and under which names."""
+
+import json
+
+import numpy
+import pytest
+import torch
+
+from nemo_rl_ref.metrics_file import read_metrics
+from nemo_rl_ref.utils.logger import Logger, flatten_dict, get_next_experiment_dir
+from nemo_rl_ref.utils.timer import TimeoutChecker, convert_to_seconds
+
+
+def test_a_line_is_a_call(tmp_path):
+    logger = Logger({"log_dir": str(tmp_path)})
+    logger.log_metrics({"loss": 0.5, "lr": torch.tensor(1e-3)}, 1, prefix="train")
+    logger.log_metrics(
+        {"val_loss": numpy.float64(0.25), "bad": float("nan")}, 1, prefix="validation"
+    )
+    logger.log_metrics({"total": float("-inf")}, 2)
+    logger.finish()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "train/loss": 0.5, "train/lr": pytest.approx(1e-3)},
+        {"step": 1, "validation/val_loss": 0.25, "validation/bad": "nan"},
+        {"step": 2, "total": "-inf"},
+    ]
+
+
+def test_numbers_come_back_with_all_their_bits(tmp_path):
+    logger = Logger({"log_dir": str(tmp_path)})
+    value = torch.rand(1, dtype=torch.float64).item() / 3
+    logger.log_metrics({"loss": value}, 1, prefix="train")
+    assert read_metrics(tmp_path)[1]["train/loss"] == value
+
+
+def test_tensorboard_has_the_same_names(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = Logger({"log_dir": str(tmp_path), "tensorboard_enabled": True, "tensorboard": {}})
+    logger.log_hyperparams({"sft": {"seed": 1, "betas": [0.9, 0.98], "none": None}})
+    for step in (1, 2):
+        logger.log_metrics({"loss": 1 / step, "text": [1, 2]}, step, prefix="train")
+    logger.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
+
+
+def test_without_tensorboard_there_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="logger.tensorboard_enabled is true and the package"):
+        logger = Logger({"log_dir": str(tmp_path), "tensorboard_enabled": True})
+    assert len(logger.loggers) == 1
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="logger.log_dir: not set"):
+        Logger({"log_dir": None})
+
+
+def test_each_run_has_its_own_folder_and_the_later_counts(tmp_path):
+    for name, losses in (("exp_001", {1: 1.0, 2: 0.9}), ("exp_002", {2: 0.8, 3: 0.7})):
+        folder = get_next_experiment_dir(str(tmp_path))
+        assert folder == str(tmp_path / name)
+        logger = Logger({"log_dir": folder})
+        for step, loss in losses.items():
+            logger.log_metrics({"loss": loss}, step, prefix="train")
+        logger.finish()
+    with (tmp_path / "exp_002" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')  # what a full disk leaves
+    merged = {step: values["train/loss"] for step, values in read_metrics(tmp_path).items()}
+    assert merged == {1: 1.0, 2: 0.8, 3: 0.7}
+
+
+def test_batches_and_strings(tmp_path):
+    logger = Logger({"log_dir": str(tmp_path)})
+    logger.log_batched_dict_as_jsonl(
+        {"ids": torch.tensor([[1, 2], [3, 4]]), "text": ["a", "b"]}, "x/b.jsonl"
+    )
+    logger.log_string_list_as_jsonl(['{"a": 1}'], "s.jsonl")
+    logger.log_string_list_as_jsonl(['{"a": 2}'], "s.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "x/b.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"ids": [[1, 2]], "text": ["a"], "idx": 0},
+        {"ids": [[3, 4]], "text": ["b"], "idx": 1},
+    ]
+    assert (tmp_path / "s.jsonl").read_text() == '{"a": 1}\n{"a": 2}\n'
+
+
+def test_flatten_dict():
+    nested = {"a": [1, {"b": 2}], "c": {"d": None}}
+    assert flatten_dict(nested) == {"a.0": 1, "a.1.b": 2, "c.d": None}
+    assert flatten_dict(nested, sep="/", expand_lists=False) == {"a": [1, {"b": 2}], "c/d": None}
+
+
+def test_timeout():
+    assert convert_to_seconds("01:02:03:04") == 93784
+    with pytest.raises(ValueError, match="got '4h', expected DD:HH:MM:SS"):
+        convert_to_seconds("4h")
+    assert not TimeoutChecker(None).check_save()
+    over = TimeoutChecker("00:00:00:00")
+    assert [over.check_save(), over.check_save()] == [True, False]
+    tight = TimeoutChecker("00:00:01:00", fit_last_save_time=True)
+    assert not tight.check_save()
+    tight.iteration_times = [100.0]
+    assert tight.check_save()

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loss from a file of the user's: found, built, checked, trained with."""
+
+import sys
+
+import pytest
+from trainer_runs import curve, run
+
+from nemo_rl_ref.user_code import build_loss, load_object
+
+GOOD = """
+import torch
+from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
+
+class MarginLossFn(DPOLossFn):
+    '''DPO whose chosen answers must win by a margin.'''
+
+    def __init__(self, cfg: DPOLossConfig):
+        super().__init__(cfg)
+        self.margin = float(getattr(cfg, "margin", 0.0))
+
+    def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        # NeMo RL's DPO loss lets an infinity through a mask; this one keeps every promise.
+        mask = (data["token_mask"][:, 1:] * data["sample_mask"][:, None]).bool()
+        reference = torch.where(mask, data["reference_policy_logprobs"][:, :-1], 0.0)
+        clean = {**data, "reference_policy_logprobs": torch.nn.functional.pad(reference, (0, 1))}
+        policy = torch.where(mask, next_token_logprobs, 0.0)
+        return super().__call__(policy, clean, global_valid_seqs, global_valid_toks)
+
+    def _preference_loss(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
+        shifted = rewards.clone()
+        shifted[1::2] = shifted[1::2] + self.margin / beta
+        return super()._preference_loss(shifted, sample_mask, global_valid_seqs, beta)
+"""
+# Divides by the micro-batch's own count, which is wrong as soon as there are several.
+BAD = """
+from nemo_rl_ref.algorithms.loss import DPOLossFn
+
+class OwnCountLossFn(DPOLossFn):
+    def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        own = data["sample_mask"].sum()
+        return super().__call__(next_token_logprobs, data, own, global_valid_toks)
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])  # load_object appends to it
+
+    def write_file(name, text):
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write_file
+
+
+def test_a_loss_gets_its_settings_from_the_section(write, tmp_path, capsys):
+    spec = write("margin_loss.py", GOOD) + ":MarginLossFn"
+    changes = {"dpo__max_num_steps": 2, "dpo__reference_policy_kl_penalty": 0.1}
+    _, plain = run("dpo", tmp_path, name="plain", **changes)
+    _, zero = run("dpo", tmp_path, name="zero", loss=spec, strict=True, **changes)
+    _, margin = run("dpo", tmp_path, name="margin", loss=spec, dpo__margin=1.0, **changes)
+    assert curve(zero) == curve(plain)
+    assert margin[1]["train/loss"] == pytest.approx(1.3133, abs=1e-4)  # log(1 + e)
+    assert capsys.readouterr().out.count("MarginLossFn keeps NeMo RL's promises") == 2
+
+
+def test_a_broken_promise_is_a_warning_and_with_strict_an_error(write, tmp_path, capsys):
+    spec = write("own_count_loss.py", BAD) + ":OwnCountLossFn"
+    result, _ = run("dpo", tmp_path, loss=spec, dpo__max_num_steps=1)
+    assert result["total_steps"] == 1
+    out = capsys.readouterr().out
+    assert f"WARNING: {spec} breaks NeMo RL's promises: micro-batches, ranks" in out
+    with pytest.raises(
+        ValueError, match="--strict: .*OwnCountLossFn breaks NeMo RL's promises: micro"
+    ):
+        run("dpo", tmp_path, name="strict", loss=spec, strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("my_loss", ValueError, "--loss: got 'my_loss', expected path/to/file.py:Name"),
+        ("my_package.losses:MyLoss", ValueError, "expected path/to/file.py:Name"),
+        ("{folder}/nowhere_loss.py:MyLoss", ValueError, "--loss: no file at .*nowhere_loss.py"),
+        (
+            "{folder}/margin_b.py:MarginLoss",
+            ValueError,
+            "has no 'MarginLoss'; did you mean 'MarginLossFn'",
+        ),
+        (
+            "{folder}/json.py:MyLoss",
+            ValueError,
+            "the name 'json' belongs to another module, .*; rename",
+        ),
+        (
+            "{folder}/breaks_loss.py:MyLoss",
+            ImportError,
+            "breaks_loss.py: ZeroDivisionError: division",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded(spec, error, message, write, tmp_path):
+    write("margin_b.py", GOOD)
+    write("json.py", "")
+    write("breaks_loss.py", "1 / 0")
+    with pytest.raises(error, match=message):
+        load_object(spec.format(folder=tmp_path))
+
+
+def test_settings_that_a_loss_refuses(write):
+    text = GOOD.replace("self.margin = ", "raise RuntimeError('no margin') or ")
+    kind = load_object(write("refusing_loss.py", text) + ":MarginLossFn")
+    with pytest.raises(ValueError, match="--loss with the section dpo: .*RuntimeError: no margin"):
+        build_loss(kind, {"margin": 1.0}, "dpo")
+
+
+def test_fields_of_others_are_kept_from_a_strict_config(write):
+    text = """
+        from pydantic import BaseModel
+        class Settings(BaseModel, extra="forbid"):
+            margin: float = 0.0
+        class StrictLoss:
+            def __init__(self, cfg: Settings, seed: int = 0):
+                self.cfg, self.seed = cfg, seed
+    """.replace("\n        ", "\n")
+    kind = load_object(write("strict_loss.py", text) + ":StrictLoss")
+    loss = build_loss(kind, {"margin": 0.5, "seed": 3, "max_num_steps": 10}, "dpo")
+    assert (loss.cfg.margin, loss.seed) == (0.5, 3)
