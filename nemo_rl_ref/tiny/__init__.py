@@ -19,6 +19,8 @@ ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "addition-qwen3"
 TRAIN_PAIRS = ASSETS / "addition-preferences.train.jsonl"
 VALIDATION_PAIRS = ASSETS / "addition-preferences.validation.jsonl"
+TRAIN_PROBLEMS = ASSETS / "addition-problems.train.jsonl"
+VALIDATION_PROBLEMS = ASSETS / "addition-problems.validation.jsonl"
 RANKED_VALIDATION_PAIRS = ASSETS / "addition-preferences.validation.ranked.jsonl"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make every file in ``assets/`` again: tokenizer, weights, preference pairs.
+"""Make every file in ``assets/`` again: tokenizer, weights, preference pairs, problems.
 
     python -m nemo_rl_ref.tiny.make            # about half a minute on two cores
     python -m nemo_rl_ref.tiny.make --out DIR  # somewhere else
@@ -165,7 +165,7 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Write tokenizer, weights and pairs to ``--out``."""
+    """Write tokenizer, weights, pairs and problems to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ASSETS)
     out: Path = parser.parse_args().out
@@ -194,6 +194,9 @@ def main() -> None:
     prompts = [prompt(problem) for problem in held_out]
     texts = sample_answers(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, seed=4)
     right = sum(map(is_correct, prompts, texts.texts(tokenizer)))
+    for name, rows in (("train", train), ("validation", held_out)):
+        records = [{"input": prompt(row), "output": answer(row)} for row in rows]
+        write_jsonl(out / f"addition-problems.{name}.jsonl", records)
     print(f"{out}: {right} of {len(prompts)} held-out problems right, sampled at temperature 1")
 
 

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sampling responses, and the log-probabilities of responses that share their prompts.
+
+A group of responses has one prompt. Its keys and values are computed once and copied to the rows of
+the group, in sampling and in training alike: with G responses of n tokens to a prompt of m, the
+model sees m + G n tokens instead of G (m + n). In training the copies are differentiable, so the
+gradient is that of the whole rows, up to rounding.
+
+NeMo RL leaves both to its backends; what these functions take and return is as it has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_rl_ref.algorithms.logits_sampling_utils import (
+    TrainingSamplingParams,
+    apply_top_k_top_p,
+    need_top_k_or_top_p_filtering,
+)
+from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.logprobs import token_logprobs
+
+GREEDY = 0.0  # the temperature that takes the most likely token
+
+
+def left_pad(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the first tokens of each row to the right end.
+
+    Args:
+        ids: (B, S) int64, whose rows begin at column 0.
+        lengths: (B,) int64, how many tokens of each row to take.
+
+    Returns:
+        Tokens (B, L) with L the largest length, 0 on padding, and the mask (B, L), 1 on tokens.
+    """
+    width = int(lengths.max())
+    columns = torch.arange(width, device=ids.device) - (width - lengths).unsqueeze(1)
+    mask = (columns >= 0).long()
+    return ids.gather(1, columns.clamp(min=0)) * mask, mask
+
+
+def _prefill(model: Any, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Any, Tensor]:
+    """Run the prompts of all rows, equal neighbours once.
+
+    Returns:
+        Logits of the first response token (B, V), the cache and the prompt mask (B, L), of all
+        rows.
+    """
+    ids, mask = left_pad(ids, lengths)
+    new = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+    new[1:] = ((ids[1:] != ids[:-1]) | (mask[1:] != mask[:-1])).any(1)
+    first = new.nonzero().squeeze(1)
+    out = model(
+        input_ids=ids[first],
+        attention_mask=mask[first],
+        position_ids=(mask[first].cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits, cache = out.logits[:, -1], out.past_key_values
+    if len(first) < len(ids):
+        of_row = new.cumsum(0) - 1
+        copies = len(ids) // len(first)
+        if torch.equal(first, torch.arange(0, len(ids), copies, device=ids.device)):
+            cache.batch_repeat_interleave(copies)  # its gradient is a sum, which is fast
+        else:
+            cache.batch_select_indices(of_row)
+        logits = logits[of_row]
+    return logits, cache, mask
+
+
+def response_logprobs(
+    model: Any,
+    data: BatchedDataDict[Any],
+    sampling: TrainingSamplingParams,
+    *,
+    filtered: bool = True,
+) -> Tensor:
+    """Log-probability of every response token given those before it.
+
+    Args:
+        model: A Hugging Face causal language model, or what ``accelerate`` wrapped around it.
+        data: ``input_ids`` int64 (B, S), padded on the right, ``input_lengths`` and
+            ``prompt_lengths`` (B,), in tokens.
+        sampling: The temperature divides the logits, as in sampling.
+        filtered: Whether tokens outside top-k and top-p have log-probability -inf.
+
+    Returns:
+        Float32 (B, S-1), in nats; column t belongs to token t + 1. 0 on prompt and padding.
+    """
+    ids, starts = data["input_ids"], data["prompt_lengths"]
+    rows, width = ids.shape
+    sizes = data["input_lengths"] - starts
+    longest = int(sizes.max())
+    logits, cache, prompt_mask = _prefill(model, ids, starts)
+
+    steps = torch.arange(longest, device=ids.device)
+    columns = starts.unsqueeze(1) + steps
+    valid = steps < sizes.unsqueeze(1)
+    padded = torch.nn.functional.pad(ids, (0, longest))
+    tokens = padded.gather(1, columns)
+    logprobs = [_score(logits.unsqueeze(1), tokens[:, :1], sampling, filtered)]
+    if longest > 1:
+        # The last token of a response predicts nothing, so it is not run.
+        out = model(
+            input_ids=tokens[:, :-1],
+            attention_mask=torch.cat([prompt_mask, valid[:, :-1].long()], 1),
+            position_ids=columns[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logprobs.append(_score(out.logits, tokens[:, 1:], sampling, filtered))
+    scores = torch.where(valid, torch.cat(logprobs, 1), 0.0)
+    whole = scores.new_zeros(rows, width + longest).scatter(1, columns, scores)
+    return whole[:, 1:width]
+
+
+def _score(
+    logits: Tensor, targets: Tensor, sampling: TrainingSamplingParams, filtered: bool
+) -> Tensor:
+    temperature = sampling.temperature or 1.0
+    if filtered and need_top_k_or_top_p_filtering(sampling):
+        logits, _ = apply_top_k_top_p(logits / temperature, sampling.top_k, sampling.top_p)
+        temperature = 1.0
+    return token_logprobs(logits, targets, temperature=temperature)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    data: BatchedDataDict[Any],
+    sampling: TrainingSamplingParams,
+    uniforms: Tensor,
+    *,
+    max_total_sequence_length: int,
+    stop_token_ids: list[int] | None = None,
+    stop_strings: list[str] | None = None,
+    batch_size: int | None = None,
+) -> BatchedDataDict[Any]:
+    """Sample one response to each row.
+
+    A response ends with the first stop token, which belongs to it, or with the token that completes
+    a stop string. Rows that have ended leave the batch.
+
+    A token is drawn with one uniform number of its row and position, by inverting the distribution
+    function. So a row's response depends on nothing but its prompt and its numbers: not on
+    the batch, nor on the number of processes, except where rounding tips a draw.
+
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer, with a pad token.
+        data: ``input_ids`` int64 (B, S), padded on the right, and ``input_lengths`` (B,). Equal
+            rows next to each other share the work on their prompt.
+        sampling: Temperature (`GREEDY` takes the most likely token), top-k and top-p.
+        uniforms: (B, T) float64 in [0, 1), with T the longest response, in tokens.
+        max_total_sequence_length: Longest prompt plus response, in tokens.
+        stop_token_ids: The end token of the tokenizer if not given.
+        stop_strings: Further ends, looked for in the text of the response.
+        batch_size: Rows sampled at once; all if not given.
+
+    Returns:
+        ``output_ids`` (B, S'), prompt and response, padded on the right; ``logprobs`` (B, S')
+        float32, in nats, of the response tokens under the distribution they were drawn from, 0
+        elsewhere; ``generation_lengths`` and ``unpadded_sequence_lengths`` (B,); ``truncated``
+        (B,), whether the response was cut off before it ended.
+
+    Raises:
+        ValueError: If a prompt leaves no room for a response.
+    """
+    room = max_total_sequence_length - int(data["input_lengths"].max())
+    if room < 1:
+        raise ValueError(
+            f"max_total_sequence_length is {max_total_sequence_length}, expected more than the "
+            f"longest prompt, {int(data['input_lengths'].max())} tokens"
+        )
+    stops = torch.tensor(
+        [tokenizer.eos_token_id] if stop_token_ids is None else stop_token_ids,
+        device=data["input_ids"].device,
+    )
+    was_training = model.training
+    model.eval()
+    parts = []
+    for start in range(0, len(uniforms), batch_size or len(uniforms)):
+        rows = slice(start, start + (batch_size or len(uniforms)))
+        tokens, logprobs, sizes, ended = _decode(
+            model,
+            tokenizer,
+            data["input_ids"][rows],
+            data["input_lengths"][rows],
+            sampling,
+            uniforms[rows],
+            max_total_sequence_length,
+            stops,
+            stop_strings or [],
+        )
+        parts.append(
+            _join(
+                data["input_ids"][rows],
+                data["input_lengths"][rows],
+                tokens,
+                logprobs,
+                sizes,
+                ended,
+                tokenizer.pad_token_id,
+            )
+        )
+    model.train(was_training)
+    return BatchedDataDict.from_batches(parts, {"output_ids": tokenizer.pad_token_id})
+
+
+def _decode(
+    model: Any,
+    tokenizer: Any,
+    ids: Tensor,
+    lengths: Tensor,
+    sampling: TrainingSamplingParams,
+    uniforms: Tensor,
+    max_length: int,
+    stops: Tensor,
+    stop_strings: list[str],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens (B, T), their log-probabilities (B, T), lengths (B,), and whether it ended (B,)."""
+    rows = torch.arange(len(ids), device=ids.device)  # those still going on
+    limits = (max_length - lengths).clamp(max=uniforms.shape[1])
+    tokens = ids.new_zeros(uniforms.shape)
+    logprobs = torch.zeros(uniforms.shape, device=ids.device)
+    sizes, ended = limits.clone(), torch.zeros_like(rows, dtype=torch.bool)
+    logits, cache, mask = _prefill(model, ids, lengths)
+    for step in range(int(limits.max())):
+        token, logprob = _draw(logits, sampling, uniforms[rows, step])
+        tokens[rows, step], logprobs[rows, step] = token, logprob
+        stopped = torch.isin(token, stops)
+        if stop_strings:
+            stopped |= _has_stop_string(tokenizer, tokens[rows, : step + 1], stop_strings)
+        sizes[rows[stopped]] = step + 1
+        ended[rows[stopped]] = True
+        going = ~stopped & (step + 1 < limits[rows])
+        if not going.any():
+            break
+        if not going.all():
+            keep = going.nonzero().squeeze(1)
+            rows, mask, token = rows[keep], mask[keep], token[keep]
+            cache.batch_select_indices(keep)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        out = model(
+            input_ids=token.unsqueeze(1),
+            attention_mask=mask,
+            position_ids=(lengths[rows] + step).unsqueeze(1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = out.logits[:, -1]
+    return tokens, logprobs, sizes, ended
+
+
+def _draw(
+    logits: Tensor, sampling: TrainingSamplingParams, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token a row, (B,), and its log-probability, (B,)."""
+    logits = logits.float() / (sampling.temperature or 1.0)
+    logits, _ = apply_top_k_top_p(logits, sampling.top_k, sampling.top_p)
+    logp = torch.log_softmax(logits, -1)
+    if sampling.temperature == GREEDY:
+        token = logp.argmax(-1)
+    else:
+        below = logp.double().exp().cumsum(-1)
+        # Scaled by the last entry, which rounding keeps from being 1; `right` skips tokens of
+        # probability 0.
+        wanted = uniform.unsqueeze(1) * below[:, -1:]
+        token = torch.searchsorted(below, wanted, right=True).squeeze(1)
+    return token, logp.gather(1, token.unsqueeze(1)).squeeze(1)
+
+
+def _has_stop_string(tokenizer: Any, tokens: Tensor, stop_strings: list[str]) -> Tensor:
+    """Whether the text contains a stop string, (B,). Only its end is new, so only that is read."""
+    recent = max(map(len, stop_strings)) + 8  # a token can be less than a character
+    texts = tokenizer.batch_decode(tokens[:, -recent:], skip_special_tokens=True)
+    found = [any(stop in text for stop in stop_strings) for text in texts]
+    return torch.tensor(found, device=tokens.device)
+
+
+def _join(
+    ids: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+    logprobs: Tensor,
+    sizes: Tensor,
+    ended: Tensor,
+    pad: int,
+) -> BatchedDataDict[Any]:
+    """Prompts and responses in one row each, as NeMo RL's ``GenerationOutputSpec``."""
+    total = lengths + sizes
+    width, steps = int(total.max()), torch.arange(tokens.shape[1], device=ids.device)
+    # What is no response goes to a last column that is then cut off.
+    place = torch.where(steps < sizes.unsqueeze(1), lengths.unsqueeze(1) + steps, width)
+    prompts = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+    output = torch.nn.functional.pad(ids.masked_fill(~prompts, pad), (0, tokens.shape[1] + 1))
+    output[:, ids.shape[1] :] = pad
+    scores = torch.zeros(len(ids), width + 1, device=ids.device).scatter(1, place, logprobs)
+    output = output[:, : width + 1].scatter(1, place, tokens)
+    return BatchedDataDict(
+        {
+            "output_ids": output[:, :width],
+            "logprobs": scores[:, :width],
+            "generation_lengths": sizes,
+            "unpadded_sequence_lengths": total,
+            "truncated": ~ended,
+        }
+    )
