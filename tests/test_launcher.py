@@ -204,11 +204,13 @@ def nemo_rl_commands():
 
 @pytest.mark.parametrize(("command", "overrides", "listing"), nemo_rl_commands())
 def test_command_lines_name_real_keys_and_do_not_resume_another_run(command, overrides, listing):
-    known = load_manifest()["configs"]["dpo.yaml"]
+    given = re.search(r"--config examples/configs/(\S+)", command)
+    name = given[1] if given else "dpo.yaml"
+    known = load_manifest()["configs"][name]
     assert overrides
     for key, _ in overrides:
         # A key that the configuration does not have needs Hydra's ++.
-        assert key.startswith("++") or key in known, f"{key} is not in dpo.yaml"
+        assert key.startswith("++") or key in known, f"{key} is not in {name}"
         assert key.removeprefix("++") not in known or not key.startswith("++"), key
     folder = dict(overrides).get("checkpointing.checkpoint_dir")
     assert folder and folder != known["checkpointing.checkpoint_dir"], command
