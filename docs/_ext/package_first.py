@@ -14,7 +14,13 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.typing import ExtensionMetadata
 
-MODULES = ("nemo_rl_ref.algorithms.loss", "nemo_rl_ref.algorithms.advantage_estimator")
+MODULES = (
+    "nemo_rl_ref.algorithms.loss",
+    "nemo_rl_ref.algorithms.advantage_estimator",
+    "nemo_rl_ref.algorithms.grpo",
+    "nemo_rl_ref.algorithms.ppo",
+    "nemo_rl_ref.rl_settings",
+)
 
 
 def import_package(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
