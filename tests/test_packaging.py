@@ -89,6 +89,7 @@ def imported_modules() -> dict[str, str]:
     for folder in ("nemo_rl_ref", "docs/_ext", "notebooks", "tests"):
         files += sorted((ROOT / folder).rglob("*.py"))
     own = {"nemo_rl_ref"} | {f.stem for f in files} | {f.parent.name for f in files}
+    own |= {f.stem for f in (ROOT / "docs").rglob("*.py")}  # launchers beside their pages
     found: dict[str, str] = {}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
