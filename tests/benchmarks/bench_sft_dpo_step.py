@@ -8,8 +8,10 @@ What is timed is the runner as a user starts it: ``run_sft.train`` and ``run_dpo
 configuration, whose log says how long each step took. Collation, the metrics, the log and the
 check that loss and gradient are finite are in it; validation and checkpoints are off. The floor
 beside it runs on the same batches: forward, backward from the sum of the logits, optimizer step.
-Floor and runner take turns in one process, so that a slow moment of the machine hits both. Numbers
-are medians.
+What a user would take instead of the SFT runner is beside it: ``transformers.Trainer`` on the same
+rows, padded and masked by its collator, with its defaults except for the optimizer. DPO beside TRL
+is in bench_dpo_step.py. The contenders take turns in one process, so that a slow moment of the
+machine hits all of them. Numbers are medians.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import statistics
 import sys
@@ -99,6 +102,62 @@ def floor_turn(batches, config, device):
     return seconds[WARM_UP:]
 
 
+class StepClock(transformers.TrainerCallback):
+    """Notes when each step of a `transformers.Trainer` ended."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+
+def trainer_turn(batches, folder):
+    """Seconds a step of `transformers.Trainer`, from the end of one step to that of the next."""
+    rows = []
+    for batch in batches:
+        labels = batch["input_ids"].masked_fill(batch["token_mask"] == 0, -100)
+        rows += [
+            {"input_ids": ids, "labels": label}
+            for ids, label in zip(batch["input_ids"], labels, strict=True)
+        ]
+
+    def collate(samples):
+        names = ("input_ids", "labels")
+        fill = {"input_ids": 0, "labels": -100}
+        return {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [sample[name] for sample in samples], True, fill[name]
+            )
+            for name in names
+        }
+
+    clock = StepClock()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=ROUND,
+        per_device_train_batch_size=SAMPLES["sft"],
+        learning_rate=OPTIMIZER["kwargs"]["lr"],
+        optim="adamw_torch_fused",
+        lr_scheduler_type="constant",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        transformers.Trainer(
+            model=tiny.load_policy(),
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=[clock],
+        ).train()
+    steps = [after - before for before, after in itertools.pairwise(clock.ends)]
+    return steps[WARM_UP:]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
@@ -110,6 +169,7 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     device = trainer.make_accelerator("float32").device
     turns = {(section, kind): [] for section in SAMPLES for kind in ("floor", "runner")}
+    turns["sft", "Trainer"] = []
     with tempfile.TemporaryDirectory() as folder:
         batches = {}
         for number in track(range(arguments.rounds), description="rounds"):
@@ -119,6 +179,7 @@ def main():
                 floor = floor_turn(batches[section], config, device)
                 turns[section, "floor"] += floor
                 turns[section, "runner"] += runner_turn(section, config)
+            turns["sft", "Trainer"] += trainer_turn(batches["sft"], Path(folder))
     medians = {key: statistics.median(seconds) for key, seconds in turns.items()}
     print(f"{device_name()}, {torch.get_num_threads()} threads, 64 rows a step")
     for (section, kind), value in medians.items():
@@ -129,7 +190,7 @@ def main():
             section: {
                 "samples_per_step": SAMPLES[section],
                 "seconds_per_step": {
-                    kind: round(medians[section, kind], 6) for kind in ("floor", "runner")
+                    kind: round(value, 6) for (of, kind), value in medians.items() if of == section
                 },
                 "step over floor": round(
                     medians[section, "runner"] / medians[section, "floor"], 3
@@ -137,6 +198,8 @@ def main():
             }
             for section in SAMPLES
         }
+        over = medians["sft", "Trainer"] / medians["sft", "runner"]
+        numbers["sft"]["steps per second over Trainer"] = round(over, 3)
         write_result("sft_dpo_step", numbers)
 
 
