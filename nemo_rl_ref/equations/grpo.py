@@ -297,59 +297,31 @@ def _with_kl(drawn: dict[str, Any]) -> dict[str, Any]:
     return drawn | {"kl_k": k.numpy()}
 
 
+def _group_loss(inputs: Inputs, kind: type[ClippedPGLossFn], flags: Any, **call: Any) -> Tensor:
+    """The loss of a group whose ratios, advantages and mask are given."""
+    loss_fn = kind(settings(ratio_clip_min=inputs.eps, ratio_clip_max=inputs.eps, **flags))
+    logprobs = inputs.ratios.log()
+    given = {"mask": inputs.mask} | call
+    return loss_of(loss_fn, logprobs, torch.zeros_like(logprobs), inputs.advantages, **given)
+
+
 @each
 def _grpo_objective(inputs: Inputs) -> Tensor:
-    loss_fn = ClippedPGLossFn(
-        settings(
-            ratio_clip_min=inputs.eps,
-            ratio_clip_max=inputs.eps,
-            reference_policy_kl_penalty=inputs.beta,
-        )
-    )
-    logprobs = inputs.ratios.log()
-    return loss_of(
-        loss_fn,
-        logprobs,
-        torch.zeros_like(logprobs),
-        inputs.advantages,
-        mask=inputs.mask,
-        reference=logprobs - inputs.log_ratio,
-    )
+    reference = inputs.ratios.log() - inputs.log_ratio
+    flags = {"reference_policy_kl_penalty": inputs.beta}
+    return _group_loss(inputs, ClippedPGLossFn, flags, reference=reference)
 
 
 @each
 def _grpo_published(inputs: Inputs) -> Tensor:
-    loss_fn = ClippedPGLossFn(
-        settings(ratio_clip_min=inputs.eps, ratio_clip_max=inputs.eps, token_level_loss=False)
-    )
-    logprobs = inputs.ratios.log()
-    return loss_of(
-        loss_fn,
-        logprobs,
-        torch.zeros_like(logprobs),
-        inputs.advantages,
-        mask=inputs.mask * HEAVY,
-    )
+    flags = {"token_level_loss": False}
+    return _group_loss(inputs, ClippedPGLossFn, flags, mask=inputs.mask * HEAVY)
 
 
 @each
 def _dr_grpo(inputs: Inputs) -> Tensor:
-    loss_fn = DrGRPOLossFn(
-        settings(
-            ratio_clip_min=inputs.eps,
-            ratio_clip_max=inputs.eps,
-            max_response_length=inputs.longest,
-        )
-    )
-    logprobs = inputs.ratios.log()
-    return loss_of(
-        loss_fn,
-        logprobs,
-        torch.zeros_like(logprobs),
-        inputs.advantages,
-        mask=inputs.mask,
-        times=inputs.longest.item(),
-    )
+    flags = {"max_response_length": inputs.longest}
+    return _group_loss(inputs, DrGRPOLossFn, flags, times=inputs.longest.item())
 
 
 def _one_token(inputs: Inputs, logprob: Tensor, **flags: Any) -> Tensor:

@@ -37,6 +37,7 @@ from accelerate import Accelerator  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
+from _clock import Clock  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 
 from nemo_rl_ref import tiny  # noqa: E402
@@ -52,16 +53,6 @@ WARM_UP = 4  # steps of each turn that are not counted
 
 def make_optimizer(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-
-
-class Clock(transformers.TrainerCallback):
-    """Notes when each step of a Trainer ends."""
-
-    def __init__(self):
-        self.ticks = []
-
-    def on_step_end(self, *args, **kwargs):
-        self.ticks.append(time.perf_counter())
 
 
 def steps_of(ticks):

@@ -42,6 +42,7 @@ import transformers  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
+from _clock import Clock  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 
 from nemo_rl_ref import run_grpo, tiny  # noqa: E402
@@ -166,16 +167,6 @@ class Ours:
         return steps_of(ticks)
 
 
-class Clock(transformers.TrainerCallback):
-    """Notes when each step of a Trainer ends."""
-
-    def __init__(self):
-        self.ticks = []
-
-    def on_step_end(self, *args, **kwargs):
-        self.ticks.append(tick())
-
-
 def exactly_right(completions, answer, **rest):
     """TRL's reward function."""
     pairs = zip(completions, answer, strict=True)
@@ -198,7 +189,7 @@ class Trl:
         )
 
     def turn(self):
-        clock = Clock()
+        clock = Clock(tick)
         with tempfile.TemporaryDirectory() as folder:
             trainer = GRPOTrainer(
                 model=tiny.load_policy(),

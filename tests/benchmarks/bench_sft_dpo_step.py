@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from _clock import Clock  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trainer_runs import RUNNERS, make_config  # noqa: E402
@@ -102,16 +103,6 @@ def floor_turn(batches, config, device):
     return seconds[WARM_UP:]
 
 
-class StepClock(transformers.TrainerCallback):
-    """Notes when each step of a `transformers.Trainer` ended."""
-
-    def __init__(self):
-        self.ends = []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.ends.append(time.perf_counter())
-
-
 def trainer_turn(batches, folder):
     """Seconds a step of `transformers.Trainer`, from the end of one step to that of the next."""
     rows = []
@@ -132,7 +123,7 @@ def trainer_turn(batches, folder):
             for name in names
         }
 
-    clock = StepClock()
+    clock = Clock()
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=ROUND,
@@ -154,7 +145,7 @@ def trainer_turn(batches, folder):
             data_collator=collate,
             callbacks=[clock],
         ).train()
-    steps = [after - before for before, after in itertools.pairwise(clock.ends)]
+    steps = [after - before for before, after in itertools.pairwise(clock.ticks)]
     return steps[WARM_UP:]
 
 
