@@ -55,8 +55,14 @@ def needed(names: set[str]) -> set[str]:
     return {key.split("[")[0] for key in found}
 
 
+COMPILE_KERNELS = {"cuda-core", "cuda-bindings", "cuda-pathfinder", "nvidia-cuda-nvrtc"}
+
+
 def is_cuda(name: str) -> bool:
-    return name.startswith(("nvidia-", "cuda-")) or name == "triton"
+    """Whether only CUDA builds of PyTorch need it."""
+    return name not in COMPILE_KERNELS and (
+        name.startswith(("nvidia-", "cuda-")) or name == "triton"
+    )
 
 
 def test_every_line_is_an_exact_pin_and_explained():
@@ -77,7 +83,7 @@ def test_pins_are_what_is_installed():
 
 def test_everything_needed_is_pinned_and_nothing_else():
     here = {n for n, r in PINS.items() if r.marker is None or r.marker.evaluate()}
-    with_extras = {str(Requirement(n)) for n in pins(DIRECT)}
+    with_extras = {f"{n}[{','.join(r.extras)}]" for n, r in pins(DIRECT).items()}
     missing = {name for name in needed(with_extras) - here if not is_cuda(name)}
     assert missing == set()
     assert here - needed(with_extras) == set()
@@ -166,7 +172,9 @@ def test_wheel_needs_only_torch_and_pydantic(wheel):
     needs = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
     minimal = {r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})}
     assert minimal == {"torch", "pydantic"}
-    assert set(metadata.get_all("Provides-Extra")) == {"equations", "train", "trl", "docs", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {
+        "equations", "train", "tune", "ray", "kernels", "trl", "docs", "test"
+    }  # fmt: skip
 
 
 def test_import_from_the_wheel_loads_no_trainer(wheel):
