@@ -83,7 +83,14 @@ from nemo_rl_ref.rl_settings import (
 from nemo_rl_ref.rollouts import Prompt, load_prompts, prompt_batches, roll_out
 from nemo_rl_ref.tiny import load_policy
 from nemo_rl_ref.trainer import USED_KEYS as EVERY_TRAINERS_KEYS
-from nemo_rl_ref.trainer import NotFinite, Progress, make_accelerator, run_batch
+from nemo_rl_ref.trainer import (
+    NotFinite,
+    Observer,
+    Progress,
+    make_accelerator,
+    observed,
+    run_batch,
+)
 from nemo_rl_ref.training import valid_counts
 from nemo_rl_ref.user_code import checked_loss, load_object
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
@@ -520,9 +527,17 @@ class Run:
         trainer: The models.
         manager: Of the checkpoints.
         info: The counters in the checkpoint to resume from; None to start.
+        observe: Watches the run and can end it.
     """
 
-    def __init__(self, trainer: Trainer, manager: CheckpointManager, info: Any = None):
+    def __init__(
+        self,
+        trainer: Trainer,
+        manager: CheckpointManager,
+        info: Any = None,
+        observe: Observer | None = None,
+    ):
+        self.observe = observe if trainer.accelerator.is_main_process else None
         self.trainer, self.manager, self.cfg = trainer, manager, trainer.cfg
         self.saving, self.logger = trainer.config["checkpointing"], None
         names = ("consumed_samples", "current_step", "current_epoch", "total_steps")
@@ -549,9 +564,19 @@ class Run:
 
     def train(self) -> dict[str, float]:
         """Train to the end; returns the last validation's metrics."""
+        try:
+            self._train()
+        finally:
+            if self.logger is not None:
+                self.logger.finish()
+        return self.validation
+
+    def _train(self) -> None:
         info, cfg = self.info, self.cfg
         if cfg.val_at_start and info["total_steps"] == 0:
             self._validate()
+            if self.observe:
+                self.observe(0, observed({}, self.validation))
         steps = len(self.trainer.train_prompts) // self.batch_size * cfg.max_num_epochs
         total = min(steps, cfg.max_num_steps)
         name = section_name(self.trainer.config)
@@ -564,9 +589,6 @@ class Run:
                     break
                 info["current_epoch"] += 1
                 info["current_step"] = info["data_position"] = 0
-        if self.logger is not None:
-            self.logger.finish()
-        return self.validation
 
     def _batches(self) -> Iterator[list[Prompt]]:
         """The rest of the epoch's batches; counts them."""
@@ -631,6 +653,8 @@ class Run:
         per_gpu = rate / trainer.accelerator.num_processes
         self._log({**seconds, "valid_tokens_per_sec_per_gpu": per_gpu}, "timing/train")
         self.progress.show(done, metrics.get("loss", math.nan), rate)
+        if self.observe:
+            self.observe(done, observed(metrics, validation))
         return True
 
     def _ranked(
@@ -685,6 +709,7 @@ def train(
     loss: str | None = None,
     strict: bool = False,
     allow_config_changes: bool = False,
+    observe: Observer | None = None,
 ) -> dict[str, float]:
     """Run GRPO or PPO to the end, from the last checkpoint if there is one.
 
@@ -695,6 +720,7 @@ def train(
         loss: ``file.py:Class`` to take in the place of `ClippedPGLossFn`.
         strict: Refuse such a loss if it breaks one of NeMo RL's promises.
         allow_config_changes: Resume although the configuration has changed.
+        observe: Watches the run and can end it.
 
     Returns:
         The last validation's metrics; empty if there was none.
@@ -726,7 +752,7 @@ def train(
         loss_fn=loss_fn,
         checkpoint=checkpoint,
     )
-    return Run(trainer, manager, manager.load_training_info(checkpoint)).train()
+    return Run(trainer, manager, manager.load_training_info(checkpoint), observe).train()
 
 
 def main(argv: list[str] | None = None) -> int:

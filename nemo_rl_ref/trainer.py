@@ -368,8 +368,26 @@ def process_state() -> Any:
     return PartialState(cpu=forced or (several and not torch.cuda.is_available()))
 
 
+#: Called by the main process after a step and what follows it: the number of steps done and the
+#: metrics, under the names of ``checkpointing.metric_name``: ``train:…`` and ``val:…``. What it
+#: raises ends the run.
+Observer = Callable[[int, Mapping[str, float]], None]
+
+
+def observed(metrics: Mapping[str, float], validation: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of a step as an `Observer` gets them."""
+    return {f"train:{name}": value for name, value in metrics.items()} | {
+        f"val:{name}": value for name, value in validation.items()
+    }
+
+
 def fit(
-    task: Task, config: dict[str, Any], tokenizer: Any, *, allow_config_changes: bool = False
+    task: Task,
+    config: dict[str, Any],
+    tokenizer: Any,
+    *,
+    allow_config_changes: bool = False,
+    observe: Observer | None = None,
 ) -> dict[str, Any]:
     """Train as a configuration says, from the last checkpoint if there is one.
 
@@ -378,6 +396,7 @@ def fit(
         config: The whole configuration, resolved, a plain dict.
         tokenizer: Saved with the checkpoints.
         allow_config_changes: Resume although configuration or data have changed.
+        observe: Watches the run and can end it.
 
     Returns:
         The counters at the end, with the metrics of the last step under ``train`` and of the last
@@ -389,7 +408,7 @@ def fit(
         FloatingPointError: If a loss or gradient is not finite. The message names step, samples
             and layer.
     """
-    run = _Run(task, config, tokenizer, allow_config_changes)
+    run = _Run(task, config, tokenizer, allow_config_changes, observe)
     try:
         return run.train()
     finally:
@@ -400,13 +419,19 @@ class _Run:
     """`fit` in parts."""
 
     def __init__(
-        self, task: Task, config: dict[str, Any], tokenizer: Any, allow_config_changes: bool
+        self,
+        task: Task,
+        config: dict[str, Any],
+        tokenizer: Any,
+        allow_config_changes: bool,
+        observe: Observer | None,
     ):
         self.task, self.config, self.tokenizer = task, config, tokenizer
         self.section, self.policy = config[task.section], config["policy"]
         self.saving = config["checkpointing"]
         self.accelerator = make_accelerator(self.policy["precision"])
         self.main = self.accelerator.is_main_process
+        self.observe = observe if self.main else None
         self.plan = self._check()
         self.manager = CheckpointManager(self.saving) if self.saving["enabled"] else None
         self.logger: Logger | None = None
@@ -561,6 +586,8 @@ class _Run:
         done = self.state["total_steps"]
         if done == 0 and self.section.get("val_at_start"):
             result["validation"] = self._validate(0)
+            if self.observe:
+                self.observe(0, observed({}, result["validation"]))
         self.timeout.start_iterations()
         with Progress(self.task.section, self.plan.steps, done, self.main) as progress:
             while done < self.plan.steps:
@@ -587,6 +614,8 @@ class _Run:
                     {**seconds, "valid_tokens_per_sec_per_gpu": per_gpu}, done, "timing/train"
                 )
                 progress.show(done, metrics["loss"], per_second)
+                if self.observe:
+                    self.observe(done, observed(metrics, validation))
                 result["train"] = metrics
                 if stop:
                     print("checkpointing.checkpoint_must_save_by: saved, and stopped")

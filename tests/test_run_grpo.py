@@ -409,6 +409,25 @@ def test_a_run_logs_validates_and_saves(tmp_path):
     assert (tmp_path / "checkpoints/step_3/policy/weights/model.safetensors").exists()
 
 
+def test_an_observer_sees_every_step_and_can_end_the_run(tmp_path):
+    seen = []
+
+    def observe(step, metrics):
+        seen.append((step, metrics))
+        if step == 2:
+            raise KeyboardInterrupt
+
+    changes = {"grpo.max_num_steps": 4, "grpo.val_period": 2, "grpo.val_at_start": True}
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(tmp_path, changes), observe=observe)
+    assert [step for step, _ in seen] == [0, 1, 2]
+    written = logged(tmp_path)
+    assert seen[1][1]["train:reward"] == written[1]["train/reward"]
+    assert "val:accuracy" not in seen[1][1]
+    for step in (0, 2):
+        assert seen[step][1]["val:accuracy"] == written[step]["validation/accuracy"]
+
+
 def test_epochs_end_and_begin(tmp_path):
     changes = {"grpo.max_num_epochs": 2, "grpo.max_num_steps": 100}
     changes |= {"grpo.num_prompts_per_step": 24, "grpo.num_generations_per_prompt": 2}

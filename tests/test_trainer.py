@@ -12,6 +12,7 @@ from trainer_runs import curve, make_config, records, run, write_lines
 from nemo_rl_ref import run_dpo, tiny
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.data.processors import sft_processor
+from nemo_rl_ref.metrics_file import read_metrics
 from nemo_rl_ref.run_sft import flat_sample, sft_batch
 from nemo_rl_ref.trainer import Plan
 
@@ -328,3 +329,34 @@ def test_a_run_stops_in_time(tmp_path, capsys):
     assert result["total_steps"] == 1
     assert (tmp_path / "run" / "step_1").is_dir()
     assert "checkpoint_must_save_by: saved, and stopped" in capsys.readouterr().out
+
+
+# Watching a run
+
+
+class EnoughError(Exception):
+    pass
+
+
+def test_an_observer_sees_every_step_and_can_end_the_run(tmp_path):
+    seen = []
+
+    def observe(step, metrics):
+        seen.append((step, metrics))
+        if step == 8:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        run("dpo", tmp_path, observe=observe)
+    assert [step for step, _ in seen] == list(range(9))  # validation at the start is step 0
+    written = read_metrics(tmp_path / "run-logs")
+    for step, metrics in seen:
+        name = "validation-default_loss"
+        assert (f"val:{name}" in metrics) == (step in (0, 4, 8))
+        if step:
+            assert metrics["train:loss"] == written[step]["train/loss"]
+        if step in (0, 4, 8):
+            assert metrics[f"val:{name}"] == written[step]["validation-default/loss"]
+    # The eighth step was over: its checkpoint is there, and the run goes on from it.
+    result, _ = run("dpo", tmp_path)
+    assert result["total_steps"] == 12

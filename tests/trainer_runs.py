@@ -87,9 +87,8 @@ def make_config(section, folder, *, samples=40, name="run", model=tiny.MODEL, **
 
 def run(section, folder, **changes):
     """Train; return the result and the metrics by step."""
-    options = {
-        k: changes.pop(k) for k in ("loss", "strict", "allow_config_changes") if k in changes
-    }
+    names = ("loss", "strict", "allow_config_changes", "observe")
+    options = {k: changes.pop(k) for k in names if k in changes}
     config = make_config(section, folder, **changes)
     result = RUNNERS[section].train(config, **options)
     return result, read_metrics(config["logger"]["log_dir"])
