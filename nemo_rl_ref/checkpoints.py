@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from nemo_rl_ref.processes import from_main, is_sharded
 from nemo_rl_ref.sealed import CheckpointError, broken, check_checkpoint, clear_leftovers
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
 from nemo_rl_ref.utils.logger import flatten_dict
@@ -84,11 +85,11 @@ def save_checkpoint(
         CheckpointError: If a file cannot be written. What was written is removed; earlier
             checkpoints are untouched.
     """
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import gather_object
 
     states = {name: accelerator.get_state_dict(trained.model) for name, trained in models.items()}
     random_states = gather_object([random_state or get_random_state()])
-    problem: list[str | None] = [None]
+    problem: str | None = None
     if accelerator.is_main_process:
         name = "training_info.json"
         try:
@@ -99,23 +100,21 @@ def save_checkpoint(
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write(folder / name)
             name = "files.json"
-            if not _is_sharded(accelerator):
+            if not is_sharded(accelerator):
                 manager.finalize_checkpoint(folder)
         except Exception as error:  # OSError, or what safetensors and torch make of one
             shutil.rmtree(manager.checkpoint_dir / f"tmp_step_{step}", ignore_errors=True)
             latest = manager.get_latest_checkpoint_path()
-            problem[0] = (
+            problem = (
                 f"{manager.checkpoint_dir / f'tmp_step_{step}' / name}: cannot be written: "
                 f"{error}. Step {step} is not saved. "
                 + (f"{latest} is whole: " if latest else "There is no earlier checkpoint: ")
                 + "free space, or move the folder to a larger disk and set "
                 "checkpointing.checkpoint_dir, and start the same command again"
             )
-    if accelerator.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0]:
-        raise CheckpointError(problem[0])
-    if _is_sharded(accelerator):
+    if problem := from_main(problem):
+        raise CheckpointError(problem)
+    if is_sharded(accelerator):
         folder = (manager.checkpoint_dir / f"tmp_step_{step}").absolute()
         accelerator.save_state(str(folder / "policy" / "optimizer"))
         accelerator.wait_for_everyone()
@@ -145,7 +144,7 @@ def load_checkpoint(
         _, folder = CheckpointManager.get_resume_paths(checkpoint_path, model_component=name)
         if folder is None:
             continue
-        if _is_sharded(accelerator):
+        if is_sharded(accelerator):
             accelerator.load_state(str(folder))
         else:
             path = folder / "optimizer.pt"
@@ -238,7 +237,7 @@ def _parts(
     for name, trained in models.items():
         model = accelerator.unwrap_model(trained.model)
         parts.append((f"{name}/weights", lambda p, m=model, s=states[name]: _save_weights(m, s, p)))
-        if save_optimizer and not _is_sharded(accelerator):
+        if save_optimizer and not is_sharded(accelerator):
             state = {
                 "optimizer": trained.optimizer.state_dict(),
                 "scheduler": trained.scheduler.state_dict(),
@@ -260,11 +259,6 @@ def _save_weights(model: Any, state: dict[str, Any], folder: Path) -> None:
 
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-
-
-def _is_sharded(accelerator: Any) -> bool:
-    """Whether no process has the whole optimizer: FSDP and DeepSpeed, which save it themselves."""
-    return str(getattr(accelerator.distributed_type, "value", "")) in ("FSDP", "DEEPSPEED")
 
 
 def _torch_load(path: Path) -> Any:

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.padding import pad_right
 
 
 def preference_collate_fn(
@@ -44,15 +44,10 @@ def preference_collate_fn(
     rows = [torch.cat([message["token_ids"] for message in log]) for log in logs]
     lengths = torch.tensor([len(row) for row in rows])
     multiple = make_sequence_length_divisible_by
-    width = -(-int(lengths.max()) // multiple) * multiple
-
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    missing = width - input_ids.shape[1]
+    input_ids = pad_right(rows, tokenizer.pad_token_id, multiple=multiple)
     data: BatchedDataDict[Any] = BatchedDataDict(
         {
-            "input_ids": torch.nn.functional.pad(
-                input_ids, (0, missing), value=tokenizer.pad_token_id
-            ),
+            "input_ids": input_ids,
             "input_lengths": lengths,
             "sample_mask": torch.tensor(
                 [datum["loss_multiplier"] for datum in data_batch]
@@ -61,7 +56,7 @@ def preference_collate_fn(
     )
     if add_loss_mask:
         answers = torch.tensor([len(log[-1]["token_ids"]) for log in logs])
-        column = torch.arange(width)
+        column = torch.arange(input_ids.shape[1])
         before, end = (lengths - answers).unsqueeze(-1), lengths.unsqueeze(-1)
         data["token_mask"] = ((column >= before) & (column < end)).long()
     return data

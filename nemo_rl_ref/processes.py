@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a run: how many there are, and what one tells the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def process_state() -> Any:
+    """Which process this is: ``accelerate.PartialState``. Without a GPU several run on the CPU."""
+    from accelerate import PartialState
+
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    forced = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return PartialState(cpu=forced or (several and not torch.cuda.is_available()))
+
+
+def make_accelerator(precision: str) -> Any:
+    """Make the ``accelerate.Accelerator`` of ``policy.precision``: weights stay float32.
+
+    Raises:
+        ValueError: If the precision is not float32 or bfloat16.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    modes = {"float32": "no", "bfloat16": "bf16"}
+    if precision not in modes:
+        raise ValueError(f"policy.precision: got {precision!r}, expected {' or '.join(modes)}")
+    AcceleratorState._reset_state()  # an earlier run in this program may have had another precision
+    return Accelerator(mixed_precision=modes[precision], cpu=process_state().device.type == "cpu")
+
+
+def from_main(value: Any) -> Any:
+    """What the main process gives, on all processes. The others' values do not matter."""
+    state = process_state()
+    if state.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    box = [value]
+    broadcast_object_list(box)
+    return box[0]
+
+
+@torch.no_grad()
+def by_share(
+    function: Callable[[Any], Tensor], data: Any, accelerator: Any, batch_size: int | None = None
+) -> Tensor:
+    """Apply a function to this process's share of a batch, and gather the results of all.
+
+    Args:
+        function: Maps a batch of b rows to a tensor ``(b, …)``. No gradient is kept.
+        data: A ``BatchedDataDict``, the same on all processes, whose number divides its rows.
+        accelerator: The run's ``accelerate.Accelerator``.
+        batch_size: Rows that the function gets at a time; the whole share if not given.
+
+    Returns:
+        ``(B, …)``, in the order of the rows, on every process.
+    """
+    rows = data.size // accelerator.num_processes
+    first, size = accelerator.process_index * rows, batch_size or rows
+    parts = [
+        function(data.slice(low, min(low + size, first + rows)))
+        for low in range(first, first + rows, size)
+    ]
+    return accelerator.gather(torch.cat(parts))
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether no process has the whole model or optimizer: FSDP and DeepSpeed."""
+    return str(getattr(accelerator.distributed_type, "value", "")) in ("FSDP", "DEEPSPEED")
