@@ -185,8 +185,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         "from accelerate import Accelerator\n"
         "from nemo_rl_ref import tiny\n"
         "from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn\n"
-        "from nemo_rl_ref.algorithms.loss.interfaces import LossInputType
-from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset\n"
+        "from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset\n"
         "from nemo_rl_ref.preferences import load_preferences, preference_batches\n"
         "from nemo_rl_ref.training import add_reference_logprobs, train\n"
         "torch.set_num_threads(1)\n"

@@ -38,9 +38,11 @@ from _record import device_name, write_result  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trainer_runs import RUNNERS, make_config  # noqa: E402
 
-from nemo_rl_ref import run_dpo, run_sft, tiny, trainer  # noqa: E402
+from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.metrics_file import read_metrics  # noqa: E402
 from nemo_rl_ref.optimizers import make_optimizer  # noqa: E402
+from nemo_rl_ref.processes import make_accelerator  # noqa: E402
+from nemo_rl_ref.samples import Plan, preference_samples, supervised_samples  # noqa: E402
 
 SAMPLES = {"sft": 64, "dpo": 32}  # a step has 64 rows in both
 ROUND = 24  # steps a contender takes before the other one's turn
@@ -77,12 +79,10 @@ def batches_of(section, config):
     """The batches that the runner trains on."""
     tokenizer = tiny.load_tokenizer()
     if section == "sft":
-        part = run_sft.load_response_dataset(config["data"]["train"])
-        parts = [(part.dataset, part.places, part.task_spec)]
-        samples = run_sft._samples(parts, tokenizer, config)
+        samples, _ = supervised_samples(config, tokenizer)
     else:
-        samples, _ = run_dpo.preference_samples(config, tokenizer, add_loss_mask=True)
-    plan = trainer.Plan(len(samples), SAMPLES[section], 1, ROUND, True, config[section]["seed"])
+        samples, _ = preference_samples(config, tokenizer, add_loss_mask=True)
+    plan = Plan(len(samples), SAMPLES[section], 1, ROUND, True, config[section]["seed"])
     return [samples.batch(plan.numbers(step)) for step in range(plan.steps)]
 
 
@@ -158,7 +158,7 @@ def main():
         parser.error(f"--rounds: got {arguments.rounds}, expected 1 or more")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = trainer.make_accelerator("float32").device
+    device = make_accelerator("float32").device
     turns = {(section, kind): [] for section in SAMPLES for kind in ("floor", "runner")}
     turns["sft", "Trainer"] = []
     with tempfile.TemporaryDirectory() as folder:
