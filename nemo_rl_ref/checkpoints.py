@@ -46,7 +46,7 @@ class Trained:
 
     Attributes:
         model: From ``accelerator.prepare``. If it has ``save_pretrained``, that writes it.
-        optimizer: From ``accelerator.prepare``.
+        optimizer: Its optimizer.
         scheduler: The learning-rate scheduler, not prepared.
     """
 

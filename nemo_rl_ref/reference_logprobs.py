@@ -48,7 +48,7 @@ def add_reference_logprobs(
 
     chunks: list[Chunk] = []
     for samples, numbers in sets:
-        length = lambda n, s=samples: max(s[n]["length_chosen"], s[n]["length_rejected"])  # noqa: E731
+        length = lambda n, s=samples: max(map(len, s[n]["rows"]))  # noqa: E731
         ordered, size = sorted(numbers, key=length), policy["train_micro_batch_size"]
         chunks += [(samples, ordered[i : i + size]) for i in range(0, len(ordered), size)]
     fingerprint = _fingerprint(policy, chunks)

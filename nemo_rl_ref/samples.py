@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from nemo_rl_ref.data.collate_fn import preference_collate_fn
 from nemo_rl_ref.data.datasets.preference_datasets import load_preference_dataset
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
 from nemo_rl_ref.data.datasets.utils import update_single_dataset_config
 from nemo_rl_ref.data.processors import preference_preprocessor, sft_processor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.padding import pad_right
+from nemo_rl_ref.padding import flat_pair, pad_pairs, pad_right
 
 
 class Samples:
@@ -253,13 +252,13 @@ def preference_samples(
     def samples(entry: Mapping[str, Any]) -> Samples:
         entry = dict(entry)
         update_single_dataset_config(entry, data.get("default") or {})
-        pairs = load_preference_dataset(entry)
-        limit, spec = data["max_input_seq_length"], pairs.task_spec
+        dataset = load_preference_dataset(entry)
+        limit, spec = data["max_input_seq_length"], dataset.task_spec
         return Samples(
-            pairs.dataset,
-            pairs.places,
-            lambda record, n: preference_preprocessor(record, spec, tokenizer, limit, n),
-            lambda chosen: preference_collate_fn(chosen, tokenizer, multiple, add_loss_mask),
+            dataset.dataset,
+            dataset.places,
+            lambda record, n: flat_pair(preference_preprocessor(record, spec, tokenizer, limit, n)),
+            lambda pairs: pad_pairs(pairs, tokenizer.pad_token_id, multiple, add_loss_mask),
         )
 
     if not isinstance(data.get("train"), Mapping):

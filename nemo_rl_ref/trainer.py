@@ -144,7 +144,13 @@ def make_trained(
     """
     optimizer = make_optimizer(section["optimizer"], model.parameters(), f"{key}.optimizer")
     model, optimizer = accelerator.prepare(model, optimizer)
-    scheduler = make_scheduler(section.get("scheduler"), optimizer.optimizer, f"{key}.scheduler")
+    if str(accelerator.distributed_type.value) != "DEEPSPEED":
+        # Accelerate's wrapper scales float16 gradients, which there are none of here, and looks
+        # for a package that is not installed on Python's path, twice in every step.
+        optimizer = optimizer.optimizer
+    scheduler = make_scheduler(
+        section.get("scheduler"), getattr(optimizer, "optimizer", optimizer), f"{key}.scheduler"
+    )
     return Trained(model, optimizer, scheduler)
 
 

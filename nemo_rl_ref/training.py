@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nemo_rl_ref.algorithms.loss.interfaces import LossFunction, LossInputType
 from nemo_rl_ref.checkpoints import get_random_state, set_random_state
@@ -267,8 +268,7 @@ def update(
     metrics = run_batch(
         model, loss_fn, batch, accelerator, micro_rows=micro_rows, backward=True, loss=loss
     )
-    limit = math.inf if max_grad_norm is None else max_grad_norm
-    metrics["grad_norm"] = float(accelerator.clip_grad_norm_(model.parameters(), limit))
+    metrics["grad_norm"] = _clip(model, optimizer, accelerator, max_grad_norm)
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         optimizer.zero_grad()
         set_random_state(random_state)
@@ -290,6 +290,18 @@ def update(
     optimizer.step()
     optimizer.zero_grad()
     return metrics
+
+
+def _clip(model: Any, optimizer: Any, accelerator: Any, max_grad_norm: float | None) -> float:
+    """The gradient's norm; the gradient is scaled down to the limit if it is longer."""
+    limit = math.inf if max_grad_norm is None else max_grad_norm
+    if is_sharded(accelerator):
+        return float(accelerator.clip_grad_norm_(model.parameters(), limit))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if norm + 1e-6 > limit or not math.isfinite(norm):  # else PyTorch multiplies all of it by 1
+        clip_grads_with_norm_(parameters, limit, norm)
+    return float(norm)
 
 
 def _origin(

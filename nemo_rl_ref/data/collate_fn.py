@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.padding import pad_right
+from nemo_rl_ref.padding import flat_pair, pad_pairs
 
 
 def preference_collate_fn(
@@ -38,25 +36,7 @@ def preference_collate_fn(
     """
     if not data_batch:
         raise ValueError("data_batch: got no pairs, expected at least one")
-    logs = [
-        datum[f"message_log_{side}"] for datum in data_batch for side in ("chosen", "rejected")
-    ]
-    rows = [torch.cat([message["token_ids"] for message in log]) for log in logs]
-    lengths = torch.tensor([len(row) for row in rows])
-    multiple = make_sequence_length_divisible_by
-    input_ids = pad_right(rows, tokenizer.pad_token_id, multiple=multiple)
-    data: BatchedDataDict[Any] = BatchedDataDict(
-        {
-            "input_ids": input_ids,
-            "input_lengths": lengths,
-            "sample_mask": torch.tensor(
-                [datum["loss_multiplier"] for datum in data_batch]
-            ).repeat_interleave(2),
-        }
+    pairs = [flat_pair(datum) for datum in data_batch]
+    return pad_pairs(
+        pairs, tokenizer.pad_token_id, make_sequence_length_divisible_by, add_loss_mask
     )
-    if add_loss_mask:
-        answers = torch.tensor([len(log[-1]["token_ids"]) for log in logs])
-        column = torch.arange(input_ids.shape[1])
-        before, end = (lengths - answers).unsqueeze(-1), lengths.unsqueeze(-1)
-        data["token_mask"] = ((column >= before) & (column < end)).long()
-    return data
