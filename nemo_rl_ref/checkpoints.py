@@ -206,6 +206,13 @@ def get_random_state() -> dict[str, Any]:
     return {
         "python": [version, list(internal), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
+        **get_torch_random_state(),
+    }
+
+
+def get_torch_random_state() -> dict[str, Any]:
+    """PyTorch's part of `get_random_state`, which takes a few microseconds."""
+    return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

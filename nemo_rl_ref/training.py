@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nemo_rl_ref.algorithms.loss.interfaces import LossFunction, LossInputType
-from nemo_rl_ref.checkpoints import get_random_state, set_random_state
+from nemo_rl_ref.checkpoints import get_random_state, get_torch_random_state, set_random_state
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.divergence import Origin, find_origin
 from nemo_rl_ref.logprobs import token_logprobs
@@ -264,14 +264,15 @@ def update(
         NotFinite: If loss or gradient norm are not finite. Model and optimizer are as they were.
             The message names the layer where it starts, and the samples.
     """
-    random_state = get_random_state()
+    random_state = get_torch_random_state()
     metrics = run_batch(
         model, loss_fn, batch, accelerator, micro_rows=micro_rows, backward=True, loss=loss
     )
     metrics["grad_norm"] = _clip(model, optimizer, accelerator, max_grad_norm)
     if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
         optimizer.zero_grad()
-        set_random_state(random_state)
+        # Nothing here draws from the other generators: they are as they were.
+        set_random_state(random_state := {**get_random_state(), **random_state})
         origin = from_main(
             _origin(model, loss_fn, batch, accelerator, loss, rows)
             if accelerator.is_main_process
@@ -298,10 +299,11 @@ def _clip(model: Any, optimizer: Any, accelerator: Any, max_grad_norm: float | N
     if is_sharded(accelerator):
         return float(accelerator.clip_grad_norm_(model.parameters(), limit))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if norm + 1e-6 > limit or not math.isfinite(norm):  # else PyTorch multiplies all of it by 1
-        clip_grads_with_norm_(parameters, limit, norm)
-    return float(norm)
+    total = get_total_norm([grad for p in parameters if (grad := p.grad) is not None])
+    norm = float(total)
+    if norm > 0.999 * limit:  # if it is shorter, PyTorch would multiply it by 1
+        clip_grads_with_norm_(parameters, limit, total)
+    return norm
 
 
 def _origin(
