@@ -34,6 +34,34 @@ def pad_right(
     return padded.masked_scatter_(filled, torch.cat(list(rows)))
 
 
+class PackedRows:
+    """Rows of different lengths in one tensor, out of which padded batches are cut.
+
+    Args:
+        rows: At least one, each ``(T,)``, of one dtype.
+    """
+
+    def __init__(self, rows: Sequence[Tensor]):
+        self.flat = torch.cat(list(rows))
+        self.lengths = torch.tensor([row.shape[0] for row in rows])
+        self.starts = self.lengths.cumsum(0) - self.lengths
+
+    def padded(self, numbers: Tensor, width: int) -> Tensor:
+        """Some of the rows, with zeros on the right.
+
+        Args:
+            numbers: Which rows, int64 ``(B,)``.
+            width: ``S``, at least the length of the longest of them.
+
+        Returns:
+            ``(B, S)``.
+        """
+        columns = torch.arange(width)
+        places = self.starts[numbers].unsqueeze(1) + columns
+        padding = columns >= self.lengths[numbers].unsqueeze(1)
+        return self.flat[places.masked_fill_(padding, 0)].masked_fill_(padding, 0)
+
+
 def flat_pair(datum: Mapping[str, Any]) -> dict[str, Any]:
     """Join the messages of a pair, once for all batches that it will be in.
 

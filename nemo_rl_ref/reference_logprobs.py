@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nemo_rl_ref.atomic import replacing
-from nemo_rl_ref.padding import pad_right
+from nemo_rl_ref.padding import PackedRows
 from nemo_rl_ref.samples import Samples
 from nemo_rl_ref.training import next_token_logprobs
 
@@ -58,21 +58,22 @@ def add_reference_logprobs(
         rows = _compute(policy, load_model, chunks, accelerator)
         if path and accelerator.is_main_process:
             _write(path, rows, fingerprint)
-    by_sample: dict[int, dict[int, list[torch.Tensor]]] = {id(s): {} for s, _ in sets}
-    at = 0
-    for samples, numbers in chunks:
-        for number in numbers:
-            by_sample[id(samples)][number] = rows[at : at + 2]
-            at += 2
+    packed = PackedRows(rows)
+    pairs = ((samples, number) for samples, numbers in chunks for number in numbers)
+    firsts: dict[int, dict[int, int]] = {id(samples): {} for samples, _ in sets}
+    for pair, (samples, number) in enumerate(pairs):
+        firsts[id(samples)][number] = 2 * pair
     for samples, _ in sets:
-        samples.batch = _with_reference(samples.batch, by_sample[id(samples)])
+        samples.batch = _with_reference(samples.batch, packed, firsts[id(samples)])
 
 
-def _with_reference(batch: Any, reference: Mapping[int, list[torch.Tensor]]) -> Any:
+def _with_reference(batch: Any, packed: PackedRows, firsts: Mapping[int, int]) -> Any:
+    """A `Samples.batch` that adds the rows of each sample, the first of which is given."""
+
     def with_reference(numbers: Sequence[int]) -> Any:
         data = batch(numbers)
-        rows = [row for number in numbers for row in reference[number]]
-        data["reference_policy_logprobs"] = pad_right(rows, width=data["input_ids"].shape[1])
+        rows = torch.tensor([first for n in numbers for first in (firsts[n], firsts[n] + 1)])
+        data["reference_policy_logprobs"] = packed.padded(rows, data["input_ids"].shape[1])
         return data
 
     return with_reference

@@ -283,7 +283,7 @@ def test_reference_logprobs_are_those_of_each_batch(tmp_path, monkeypatch):
     reference = tiny.load_policy().eval()
     original = reference_logprobs._with_reference
 
-    def every_time(batch, _):
+    def every_time(batch, *_):
         def with_reference(numbers):
             data = batch(numbers)
             with torch.no_grad():
