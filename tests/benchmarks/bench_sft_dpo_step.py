@@ -8,10 +8,12 @@ What is timed is the runner as a user starts it: ``run_sft.train`` and ``run_dpo
 configuration, whose log says how long each step took. Collation, the metrics, the log and the
 check that loss and gradient are finite are in it; validation and checkpoints are off. The floor
 beside it runs on the same batches: forward, backward from the sum of the logits, optimizer step.
-What a user would take instead of the SFT runner is beside it: ``transformers.Trainer`` on the same
-rows, padded and masked by its collator, with its defaults except for the optimizer. DPO beside TRL
-is in bench_dpo_step.py. The contenders take turns in one process, so that a slow moment of the
-machine hits all of them. Numbers are medians.
+What a user would take instead is beside it: ``transformers.Trainer`` on the same rows, padded and
+masked by its collator, and TRL's ``DPOTrainer`` on the same pairs, as it is and with the reference
+computed once as in the runner, both with their defaults except for the optimizer, float32 and what
+is off in the runner. The contenders take turns in one process. A round's ratio is that of the
+medians of its turns, which follow each other within seconds; what is reported is the median over
+the rounds, so that neither a slow moment nor a slow minute of the machine changes it.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from _clock import Clock  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
+from _trl import TrlDpo  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trainer_runs import RUNNERS, make_config  # noqa: E402
 
 from nemo_rl_ref import tiny  # noqa: E402
+from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
 from nemo_rl_ref.metrics_file import read_metrics  # noqa: E402
 from nemo_rl_ref.optimizers import make_optimizer  # noqa: E402
 from nemo_rl_ref.processes import make_accelerator  # noqa: E402
@@ -72,7 +76,7 @@ def runner_turn(section, config):
     with contextlib.redirect_stdout(io.StringIO()):
         RUNNERS[section].train(config)
     metrics = read_metrics(config["logger"]["log_dir"])
-    return [values["timing/train/total_step_time"] for values in metrics.values()][WARM_UP:]
+    return [values["timing/train/total_step_time"] for values in metrics.values()]
 
 
 def batches_of(section, config):
@@ -100,7 +104,7 @@ def floor_turn(batches, config, device):
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return seconds[WARM_UP:]
+    return seconds
 
 
 def trainer_turn(batches, folder):
@@ -145,52 +149,72 @@ def trainer_turn(batches, folder):
             data_collator=collate,
             callbacks=[clock],
         ).train()
-    steps = [after - before for before, after in itertools.pairwise(clock.ticks)]
-    return steps[WARM_UP:]
+    return [after - before for before, after in itertools.pairwise(clock.ticks)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
     parser.add_argument("--write", action="store_true", help="record the result in results/")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error(f"--rounds: got {arguments.rounds}, expected 1 or more")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = make_accelerator("float32").device
-    turns = {(section, kind): [] for section in SAMPLES for kind in ("floor", "runner")}
-    turns["sft", "Trainer"] = []
+    device, tokenizer = make_accelerator("float32").device, tiny.load_tokenizer()
+    rounds = {section: [] for section in SAMPLES}
     with tempfile.TemporaryDirectory() as folder:
+        path = configuration("dpo", Path(folder), "pairs")["data"]["train"]["data_path"]
+        pairs = BinaryPreferenceDataset(path).dataset
+        sizes = {"pairs": SAMPLES["dpo"], "steps": ROUND}
+        trl = TrlDpo(pairs, tokenizer, precompute=False, **sizes)
+        trl_once = TrlDpo(pairs, tokenizer, precompute=True, **sizes)
         batches = {}
         for number in track(range(arguments.rounds), description="rounds"):
             for section in SAMPLES:
                 config = configuration(section, Path(folder), f"{section}-{number}")
                 batches.setdefault(section, batches_of(section, config))
-                floor = floor_turn(batches[section], config, device)
-                turns[section, "floor"] += floor
-                turns[section, "runner"] += runner_turn(section, config)
-            turns["sft", "Trainer"] += trainer_turn(batches["sft"], Path(folder))
-    medians = {key: statistics.median(seconds) for key, seconds in turns.items()}
+                turns = {"floor": floor_turn(batches[section], config, device)}
+                turns["runner"] = runner_turn(section, config)
+                if section == "sft":
+                    turns["Trainer"] = trainer_turn(batches[section], Path(folder))
+                else:
+                    turns["TRL"], turns["TRL, precomputed"] = trl.turn(), trl_once.turn()
+                rounds[section].append(
+                    {kind: statistics.median(turn[WARM_UP:]) for kind, turn in turns.items()}
+                )
+    numbers = {}
     print(f"{device_name()}, {torch.get_num_threads()} threads, 64 rows a step")
-    for (section, kind), value in medians.items():
-        ratio = value / medians[section, "floor"]
-        print(f"{section} {kind:8}{value * 1e3:8.2f} ms a step{ratio:7.2f} x floor")
-    if arguments.write:
-        numbers = {
-            section: {
-                "samples_per_step": SAMPLES[section],
-                "seconds_per_step": {
-                    kind: round(value, 6) for (of, kind), value in medians.items() if of == section
-                },
-                "step over floor": round(
-                    medians[section, "runner"] / medians[section, "floor"], 3
-                ),
-            }
-            for section in SAMPLES
+    for section, found in rounds.items():
+        kinds = list(found[0])
+        seconds = {kind: statistics.median(one[kind] for one in found) for kind in kinds}
+
+        def ratio(above, below, found=found):
+            return statistics.median(one[above] / one[below] for one in found)
+
+        over_floor = {kind: ratio(kind, "floor") for kind in kinds[1:]}
+        over_runner = {kind: ratio(kind, "runner") for kind in kinds[2:]}
+        for kind in kinds:
+            text = f"{over_floor[kind]:7.2f} x floor" if kind in over_floor else ""
+            text += f"{over_runner[kind]:7.2f} x runner" if kind in over_runner else ""
+            print(f"{section} {kind:18}{seconds[kind] * 1e3:8.2f} ms a step{text}")
+        numbers[section] = {
+            "samples_per_step": SAMPLES[section],
+            "seconds_per_step": {kind: round(value, 6) for kind, value in seconds.items()},
+            "step over floor": round(over_floor["runner"], 3),
+            "step over floor, every round": [
+                round(one["runner"] / one["floor"], 3) for one in found
+            ],
+            **{
+                f"steps per second over {kind}": round(value, 3)
+                for kind, value in over_runner.items()
+            },
+            **{
+                f"steps per second over {kind}, at most possible": round(over_floor[kind], 3)
+                for kind in over_runner
+            },
         }
-        over = medians["sft", "Trainer"] / medians["sft", "runner"]
-        numbers["sft"]["steps per second over Trainer"] = round(over, 3)
+    if arguments.write:
         write_result("sft_dpo_step", numbers)
 
 
