@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 
 
 def pad_right(
@@ -39,72 +36,29 @@ class PackedRows:
 
     Args:
         rows: At least one, each ``(T,)``, of one dtype.
+        more: Other columns of the same rows: as many rows, of the same lengths.
     """
 
-    def __init__(self, rows: Sequence[Tensor]):
-        self.flat = torch.cat(list(rows))
+    def __init__(self, rows: Sequence[Tensor], *more: Sequence[Tensor]):
+        self.flat = [torch.cat(list(column)) for column in (rows, *more)]
         self.lengths = torch.tensor([row.shape[0] for row in rows])
         self.starts = self.lengths.cumsum(0) - self.lengths
 
-    def padded(self, numbers: Tensor, width: int) -> Tensor:
-        """Some of the rows, with zeros on the right.
+    def padded(self, numbers: Tensor, fills: Sequence[float], *, multiple: int = 1, width: int = 0):
+        """Some of the rows, padded on the right as `pad_right` does it.
 
         Args:
             numbers: Which rows, int64 ``(B,)``.
-            width: ``S``, at least the length of the longest of them.
+            fills: The value of the padding, for each column.
+            multiple: See `pad_right`.
+            width: See `pad_right`.
 
         Returns:
-            ``(B, S)``.
+            A list with a tensor ``(B, S)`` for each column, and the lengths, int64 ``(B,)``.
         """
-        columns = torch.arange(width)
-        places = self.starts[numbers].unsqueeze(1) + columns
-        padding = columns >= self.lengths[numbers].unsqueeze(1)
-        return self.flat[places.masked_fill_(padding, 0)].masked_fill_(padding, 0)
-
-
-def flat_pair(datum: Mapping[str, Any]) -> dict[str, Any]:
-    """Join the messages of a pair, once for all batches that it will be in.
-
-    Args:
-        datum: From `nemo_rl_ref.data.processors.preference_preprocessor`.
-
-    Returns:
-        ``rows``, the tokens of the chosen and of the rejected answer with what comes before them,
-        int64 ``(T,)``; ``answers``, the number of tokens of the last message of each; and
-        ``loss_multiplier``.
-    """
-    logs = [datum[f"message_log_{side}"] for side in ("chosen", "rejected")]
-    return {
-        "rows": [torch.cat([message["token_ids"] for message in log]) for log in logs],
-        "answers": [len(log[-1]["token_ids"]) for log in logs],
-        "loss_multiplier": datum["loss_multiplier"],
-    }
-
-
-def pad_pairs(
-    pairs: Sequence[Mapping[str, Any]], fill: int, multiple: int, add_loss_mask: bool
-) -> BatchedDataDict[Any]:
-    """Pad pairs into one batch, as `nemo_rl_ref.data.collate_fn.preference_collate_fn` does.
-
-    Args:
-        pairs: From `flat_pair`, at least one.
-        fill: Fills ``input_ids``.
-        multiple: ``S`` is rounded up to a multiple of this.
-        add_loss_mask: Whether to add ``token_mask``.
-    """
-    rows = [row for pair in pairs for row in pair["rows"]]
-    lengths = torch.tensor([row.shape[0] for row in rows])
-    weights = torch.tensor([pair["loss_multiplier"] for pair in pairs]).repeat_interleave(2)
-    data: BatchedDataDict[Any] = BatchedDataDict(
-        {
-            "input_ids": pad_right(rows, fill, multiple=multiple),
-            "input_lengths": lengths,
-            "sample_mask": weights,
-        }
-    )
-    if add_loss_mask:
-        answers = torch.tensor([number for pair in pairs for number in pair["answers"]])
-        column = torch.arange(data["input_ids"].shape[1])
-        before, end = (lengths - answers).unsqueeze(-1), lengths.unsqueeze(-1)
-        data["token_mask"] = ((column >= before) & (column < end)).long()
-    return data
+        lengths = self.lengths[numbers]
+        columns = torch.arange(-(-max(width, int(lengths.max())) // multiple) * multiple)
+        padding = columns >= lengths.unsqueeze(1)
+        places = (self.starts[numbers].unsqueeze(1) + columns).masked_fill_(padding, 0)
+        cut = zip(self.flat, fills, strict=True)
+        return [flat[places].masked_fill_(padding, fill) for flat, fill in cut], lengths

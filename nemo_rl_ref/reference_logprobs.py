@@ -73,7 +73,8 @@ def _with_reference(batch: Any, packed: PackedRows, firsts: Mapping[int, int]) -
     def with_reference(numbers: Sequence[int]) -> Any:
         data = batch(numbers)
         rows = torch.tensor([first for n in numbers for first in (firsts[n], firsts[n] + 1)])
-        data["reference_policy_logprobs"] = packed.padded(rows, data["input_ids"].shape[1])
+        (logprobs,), _ = packed.padded(rows, (0,), width=data["input_ids"].shape[1])
+        data["reference_policy_logprobs"] = logprobs
         return data
 
     return with_reference

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
+from nemo_rl_ref.data.collate_fn import last_message_mask
 from nemo_rl_ref.data.datasets.preference_datasets import load_preference_dataset
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
 from nemo_rl_ref.data.datasets.utils import update_single_dataset_config
 from nemo_rl_ref.data.processors import preference_preprocessor, sft_processor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.padding import flat_pair, pad_pairs, pad_right
+from nemo_rl_ref.padding import PackedRows
 
 
 class Samples:
@@ -26,8 +27,12 @@ class Samples:
     Args:
         records: The records.
         places: Where each comes from, for messages.
-        tokenize: Makes a sample of a record and its number.
-        collate: Makes a padded batch of samples.
+        tokenize: Makes a sample of a record and its number: ``rows``, the tokens of each of its
+            rows, int64 ``(T,)``; ``masks``, 1 on those that are trained on; and
+            ``loss_multiplier``, its weight.
+        pad_token_id: Fills ``input_ids``.
+        multiple: ``S`` is rounded up to a multiple of this.
+        add_loss_mask: Whether batches have ``token_mask``.
     """
 
     def __init__(
@@ -35,11 +40,15 @@ class Samples:
         records: Sequence[Any],
         places: Sequence[str],
         tokenize: Callable[[Any, int], dict[str, Any]],
-        collate: Callable[[list[dict[str, Any]]], BatchedDataDict[Any]],
+        *,
+        pad_token_id: int,
+        multiple: int = 1,
+        add_loss_mask: bool = True,
     ):
-        self.records, self.places = records, places
-        self._tokenize, self._collate = tokenize, collate
+        self.records, self.places, self._tokenize = records, places, tokenize
+        self._fills, self._multiple = (pad_token_id, 0)[: 1 + add_loss_mask], multiple
         self._samples: dict[int, dict[str, Any]] = {}
+        self._first = torch.full((len(records),), -1)  # where in the packed rows a sample starts
 
     def __len__(self) -> int:
         return len(self.records)
@@ -53,11 +62,38 @@ class Samples:
         """Tokenize some samples now; returns how many of them are too long and have no weight."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"record \d+: \d+ tokens, more than max_seq_length")
-            return sum(self[number]["loss_multiplier"] == 0 for number in numbers)
+            dropped = sum(self[number]["loss_multiplier"] == 0 for number in numbers)
+        self._pack()
+        return dropped
+
+    def _pack(self) -> None:
+        samples = self._samples.values()
+        keys = ("rows", "masks")[: len(self._fills)]
+        self._packed = PackedRows(*([row for s in samples for row in s[key]] for key in keys))
+        self._per_sample = len(next(iter(samples))["rows"])
+        self._first[list(self._samples)] = torch.arange(len(samples)) * self._per_sample
+        self._weights = torch.tensor([sample["loss_multiplier"] for sample in samples])
 
     def batch(self, numbers: Sequence[int]) -> BatchedDataDict[Any]:
-        """The padded batch of the samples with these numbers."""
-        return self._collate([self[number] for number in numbers])
+        """The padded batch of the samples with these numbers.
+
+        Returns:
+            The rows of a sample next to each other: ``input_ids`` int64 ``(B, S)``, padded on the
+            right, ``input_lengths`` int64 ``(B,)``, ``sample_mask`` float32 ``(B,)`` and, if
+            asked for, ``token_mask`` int64 ``(B, S)``.
+        """
+        first = self._first[numbers]
+        if (first < 0).any():
+            self.tokenize(numbers)
+            first = self._first[numbers]
+        rows = first
+        if self._per_sample > 1:
+            rows = (first.unsqueeze(1) + torch.arange(self._per_sample)).flatten()
+        cut, lengths = self._packed.padded(rows, self._fills, multiple=self._multiple)
+        batch: BatchedDataDict[Any] = BatchedDataDict(zip(("input_ids", "token_mask"), cut))
+        batch["input_lengths"] = lengths
+        batch["sample_mask"] = self._weights[rows // self._per_sample]
+        return batch
 
 
 def digest(records: Iterable[Any]) -> str:
@@ -180,7 +216,8 @@ def supervised_samples(
             [row[:2] for row in rows],
             [row[2] for row in rows],
             tokenize,
-            lambda chosen: sft_batch(chosen, tokenizer.pad_token_id, multiple),
+            pad_token_id=tokenizer.pad_token_id,
+            multiple=multiple,
         )
 
     validation = found["validation"]
@@ -196,41 +233,16 @@ def flat_sample(sample: dict[str, Any], *, only_unmask_final: bool) -> dict[str,
             messages of the assistant.
 
     Returns:
-        ``input_ids`` and ``token_mask``, int64 ``(T,)``, and ``loss_multiplier``.
+        A sample of `Samples`, of one row.
     """
     log = sample["message_log"]
     wanted = [m is log[-1] if only_unmask_final else m["role"] == "assistant" for m in log]
     masks = [torch.full_like(m["token_ids"], w) for m, w in zip(log, wanted, strict=True)]
     return {
-        "input_ids": torch.cat([m["token_ids"] for m in log]),
-        "token_mask": torch.cat(masks),
+        "rows": [torch.cat([m["token_ids"] for m in log])],
+        "masks": [torch.cat(masks)],
         "loss_multiplier": sample["loss_multiplier"],
     }
-
-
-def sft_batch(
-    samples: list[dict[str, Any]], pad_token_id: int, multiple: int
-) -> BatchedDataDict[Any]:
-    """Pad conversations on the right into a batch.
-
-    Args:
-        samples: From `flat_sample`.
-        pad_token_id: Fills ``input_ids``.
-        multiple: ``S`` is rounded up to a multiple of this.
-
-    Returns:
-        ``input_ids`` int64 ``(B, S)``, ``input_lengths`` int64 ``(B,)``, ``token_mask`` int64
-        ``(B, S)`` and ``sample_mask`` float32 ``(B,)``.
-    """
-    ids = [sample["input_ids"] for sample in samples]
-    return BatchedDataDict(
-        {
-            "input_ids": pad_right(ids, pad_token_id, multiple=multiple),
-            "input_lengths": torch.tensor([len(row) for row in ids]),
-            "token_mask": pad_right([s["token_mask"] for s in samples], multiple=multiple),
-            "sample_mask": torch.tensor([sample["loss_multiplier"] for sample in samples]),
-        }
-    )
 
 
 def preference_samples(
@@ -257,9 +269,19 @@ def preference_samples(
         return Samples(
             dataset.dataset,
             dataset.places,
-            lambda record, n: flat_pair(preference_preprocessor(record, spec, tokenizer, limit, n)),
-            lambda pairs: pad_pairs(pairs, tokenizer.pad_token_id, multiple, add_loss_mask),
+            lambda record, n: pair(preference_preprocessor(record, spec, tokenizer, limit, n)),
+            pad_token_id=tokenizer.pad_token_id,
+            multiple=multiple,
+            add_loss_mask=add_loss_mask,
         )
+
+    def pair(datum: Mapping[str, Any]) -> dict[str, Any]:
+        logs = [datum[f"message_log_{side}"] for side in ("chosen", "rejected")]
+        return {
+            "rows": [torch.cat([message["token_ids"] for message in log]) for log in logs],
+            "masks": [last_message_mask(log) for log in logs],
+            "loss_multiplier": datum["loss_multiplier"],
+        }
 
     if not isinstance(data.get("train"), Mapping):
         raise ValueError(f"data.train: got {data.get('train')!r}, expected one dataset")

@@ -29,5 +29,14 @@ def test_batches_are_cut_out_of_packed_rows():
     packed = PackedRows([row / 3 for row in ROWS])
     numbers = [2, 0, 0, 1]
     expected = naive([ROWS[number] / 3 for number in numbers], 0, 6)
-    assert torch.equal(packed.padded(torch.tensor(numbers), 6), expected)
-    assert packed.padded(torch.tensor([1]), 1).tolist() == [[pytest.approx(1 / 3)]]
+    (cut,), lengths = packed.padded(torch.tensor(numbers), (0,), width=6)
+    assert torch.equal(cut, expected) and lengths.tolist() == [5, 3, 3, 1]
+    (cut,), _ = packed.padded(torch.tensor([1]), (0,))
+    assert cut.tolist() == [[pytest.approx(1 / 3)]]
+
+
+def test_columns_have_their_own_padding():
+    packed = PackedRows(ROWS, [row % 2 for row in ROWS])
+    (ids, odd), _ = packed.padded(torch.tensor([3, 2]), (-7, 9), multiple=4)
+    assert torch.equal(ids, naive([ROWS[3], ROWS[2]], -7, 8))
+    assert torch.equal(odd, naive([ROWS[3] % 2, ROWS[2] % 2], 9, 8))

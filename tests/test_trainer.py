@@ -13,7 +13,7 @@ from nemo_rl_ref import reference_logprobs, tiny
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.data.processors import sft_processor
 from nemo_rl_ref.metrics_file import read_metrics
-from nemo_rl_ref.samples import Plan, flat_sample, sft_batch
+from nemo_rl_ref.samples import Plan, Samples, flat_sample
 
 SECTIONS = ["sft", "dpo", "rm"]
 
@@ -197,8 +197,14 @@ def test_which_tokens_are_trained_on(tokenizer):
         ]
 
     def batch_of(multiple, only_final):
-        flat = [flat_sample(s, only_unmask_final=only_final) for s in (sample, short)]
-        return sft_batch(flat, 0, multiple)
+        samples = Samples(
+            [sample, short],
+            ["", ""],
+            lambda record, _: flat_sample(record, only_unmask_final=only_final),
+            pad_token_id=0,
+            multiple=multiple,
+        )
+        return samples.batch([0, 1])
 
     assert trained_on(batch_of(1, False)) == ["3</s>9</s>", "3</s>"]
     batch = batch_of(8, True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.padding import flat_pair, pad_pairs
+from nemo_rl_ref.padding import pad_right
 
 
 def preference_collate_fn(
@@ -36,7 +38,31 @@ def preference_collate_fn(
     """
     if not data_batch:
         raise ValueError("data_batch: got no pairs, expected at least one")
-    pairs = [flat_pair(datum) for datum in data_batch]
-    return pad_pairs(
-        pairs, tokenizer.pad_token_id, make_sequence_length_divisible_by, add_loss_mask
+    logs = [datum[f"message_log_{side}"] for datum in data_batch for side in ("chosen", "rejected")]
+    rows = [torch.cat([message["token_ids"] for message in log]) for log in logs]
+    multiple = make_sequence_length_divisible_by
+    data: BatchedDataDict[Any] = BatchedDataDict(
+        {
+            "input_ids": pad_right(rows, tokenizer.pad_token_id, multiple=multiple),
+            "input_lengths": torch.tensor([len(row) for row in rows]),
+            "sample_mask": torch.tensor(
+                [datum["loss_multiplier"] for datum in data_batch]
+            ).repeat_interleave(2),
+        }
     )
+    if add_loss_mask:
+        masks = [last_message_mask(log) for log in logs]
+        data["token_mask"] = pad_right(masks, multiple=multiple)
+    return data
+
+
+def last_message_mask(message_log: list[dict[str, Any]]) -> torch.Tensor:
+    """Which tokens of a conversation are of its last message. Not in NeMo RL.
+
+    Args:
+        message_log: Messages with ``token_ids``.
+
+    Returns:
+        0 and 1, int64 ``(T,)``.
+    """
+    return torch.cat([torch.full_like(m["token_ids"], m is message_log[-1]) for m in message_log])
