@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from nemo_rl_ref.processes import from_main, is_sharded
+from nemo_rl_ref.processes import from_main, is_deepspeed, is_sharded
 from nemo_rl_ref.sealed import CheckpointError, broken, check_checkpoint, clear_leftovers
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
 from nemo_rl_ref.utils.logger import flatten_dict
@@ -88,19 +88,26 @@ def save_checkpoint(
     from accelerate.utils import gather_object
 
     states = {name: accelerator.get_state_dict(trained.model) for name, trained in models.items()}
+    optimizers = {
+        name: _optimizer_state(trained, accelerator)
+        for name, trained in models.items()
+        if manager.save_optimizer and not is_deepspeed(accelerator)
+    }
     random_states = gather_object([random_state or get_random_state()])
+    if not manager.save_optimizer:
+        random_states = []
     problem: str | None = None
     if accelerator.is_main_process:
         name = "training_info.json"
         try:
             folder = Path(manager.init_tmp_checkpoint(step, training_info, run_config))
             for name, write in _parts(
-                models, states, random_states, tokenizer, accelerator, manager.save_optimizer
+                models, states, optimizers, random_states, tokenizer, accelerator
             ):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write(folder / name)
             name = "files.json"
-            if not is_sharded(accelerator):
+            if not is_deepspeed(accelerator):
                 manager.finalize_checkpoint(folder)
         except Exception as error:  # OSError, or what safetensors and torch make of one
             shutil.rmtree(manager.checkpoint_dir / f"tmp_step_{step}", ignore_errors=True)
@@ -114,9 +121,10 @@ def save_checkpoint(
             )
     if problem := from_main(problem):
         raise CheckpointError(problem)
-    if is_sharded(accelerator):
+    if is_deepspeed(accelerator):
         folder = (manager.checkpoint_dir / f"tmp_step_{step}").absolute()
-        accelerator.save_state(str(folder / "policy" / "optimizer"))
+        if manager.save_optimizer:
+            accelerator.save_state(str(folder / "policy" / "optimizer" / "deepspeed"))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             manager.finalize_checkpoint(folder)
@@ -144,13 +152,13 @@ def load_checkpoint(
         _, folder = CheckpointManager.get_resume_paths(checkpoint_path, model_component=name)
         if folder is None:
             continue
-        if is_sharded(accelerator):
-            accelerator.load_state(str(folder))
+        if is_deepspeed(accelerator):
+            accelerator.load_state(str(folder / "deepspeed"))
         else:
             path = folder / "optimizer.pt"
             state = _torch_load(path)
             try:
-                trained.optimizer.load_state_dict(state["optimizer"])
+                _load_optimizer(trained, state["optimizer"], accelerator)
                 trained.scheduler.load_state_dict(state["scheduler"])
             except (ValueError, KeyError) as error:
                 raise CheckpointError(
@@ -234,28 +242,45 @@ def set_random_state(state: dict[str, Any]) -> None:
 def _parts(
     models: Mapping[str, Trained],
     states: Mapping[str, Any],
+    optimizers: Mapping[str, Any],
     random_states: list[dict[str, Any]],
     tokenizer: Any,
     accelerator: Any,
-    save_optimizer: bool,
 ) -> list[tuple[str, Callable[[Path], None]]]:
     """What a checkpoint consists of: the name of each part, and what writes it."""
     parts: list[tuple[str, Callable[[Path], None]]] = []
     for name, trained in models.items():
         model = accelerator.unwrap_model(trained.model)
         parts.append((f"{name}/weights", lambda p, m=model, s=states[name]: _save_weights(m, s, p)))
-        if save_optimizer and not is_sharded(accelerator):
-            state = {
-                "optimizer": trained.optimizer.state_dict(),
-                "scheduler": trained.scheduler.state_dict(),
-            }
+        if name in optimizers:
+            state = {"optimizer": optimizers[name], "scheduler": trained.scheduler.state_dict()}
             parts.append((f"{name}/optimizer/optimizer.pt", lambda p, s=state: torch.save(s, p)))
     first = next(iter(models))
-    if save_optimizer:
+    if random_states:
         parts.append((f"{first}/optimizer/random.pt", lambda p: torch.save(random_states, p)))
     if tokenizer is not None:
         parts.append((f"{first}/tokenizer", lambda p: tokenizer.save_pretrained(p)))
     return parts
+
+
+def _optimizer_state(trained: Trained, accelerator: Any) -> dict[str, Any]:
+    """The optimizer's whole state, which with FSDP only the main process gets."""
+    if not is_sharded(accelerator):
+        return trained.optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(trained.model, trained.optimizer, options=options)
+
+
+def _load_optimizer(trained: Trained, state: dict[str, Any], accelerator: Any) -> None:
+    if not is_sharded(accelerator):
+        trained.optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(trained.model, trained.optimizer, state, options=options)
 
 
 def _save_weights(model: Any, state: dict[str, Any], folder: Path) -> None:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+SHARDED = ("FSDP", "DEEPSPEED")
+
+
 def process_state() -> Any:
     """Which process this is: ``accelerate.PartialState``. Without a GPU several run on the CPU."""
     from accelerate import PartialState
@@ -26,13 +29,18 @@ def make_accelerator(precision: str) -> Any:
     Raises:
         ValueError: If the precision is not float32 or bfloat16.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
 
     modes = {"float32": "no", "bfloat16": "bf16"}
     if precision not in modes:
         raise ValueError(f"policy.precision: got {precision!r}, expected {' or '.join(modes)}")
-    AcceleratorState._reset_state()  # an earlier run in this program may have had another precision
+    # An earlier run in this program may have had another precision. FSDP and DeepSpeed are noted in
+    # the state of the processes, too, which has to be made again with it.
+    sharded = (
+        PartialState().distributed_type.value in SHARDED if PartialState._shared_state else False
+    )
+    AcceleratorState._reset_state(reset_partial_state=sharded)
     return Accelerator(mixed_precision=modes[precision], cpu=process_state().device.type == "cpu")
 
 
@@ -72,6 +80,41 @@ def by_share(
     return accelerator.gather(torch.cat(parts))
 
 
+@torch.no_grad()
+def whole_model(model: Any, copy: Any, accelerator: Any) -> Any:
+    """A model that this process can run without the others.
+
+    Args:
+        model: From ``accelerator.prepare``.
+        copy: A copy of the model from before that, which gets the weights if the processes share
+            those of the model; otherwise it is not used and can be None.
+        accelerator: The run's ``accelerate.Accelerator``.
+
+    Returns:
+        The copy, or the model without what ``accelerate`` wrapped around it.
+    """
+    if not is_sharded(accelerator):
+        return accelerator.unwrap_model(model)
+    parameters = dict(accelerator.unwrap_model(model).named_parameters())
+    for name, parameter in copy.named_parameters():
+        parameter.copy_(_whole(parameters[name]))
+    return copy
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    if hasattr(parameter, "ds_id"):  # DeepSpeed's third stage
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
 def is_sharded(accelerator: Any) -> bool:
-    """Whether no process has the whole model or optimizer: FSDP and DeepSpeed."""
-    return str(getattr(accelerator.distributed_type, "value", "")) in ("FSDP", "DEEPSPEED")
+    """Whether no process need have the whole model or optimizer: FSDP and DeepSpeed."""
+    return accelerator.distributed_type.value in SHARDED
+
+
+def is_deepspeed(accelerator: Any) -> bool:
+    """Whether DeepSpeed takes the optimizer's steps itself, in the backward pass."""
+    return accelerator.distributed_type.value == "DEEPSPEED"

@@ -44,7 +44,7 @@ from nemo_rl_ref.command_line import run
 from nemo_rl_ref.decoding import left_pad, response_logprobs
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.environments import Environment
-from nemo_rl_ref.processes import by_share, make_accelerator
+from nemo_rl_ref.processes import by_share, is_sharded, make_accelerator, whole_model
 from nemo_rl_ref.progress import Timer
 from nemo_rl_ref.rl_settings import NOT_HERE_IN_RL, USED_KEYS
 from nemo_rl_ref.rollouts import Prompt, PromptPlan, batch_metrics, load_prompts, roll_out
@@ -120,11 +120,12 @@ class Trainer:
         weights, _ = CheckpointManager.get_resume_paths(checkpoint)
         model = load_policy(weights or policy["model_name"])
         self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+        self.whole = self._frozen(weights or policy["model_name"], is_sharded(self.accelerator))
         self.policy = make_trained(self.accelerator, model, policy)
         self.models = {"policy": self.policy}
-        self.reference = self.teacher = self.value_loss_fn = None
-        if self.loss_config.reference_policy_kl_penalty:
-            self.reference = self._frozen(policy["model_name"])
+        self.teacher = self.value_loss_fn = None
+        kl = self.loss_config.reference_policy_kl_penalty
+        self.reference = self._frozen(policy["model_name"], kl)
         if isinstance(self.estimator, estimators.OPDAdvantageEstimator):
             self.teacher = self._frozen(settings.teacher_name(config))
         if isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
@@ -135,8 +136,9 @@ class Trainer:
         if checkpoint:
             load_checkpoint(checkpoint, accelerator=self.accelerator, models=self.models)
 
-    def _frozen(self, name: str) -> Any:
-        return load_policy(name).eval().requires_grad_(False).to(self.accelerator.device)
+    def _frozen(self, name: Any, wanted: Any = True) -> Any:
+        if wanted:
+            return load_policy(name).eval().requires_grad_(False).to(self.accelerator.device)
 
     def next_step(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """A step with the prompts that follow; see `nemo_rl_ref.trainer.Trainer`."""
@@ -210,7 +212,7 @@ class Trainer:
             seed = (seed * 1_000_003 + part) % (1 << 62)
         with self.timer.time("generation"):
             return roll_out(
-                self.accelerator.unwrap_model(self.policy.model),
+                whole_model(self.policy.model, self.whole, self.accelerator),
                 self.tokenizer,
                 prompts,
                 self.policy_config,

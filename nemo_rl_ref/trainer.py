@@ -31,7 +31,7 @@ from nemo_rl_ref.checkpoints import (
     save_checkpoint,
 )
 from nemo_rl_ref.optimizers import make_optimizer, make_scheduler
-from nemo_rl_ref.processes import from_main, make_accelerator
+from nemo_rl_ref.processes import from_main, is_deepspeed, make_accelerator
 from nemo_rl_ref.progress import Progress, Timer
 from nemo_rl_ref.samples import Plan, Samples, digest
 from nemo_rl_ref.training import NotFinite, run_batch, update, weighted_means
@@ -144,7 +144,7 @@ def make_trained(
     """
     optimizer = make_optimizer(section["optimizer"], model.parameters(), f"{key}.optimizer")
     model, optimizer = accelerator.prepare(model, optimizer)
-    if str(accelerator.distributed_type.value) != "DEEPSPEED":
+    if not is_deepspeed(accelerator):
         # Accelerate's wrapper scales float16 gradients, which there are none of here, and looks
         # for a package that is not installed on Python's path, twice in every step.
         optimizer = optimizer.optimizer
