@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from nemo_rl_ref.processes import from_main, is_deepspeed, is_sharded
-from nemo_rl_ref.sealed import CheckpointError, broken, check_checkpoint, clear_leftovers
+from nemo_rl_ref.sealed import CheckpointError, broken
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
 from nemo_rl_ref.utils.logger import flatten_dict
 
@@ -284,6 +284,11 @@ def _load_optimizer(trained: Trained, state: dict[str, Any], accelerator: Any) -
 
 
 def _save_weights(model: Any, state: dict[str, Any], folder: Path) -> None:
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared = first.setdefault(id(parameter), name)
+        if name in state and shared in state:  # tied weights are two tensors in a gathered state
+            state[name] = state[shared]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, state_dict=state)
     else:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -42,6 +43,46 @@ def make_accelerator(precision: str) -> Any:
     )
     AcceleratorState._reset_state(reset_partial_state=sharded)
     return Accelerator(mixed_precision=modes[precision], cpu=process_state().device.type == "cpu")
+
+
+@contextmanager
+def accumulating(model: Any, accelerator: Any, *, last: bool) -> Iterator[None]:
+    """Run a backward pass in this context: gradients travel between processes with the last one.
+
+    DeepSpeed takes the optimizer's step at the end of that backward pass, too.
+
+    Args:
+        model: From ``accelerator.prepare``.
+        accelerator: The run's ``accelerate.Accelerator``.
+        last: Whether it is the last micro-batch of this step.
+    """
+    if is_deepspeed(accelerator):
+        accelerator.sync_gradients = last
+    alone = accelerator.num_processes > 1 and not last
+    with accelerator.no_sync(model) if alone else nullcontext():
+        yield
+
+
+def prepare_deepspeed(accelerator: Any, section: Mapping[str, Any], key: str) -> None:
+    """Give DeepSpeed the settings that a run's configuration has; nothing where it is not used.
+
+    Args:
+        accelerator: The run's ``accelerate.Accelerator``.
+        section: ``train_micro_batch_size`` and ``max_grad_norm``.
+        key: The section's name.
+
+    Raises:
+        ValueError: If it is the second model.
+    """
+    if not is_deepspeed(accelerator):
+        return
+    if key != "policy":
+        raise ValueError(f"{key}: DeepSpeed trains one model here; train two with FSDP")
+    accelerator.state.deepspeed_plugin.deepspeed_config.update(
+        train_micro_batch_size_per_gpu=section["train_micro_batch_size"],
+        gradient_accumulation_steps=1,  # the loss is divided by the counts of the global batch
+        gradient_clipping=section.get("max_grad_norm") or 0.0,
+    )
 
 
 def from_main(value: Any) -> Any:

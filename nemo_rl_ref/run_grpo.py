@@ -353,8 +353,7 @@ class Trainer:
             for name, value in found.items():
                 metrics.setdefault(name, []).append(value)
         trained.scheduler.step()
-        combined = {name: combine_updates(name, values) for name, values in metrics.items()}
-        return {**combined, "grad_norm": found["grad_norm"]}
+        return {name: combine_updates(name, values) for name, values in metrics.items()}
 
     def update_policy(self, data: Batch) -> dict[str, float]:
         """Train the policy on a batch of rollouts once.

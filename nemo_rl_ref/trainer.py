@@ -22,18 +22,12 @@ from typing import Any, Protocol
 import torch
 
 from nemo_rl_ref.algorithms.utils import maybe_pad_last_batch, set_seed
-from nemo_rl_ref.checkpoints import (
-    Trained,
-    check_checkpoint,
-    check_same_config,
-    clear_leftovers,
-    load_checkpoint,
-    save_checkpoint,
-)
+from nemo_rl_ref.checkpoints import Trained, check_same_config, load_checkpoint, save_checkpoint
 from nemo_rl_ref.optimizers import make_optimizer, make_scheduler
-from nemo_rl_ref.processes import from_main, is_deepspeed, make_accelerator
+from nemo_rl_ref.processes import from_main, is_deepspeed, make_accelerator, prepare_deepspeed
 from nemo_rl_ref.progress import Progress, Timer
 from nemo_rl_ref.samples import Plan, Samples, digest
+from nemo_rl_ref.sealed import check_checkpoint, clear_leftovers
 from nemo_rl_ref.training import NotFinite, run_batch, update, weighted_means
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 from nemo_rl_ref.utils.logger import Logger
@@ -143,15 +137,15 @@ def make_trained(
         key: The section's name, for messages.
     """
     optimizer = make_optimizer(section["optimizer"], model.parameters(), f"{key}.optimizer")
+    prepare_deepspeed(accelerator, section, key)
     model, optimizer = accelerator.prepare(model, optimizer)
-    if not is_deepspeed(accelerator):
-        # Accelerate's wrapper scales float16 gradients, which there are none of here, and looks
-        # for a package that is not installed on Python's path, twice in every step.
-        optimizer = optimizer.optimizer
-    scheduler = make_scheduler(
-        section.get("scheduler"), getattr(optimizer, "optimizer", optimizer), f"{key}.scheduler"
-    )
-    return Trained(model, optimizer, scheduler)
+    inner = optimizer.optimizer
+    while not isinstance(inner, torch.optim.Optimizer):  # DeepSpeed has its own around PyTorch's
+        inner = inner.optimizer
+    scheduler = make_scheduler(section.get("scheduler"), inner, f"{key}.scheduler")
+    # Accelerate's wrapper scales float16 gradients, which there are none of here, and looks for a
+    # package that is not installed on Python's path, twice in every step.
+    return Trained(model, optimizer if is_deepspeed(accelerator) else inner, scheduler)
 
 
 class Run:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from nemo_rl_ref.checkpoints import get_random_state, get_torch_random_state, se
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.divergence import Origin, find_origin
 from nemo_rl_ref.logprobs import token_logprobs
-from nemo_rl_ref.processes import from_main, is_sharded
+from nemo_rl_ref.processes import accumulating, from_main, is_deepspeed, is_sharded
 
 #: Runs a model and a loss on a micro-batch: ``(model, loss_fn, data, (seqs, toks))`` to the loss,
 #: a scalar, and its metrics.
@@ -155,9 +154,7 @@ def run_batch(
     results: list[dict[str, float]] = []
     for low in range(start, start + rows, micro_rows):
         high = min(low + micro_rows, start + rows)
-        # Gradients travel between processes once, with the last micro-batch.
-        alone = backward and ranks > 1 and high < start + rows
-        with accelerator.no_sync(model) if alone else nullcontext():
+        with accumulating(model, accelerator, last=high == start + rows):
             value, metrics = loss(model, loss_fn, batch.slice(low, high), counts)
             if backward:
                 # Data-parallel training averages gradients over processes; these are to be summed.
@@ -181,9 +178,11 @@ def combine(name: str, values: list[Any]) -> float:
 def combine_updates(name: str, values: list[float]) -> float:
     """A metric over the updates of a step, as NeMo RL's GRPO combines them: added up, but for some.
 
-    The learning rate and the counts are means. Minima and maxima are those of the finite values: a
-    micro-batch without a token that counts has infinite ones.
+    The gradient norm is the last one; the learning rate and the counts are means. Minima and maxima
+    are those of the finite values: a micro-batch without a token that counts has infinite ones.
     """
+    if name == "grad_norm":
+        return values[-1]
     if name in ("lr", "global_valid_seqs", "global_valid_toks"):
         return sum(values) / len(values)
     if name.endswith(("_min", "_max")):
@@ -268,8 +267,10 @@ def update(
     metrics = run_batch(
         model, loss_fn, batch, accelerator, micro_rows=micro_rows, backward=True, loss=loss
     )
-    metrics["grad_norm"] = _clip(model, optimizer, accelerator, max_grad_norm)
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+    norm = _clip(model, optimizer, accelerator, max_grad_norm)
+    if norm is not None:
+        metrics["grad_norm"] = norm
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics.get("grad_norm", 0.0))):
         optimizer.zero_grad()
         # Nothing here draws from the other generators: they are as they were.
         set_random_state(random_state := {**get_random_state(), **random_state})
@@ -280,12 +281,14 @@ def update(
         )
         shown = [place(number) for number in origin.samples if rows < batch.size]
         error = NotFinite(
-            f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; it starts in "
+            f"loss {metrics['loss']}, gradient norm {norm}; it starts in "
             + origin.where
             + (f", with {len(shown)} of {batch.size // rows} samples: " if shown else "")
             + ", ".join(shown[:8])
         )
-        error.model_is_whole, error.random_state = origin.model_is_finite, random_state
+        # DeepSpeed has taken the step by now, unless it noticed.
+        error.model_is_whole = origin.model_is_finite and not is_deepspeed(accelerator)
+        error.random_state = random_state
         raise error
     metrics["lr"] = optimizer.param_groups[0]["lr"]
     optimizer.step()
@@ -293,11 +296,17 @@ def update(
     return metrics
 
 
-def _clip(model: Any, optimizer: Any, accelerator: Any, max_grad_norm: float | None) -> float:
-    """The gradient's norm; the gradient is scaled down to the limit if it is longer."""
+def _clip(
+    model: Any, optimizer: Any, accelerator: Any, max_grad_norm: float | None
+) -> float | None:
+    """The gradient's norm; the gradient is scaled down to the limit if it is longer.
+
+    None if DeepSpeed, which scales gradients itself, does not know the norm.
+    """
     limit = math.inf if max_grad_norm is None else max_grad_norm
     if is_sharded(accelerator):
-        return float(accelerator.clip_grad_norm_(model.parameters(), limit))
+        norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+        return None if norm is None else float(norm)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     total = get_total_norm([grad for p in parameters if (grad := p.grad) is not None])
     norm = float(total)
