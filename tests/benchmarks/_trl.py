@@ -48,6 +48,11 @@ class TrlDpo:
     def turn(self):
         """Seconds a step, all steps but the first."""
         clock = Clock()
+        self.train(clock)
+        return [after - before for before, after in itertools.pairwise(clock.ticks)]
+
+    def train(self, clock):
+        """Train with a callback."""
         with tempfile.TemporaryDirectory() as folder:
             trainer = DPOTrainer(
                 model=tiny.load_policy(),
@@ -71,4 +76,3 @@ class TrlDpo:
             )
             trainer.remove_callback(transformers.PrinterCallback)
             trainer.train()
-        return [after - before for before, after in itertools.pairwise(clock.ticks)]

@@ -11,9 +11,11 @@ beside it runs on the same batches: forward, backward from the sum of the logits
 What a user would take instead is beside it: ``transformers.Trainer`` on the same rows, padded and
 masked by its collator, and TRL's ``DPOTrainer`` on the same pairs, as it is and with the reference
 computed once as in the runner, both with their defaults except for the optimizer, float32 and what
-is off in the runner. The contenders take turns in one process. A round's ratio is that of the
-medians of its turns, which follow each other within seconds; what is reported is the median over
-the rounds, so that neither a slow moment nor a slow minute of the machine changes it.
+is off in the runner.
+
+After every step of a contender one of the floor is taken, and the ratio is the median over such
+pairs of neighbours, a few milliseconds apart: so neither a slow moment nor a slow minute of the
+machine is in it. Seconds are medians.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from _clock import Clock  # noqa: E402
+from _clock import ClockBetween  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 from _trl import TrlDpo  # noqa: E402
 from rich.progress import track  # noqa: E402
@@ -71,12 +73,14 @@ def configuration(section, folder, name):
     return make_config(section, folder, samples=batch * ROUND, name=name, **changes)
 
 
-def runner_turn(section, config):
-    """Seconds a step, as the runner's log has them."""
+def runner_turn(section, config, floor):
+    """Seconds of each step, as the runner's log has them, and of the floor's after it."""
+    floors = []
     with contextlib.redirect_stdout(io.StringIO()):
-        RUNNERS[section].train(config)
+        RUNNERS[section].train(config, observe=lambda step, metrics: floors.append(floor.step()))
     metrics = read_metrics(config["logger"]["log_dir"])
-    return [values["timing/train/total_step_time"] for values in metrics.values()]
+    steps = [values["timing/train/total_step_time"] for values in metrics.values()]
+    return list(zip(steps, floors, strict=True))
 
 
 def batches_of(section, config):
@@ -90,25 +94,29 @@ def batches_of(section, config):
     return [samples.batch(plan.numbers(step)) for step in range(plan.steps)]
 
 
-def floor_turn(batches, config, device):
-    """Seconds a step of the model's own forward, backward and optimizer step."""
-    model = tiny.load_policy().to(device)
-    optimizer = make_optimizer(config["policy"]["optimizer"], model.parameters())
-    ids = [batch["input_ids"].to(device) for batch in batches]
-    seconds = []
-    for input_ids in ids:
+class Floor:
+    """The model's own forward, backward and optimizer step, on the runner's batches in turn."""
+
+    def __init__(self, batches, config, device):
+        self.model = tiny.load_policy().to(device)
+        self.optimizer = make_optimizer(config["policy"]["optimizer"], self.model.parameters())
+        self.ids = itertools.cycle([batch["input_ids"].to(device) for batch in batches])
+        self.device = device
+
+    def step(self):
+        """Seconds of the next step."""
+        input_ids = next(self.ids)
         started = time.perf_counter()
-        model(input_ids=input_ids, use_cache=False).logits.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
+        self.model(input_ids=input_ids, use_cache=False).logits.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds
+        return time.perf_counter() - started
 
 
-def trainer_turn(batches, folder):
-    """Seconds a step of `transformers.Trainer`, from the end of one step to that of the next."""
+def trainer_turn(batches, folder, floor):
+    """Seconds of each step of `transformers.Trainer` but the first, and of the floor's after it."""
     rows = []
     for batch in batches:
         labels = batch["input_ids"].masked_fill(batch["token_mask"] == 0, -100)
@@ -127,7 +135,7 @@ def trainer_turn(batches, folder):
             for name in names
         }
 
-    clock = Clock()
+    clock = ClockBetween(floor.step)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=ROUND,
@@ -149,12 +157,19 @@ def trainer_turn(batches, folder):
             data_collator=collate,
             callbacks=[clock],
         ).train()
-    return [after - before for before, after in itertools.pairwise(clock.ticks)]
+    return list(zip(clock.steps, clock.others, strict=True))
+
+
+def trl_turn(trl, floor):
+    """Seconds of each step of TRL's trainer but the first, and of the floor's after it."""
+    clock = ClockBetween(floor.step)
+    trl.train(clock)
+    return list(zip(clock.steps, clock.others, strict=True))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
     parser.add_argument("--write", action="store_true", help="record the result in results/")
     arguments = parser.parse_args()
     if arguments.rounds < 1:
@@ -162,58 +177,53 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device, tokenizer = make_accelerator("float32").device, tiny.load_tokenizer()
-    rounds = {section: [] for section in SAMPLES}
+    found = {section: {} for section in SAMPLES}
     with tempfile.TemporaryDirectory() as folder:
-        path = configuration("dpo", Path(folder), "pairs")["data"]["train"]["data_path"]
-        pairs = BinaryPreferenceDataset(path).dataset
+        floors, batches = {}, {}
+        for section in SAMPLES:
+            config = configuration(section, Path(folder), section)
+            batches[section] = batches_of(section, config)
+            floors[section] = Floor(batches[section], config, device)
+        pairs = BinaryPreferenceDataset(config["data"]["train"]["data_path"]).dataset
         sizes = {"pairs": SAMPLES["dpo"], "steps": ROUND}
         trl = TrlDpo(pairs, tokenizer, precompute=False, **sizes)
         trl_once = TrlDpo(pairs, tokenizer, precompute=True, **sizes)
-        batches = {}
         for number in track(range(arguments.rounds), description="rounds"):
             for section in SAMPLES:
+                floor = floors[section]
                 config = configuration(section, Path(folder), f"{section}-{number}")
-                batches.setdefault(section, batches_of(section, config))
-                turns = {"floor": floor_turn(batches[section], config, device)}
-                turns["runner"] = runner_turn(section, config)
+                turns = {"runner": runner_turn(section, config, floor)}
                 if section == "sft":
-                    turns["Trainer"] = trainer_turn(batches[section], Path(folder))
+                    turns["Trainer"] = trainer_turn(batches[section], Path(folder), floor)
                 else:
-                    turns["TRL"], turns["TRL, precomputed"] = trl.turn(), trl_once.turn()
-                rounds[section].append(
-                    {kind: statistics.median(turn[WARM_UP:]) for kind, turn in turns.items()}
-                )
+                    turns["TRL"] = trl_turn(trl, floor)
+                    turns["TRL, precomputed"] = trl_turn(trl_once, floor)
+                for kind, steps in turns.items():
+                    found[section].setdefault(kind, []).extend(steps[WARM_UP:])
     numbers = {}
     print(f"{device_name()}, {torch.get_num_threads()} threads, 64 rows a step")
-    for section, found in rounds.items():
-        kinds = list(found[0])
-        seconds = {kind: statistics.median(one[kind] for one in found) for kind in kinds}
-
-        def ratio(above, below, found=found):
-            return statistics.median(one[above] / one[below] for one in found)
-
-        over_floor = {kind: ratio(kind, "floor") for kind in kinds[1:]}
-        over_runner = {kind: ratio(kind, "runner") for kind in kinds[2:]}
-        for kind in kinds:
-            text = f"{over_floor[kind]:7.2f} x floor" if kind in over_floor else ""
-            text += f"{over_runner[kind]:7.2f} x runner" if kind in over_runner else ""
-            print(f"{section} {kind:18}{seconds[kind] * 1e3:8.2f} ms a step{text}")
+    for section, steps in found.items():
+        over_floor = {
+            kind: statistics.median(step / floor for step, floor in of)
+            for kind, of in steps.items()
+        }
+        seconds = {kind: statistics.median(step for step, _ in of) for kind, of in steps.items()}
+        seconds["floor"] = statistics.median(floor for of in steps.values() for _, floor in of)
+        print(f"{section} {'floor':18}{seconds['floor'] * 1e3:8.2f} ms a step")
+        for kind, ratio in over_floor.items():
+            text = f"{section} {kind:18}{seconds[kind] * 1e3:8.2f} ms a step{ratio:7.2f} x floor"
+            print(
+                text + ("" if kind == "runner" else f"{ratio / over_floor['runner']:7.2f} x runner")
+            )
         numbers[section] = {
             "samples_per_step": SAMPLES[section],
             "seconds_per_step": {kind: round(value, 6) for kind, value in seconds.items()},
             "step over floor": round(over_floor["runner"], 3),
-            "step over floor, every round": [
-                round(one["runner"] / one["floor"], 3) for one in found
-            ],
-            **{
-                f"steps per second over {kind}": round(value, 3)
-                for kind, value in over_runner.items()
-            },
-            **{
-                f"steps per second over {kind}, at most possible": round(over_floor[kind], 3)
-                for kind in over_runner
-            },
         }
+        for kind in list(over_floor)[1:]:
+            name = f"steps per second over {kind}"
+            numbers[section][name] = round(over_floor[kind] / over_floor["runner"], 3)
+            numbers[section][f"{name}, most that the floor allows"] = round(over_floor[kind], 3)
     if arguments.write:
         write_result("sft_dpo_step", numbers)
 
