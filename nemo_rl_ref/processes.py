@@ -133,6 +133,9 @@ def whole_model(model: Any, copy: Any, accelerator: Any) -> Any:
 
     Returns:
         The copy, or the model without what ``accelerate`` wrapped around it.
+
+    Raises:
+        ValueError: If DeepSpeed has cut single weights into parts, as its third stage does.
     """
     if not is_sharded(accelerator):
         return accelerator.unwrap_model(model)
@@ -143,11 +146,11 @@ def whole_model(model: Any, copy: Any, accelerator: Any) -> Any:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    if hasattr(parameter, "ds_id"):  # DeepSpeed's third stage
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
+    if hasattr(parameter, "ds_id"):
+        raise ValueError(
+            "deepspeed_config.zero_stage: got 3, expected at most 2: responses are sampled from whole "
+            "weights. FSDP gathers them"
+        )
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
