@@ -33,6 +33,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -215,7 +216,7 @@ def _trainable(search: Search, folder: Path) -> Any:
             end["metrics"] = json.dumps(dict(found))
         except TrialFailed as error:
             end = {"end": "failed", "reason": error.reason}
-        except Exception as error:  # of the runner itself: a reason for the study, not for a retry
+        except Exception as error:  # noqa: BLE001, of the runner: a reason for the study, no retry
             end = {"end": "failed", "reason": reason_of(error)}
         seconds = round(time.perf_counter() - began, 3)
         tune.report({**end, "at": last, "seconds": seconds})
@@ -441,7 +442,8 @@ def _of_worker(reason: str) -> str:
     if reason == "out of memory":
         return reason
     first = reason.split(". ")[0]
-    return f"its worker died {RESTARTS + 1} times: {first}"[:300]
+    times = f" {RESTARTS + 1} times" if RESTARTS else ""
+    return f"its worker died{times}: {first}"[:300]
 
 
 class _StopAll(Stopper):
@@ -490,7 +492,13 @@ def _ray(address: str | None, cpus: int | None) -> Iterator[None]:
     if address:
         options["address"] = address
     else:
-        options |= {"num_cpus": cpus, "include_dashboard": False}
+        # Its workers import what this process can import: the runner, and this package.
+        paths = os.pathsep.join(path for path in sys.path if path)
+        options |= {
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+        }
     ray.init(**options)
     try:
         yield
