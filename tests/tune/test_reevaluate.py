@@ -144,6 +144,18 @@ def test_candidates_are_the_best_and_different(study):
         top_candidates(study, 0)
 
 
+def test_the_default_has_what_all_trials_have(study, tmp_path):
+    """Otherwise the default would train for more steps than the trials."""
+    seen = []
+
+    def watched(spec, values, folder, *, seed=None, observe=None):
+        seen.append(values)
+        return runner(spec, values, folder, seed=seed)
+
+    reevaluate(study, tmp_path, top=1, seeds=1, run_trial=watched, show=lambda text: None)
+    assert seen == [{"dpo.max_num_steps": 60}, study.best_trial.user_attrs["values"]]
+
+
 def test_equal_configurations_count_once():
     study = make_study(3, spec_of({LR: {"choice": [1e-4]}}))
     assert len(top_candidates(study, 3)) == 1
@@ -223,11 +235,11 @@ def test_two_at_once_are_refused(study, tmp_path):
 
 def test_failures_are_reasons_and_not_values(study, tmp_path):
     def failing(spec, values, folder, *, seed=None, observe=None):
-        if values and seed == FIRST_SEED:
+        if LR in values and seed == FIRST_SEED:
             raise TrialFailed("out of memory")
-        if values and seed == FIRST_SEED + 1:
+        if LR in values and seed == FIRST_SEED + 1:
             return {ACCURACY: math.nan}
-        if values and seed == FIRST_SEED + 2:
+        if LR in values and seed == FIRST_SEED + 2:
             return {"train:loss": 1.0}
         return runner(spec, values, folder, seed=seed)
 
