@@ -146,7 +146,9 @@ def read(tmp_path, text, **options):
 
 def test_a_key_that_is_written_twice_is_refused(tmp_path):
     text = f"{LR}: {{uniform: [0, 1]}}\n{BETA}: 0.1\n{LR}: {{uniform: [0, 2]}}\n"
-    with pytest.raises(SpaceError, match=rf"space.yaml: {LR}: written in line 1 and again in line 3"):
+    with pytest.raises(
+        SpaceError, match=rf"space.yaml: {LR}: written in line 1 and again in line 3"
+    ):
         read(tmp_path, text)
 
 
@@ -230,6 +232,11 @@ def test_ties_and_conditions_are_resolved():
     assert "dpo.sft_average_log_probs" not in without
 
 
+def test_a_prime_is_divided_by_one():
+    space = Space.from_dict({GLOBAL: 7, MICRO: {"divides": GLOBAL, "at_most": 4}})
+    assert space.suggest(FixedTrial({}))[MICRO] == 1
+
+
 def test_one_is_not_true():
     key = "dpo.val_at_start"
     space = Space.from_dict(
@@ -282,7 +289,8 @@ def nemo_rls_dpo():
 
 
 TEXTS = st.text(
-    st.characters(codec="utf-8", exclude_characters="\0\n\r", exclude_categories=["Cs"]), max_size=12
+    st.characters(codec="utf-8", exclude_characters="\0\n\r", exclude_categories=["Cs"]),
+    max_size=12,
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**40), 2**40)
