@@ -181,8 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{misspelt[0]}: no such option")
     if problem := check_together(options):
         parser.error(problem)
-    again = [parser.prog, *(sys.argv[1:] if argv is None else argv)]
-    return search(options, overrides, shlex.join(again).replace("'python -m", "python -m", 1))
+    arguments = shlex.join(sys.argv[1:] if argv is None else argv)
+    return search(options, overrides, f"{parser.prog} {arguments}")
 
 
 def search(options: argparse.Namespace, overrides: Sequence[str], again: str) -> int:
@@ -204,7 +204,18 @@ def search(options: argparse.Namespace, overrides: Sequence[str], again: str) ->
     from nemo_rl_ref.utils.config import OverridesError
 
     folder = options.folder or f"results/tune_{options.algorithm}"
-    names = ["trials", "sampler", "pruner", "seed", "vary_seed", "threads", "max_failures", "storage", "name", "grace"]
+    names = [
+        "trials",
+        "sampler",
+        "pruner",
+        "seed",
+        "vary_seed",
+        "threads",
+        "max_failures",
+        "storage",
+        "name",
+        "grace",
+    ]
     display = Display()
     try:
         spec = make_spec(

@@ -66,8 +66,7 @@ class Reading:
         self.spec: dict[str, Any] = self.attributes.get("spec") or {}
         self.trials: list[FrozenTrial] = study.get_trials(deepcopy=False)
         self.objectives = self._objective_names(study)
-        #: The complete trials that no other beats in all objectives.
-        self.front: list[FrozenTrial] = sorted(study.best_trials, key=lambda t: t.number)
+        self._study = study
 
     def _objective_names(self, study: Study) -> list[str]:
         names = [_metric(o) for o in self.spec.get("objectives", [])] or study.metric_names
@@ -99,6 +98,11 @@ class Reading:
         sign = self.sign(objective)
         usable = [trial for trial in self.finished if math.isfinite(trial.values[objective])]
         return sorted(usable, key=lambda trial: (-sign * trial.values[objective], trial.number))
+
+    @cached_property
+    def front(self) -> list[FrozenTrial]:
+        """The complete trials that no other beats in all objectives, by their numbers."""
+        return sorted(self._study.best_trials, key=lambda trial: trial.number)
 
     def best_tenth(self, objective: int = 0) -> list[FrozenTrial]:
         """The best tenth of the complete trials, rounded up."""

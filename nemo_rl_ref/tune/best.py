@@ -198,15 +198,18 @@ def best_of(study: Study, rule: str | None = None) -> Best:
         ValueError: If the study has no ``spec``, or YAML or override line do not give back the
             trial's configuration.
     """
-    trial, how = choose(study, rule)
-    return best_from(study, trial, how)
+    reading = Reading(study)
+    return _best(reading, *_choose(reading, rule))
 
 
 def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> Best:
     """As `best_of`, for a given trial."""
+    return _best(Reading(study), trial, how)
+
+
+def _best(reading: Reading, trial: FrozenTrial, how: str) -> Best:
     from nemo_rl_ref.tune.space import override_line
 
-    reading = Reading(study)
     if not reading.spec:
         raise ValueError(
             f"study {reading.name!r} has no attribute 'spec', so its configuration is not known; "

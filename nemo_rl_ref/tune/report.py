@@ -37,7 +37,7 @@ from nemo_rl_ref.tune._reading import (
     reason,
     values_of,
 )
-from nemo_rl_ref.tune.best import Best, NoBest, _choose, best_from, write_atomically
+from nemo_rl_ref.tune.best import Best, NoBest, _best, _choose, write_atomically
 
 #: More parameters than this are not drawn as parallel coordinates.
 MOST_SCALES = 16
@@ -105,7 +105,7 @@ def render(study: Study, *, reevaluation: Any = None, rule: str | None = None) -
     except NoBest as error:
         why_not = str(error)
     sections = [
-        _best_section(study, reading, chosen, how, why_not),
+        _best_section(reading, chosen, how, why_not),
         *([_reevaluated(reevaluation)] if reevaluation else []),
         _searched(reading),
         _history(reading),
@@ -224,9 +224,7 @@ def _cards(reading: Reading, chosen: FrozenTrial | None) -> list[tuple[str, str]
 # Sections
 
 
-def _best_section(
-    study: Study, reading: Reading, chosen: FrozenTrial | None, how: str, why_not: str
-) -> Section:
+def _best_section(reading: Reading, chosen: FrozenTrial | None, how: str, why_not: str) -> Section:
     section = Section("best", "Best configuration")
     if chosen is None:
         section.parts.append(("missing", f"{why_not[0].upper()}{why_not[1:]}."))
@@ -243,7 +241,7 @@ def _best_section(
         )))  # fmt: skip
     best: Best | None = None
     try:
-        best = best_from(study, chosen, how)
+        best = _best(reading, chosen, how)
     except (ValueError, OSError, KeyError, ImportError) as error:
         values = values_of(chosen)
         section.parts.append(("missing", f"No YAML and no override line: {error}."))

@@ -16,6 +16,7 @@ from typing import Any
 
 from nemo_rl_ref.tune.keys import key_types, type_name
 from nemo_rl_ref.tune.space import RANGES, Space, SpaceError, overrides
+from nemo_rl_ref.utils.config import load_config
 from nemo_rl_ref.utils.config_keys import (
     KeyReport,
     flatten_keys,
@@ -197,13 +198,14 @@ def make_spec(
     if not found or len(set(metrics)) < len(metrics):
         raise SpecError(f"objective: got {metrics}, expected one or several different metrics")
     spec = Spec(algorithm, str(config), tuple(overrides), None, found, launcher)  # type: ignore[arg-type]
-    tree, _ = _read(spec, overrides)
-    if algorithm not in tree:
-        there = [name for name in ALGORITHMS if name in tree]
+    sections = load_config(config)
+    if algorithm not in sections:
+        there = [name for name in ALGORITHMS if name in sections]
         raise SpecError(
             f"{config}: got a configuration of {', '.join(there) or 'something else'}, expected "
             f"the section {algorithm}"
         )
+    tree, _ = _read(spec, overrides)
     base = flatten_keys(tree)
     if isinstance(space, (str, Path)):
         space = Space.read(space, base=base)

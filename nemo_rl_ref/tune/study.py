@@ -430,7 +430,8 @@ class Watcher:
             warnings.filterwarnings("ignore", "The reported value is ignored because")
             self.trial.report(value, step)
         self.search.changed()
-        if self.trial.should_prune():
+        # A run that has come to its end is complete, wherever it stands.
+        if step < (self.search.spec.max_steps or math.inf) and self.trial.should_prune():
             raise TrialPruned
 
     def _check_names(self, source: str) -> None:
