@@ -295,10 +295,11 @@ def describe_start(opened: object, jobs: int) -> str:
     settings, spec = opened.settings, opened.spec
     searched = len(spec.space.distributions())
     where = settings.storage or opened.folder / "study.db"
-    lines = [
+    start = (
         f"study {opened.study.study_name}: {searched} keys searched with {settings.sampler}, "
         f"pruner {settings.pruner}, {jobs} process(es); in {where}"
-    ]
+    )
+    lines = [start]
     if done := opened.finished():
         lines.append(f"goes on after {done} of {opened.budget} trials")
     if opened.budget < settings.trials:
