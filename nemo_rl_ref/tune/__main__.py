@@ -7,9 +7,13 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from nemo_rl_ref.tune.samplers import PRUNERS, SAMPLERS
 from nemo_rl_ref.tune.spec import ALGORITHMS
+
+if TYPE_CHECKING:
+    from nemo_rl_ref.tune.study import Search
 
 DESCRIPTION = """\
 Search for hyperparameters over the keys of a NeMo RL configuration.
@@ -168,11 +172,13 @@ def search(options: argparse.Namespace, overrides: Sequence[str], again: str) ->
     return 0
 
 
-def describe_start(opened: object, jobs: int) -> str:
+def describe_start(opened: Search, jobs: int) -> str:
     """What is about to be done, in two lines."""
+    from nemo_rl_ref.tune.storage import FILE, address
+
     settings, spec = opened.settings, opened.spec
     searched = len(spec.space.distributions())
-    where = settings.storage or opened.folder / "study.db"
+    where = address(settings.storage or str(opened.folder / FILE))
     lines = [
         f"study {opened.study.study_name}: {searched} keys searched with {settings.sampler}, "
         f"pruner {settings.pruner}, {jobs} process(es); in {where}"
