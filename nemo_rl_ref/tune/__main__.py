@@ -290,11 +290,13 @@ def run_engine(opened: Search, options: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
-def describe_start(opened: object, jobs: int) -> str:
+def describe_start(opened: Search, jobs: int) -> str:
     """What is about to be done, in two lines."""
+    from nemo_rl_ref.tune.storage import FILE, address
+
     settings, spec = opened.settings, opened.spec
     searched = len(spec.space.distributions())
-    where = settings.storage or opened.folder / "study.db"
+    where = address(settings.storage or str(opened.folder / FILE))
     start = (
         f"study {opened.study.study_name}: {searched} keys searched with {settings.sampler}, "
         f"pruner {settings.pruner}, {jobs} process(es); in {where}"

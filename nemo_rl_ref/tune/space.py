@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -617,8 +617,3 @@ def _list(values: Any) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value) if isinstance(value, (type(None), bool)) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def entries_of(space: Space) -> Iterator[Entry]:
-    """The entries of a space, in the order of the file."""
-    return iter(space.entries.values())

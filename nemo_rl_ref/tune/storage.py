@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,9 +38,13 @@ def open_storage(
 
     Returns:
         The storage.
+
+    Raises:
+        ValueError: If the database cannot be used; the message has its address, without password.
     """
     from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage
+    from sqlalchemy.exc import SQLAlchemyError
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,12 +54,24 @@ def open_storage(
     with warnings.catch_warnings(), _alone(folder / ".open"):
         # Optuna has called its heartbeat experimental since 2021.
         warnings.simplefilter("ignore", ExperimentalWarning)
-        storage = RDBStorage(
-            url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace
-        )
+        try:
+            storage = RDBStorage(
+                url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=grace
+            )
+        except SQLAlchemyError as error:
+            why = str(error).splitlines()[0]
+            raise ValueError(
+                f"storage: got {address(url)}, expected a database as sqlite:///study.db or "
+                f"postgresql://user@host/name: {why}"
+            ) from error
         if is_file:
             _prepare_sqlite(storage.engine)
     return storage
+
+
+def address(url: str) -> str:
+    """A database's address without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
 
 
 def _prepare_sqlite(engine: Any) -> None:

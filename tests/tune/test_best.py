@@ -24,6 +24,7 @@ from studies import (
 )
 
 from nemo_rl_ref.tune import best as module
+from nemo_rl_ref.tune import make_spec
 from nemo_rl_ref.tune.best import (
     NoBest,
     best_of,
@@ -34,8 +35,6 @@ from nemo_rl_ref.tune.best import (
     write_yaml,
 )
 from nemo_rl_ref.utils.config import OverridesError, load_config, parse_hydra_overrides
-
-AMSGRAD = "policy.optimizer.kwargs.amsgrad"
 
 
 def nested(config, path):
@@ -109,14 +108,16 @@ def test_a_line_that_nemo_rl_would_refuse_is_refused(line):
         check_with_nemo_rl(line, "dpo")
 
 
-def test_keys_that_a_file_lacks_are_added(study):
-    """A key of ours that NeMo RL's file does not have is written with ``++``."""
-    spec = spec_of({LR: {"log_uniform": [1e-5, 1e-3]}, AMSGRAD: {"choice": [True, False]}})
+@pytest.mark.parametrize("key", ["policy.optimizer.kwargs.amsgrad", "policy.logprob_batch_size"])
+def test_keys_that_a_file_lacks_are_added(key):
+    """The first is in no file, the second in ours and not in NeMo RL's: both need ``++``."""
+    choices = [True, False] if key.endswith("amsgrad") else [32, 64]
+    space = {LR: {"log_uniform": [1e-5, 1e-3]}, key: {"choice": choices}}
+    spec = make_spec("dpo", "configs/dpo.yaml", space, [ACCURACY], launcher="nemo-rl")
     best = best_of(make_study(3, spec))
-    assert f"++{AMSGRAD}=" in best.override_line
+    assert f"++{key}=" in best.override_line
     assert f" {LR}=" in f" {best.override_line}"
-    loaded = check_with_nemo_rl(best.override_line, "dpo")
-    assert isinstance(nested(loaded, AMSGRAD), bool)
+    assert nested(check_with_nemo_rl(best.override_line, "dpo"), key) == best.values[key]
 
 
 def test_conditional_and_tied_keys(study):

@@ -195,6 +195,15 @@ def test_several_studies_share_a_database(tmp_path):
     assert optuna.get_all_study_names(url) == ["one", "two"]
 
 
+def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"storage: got x://me:\*\*\*@host/db, expected a database"
+    ):
+        search(tmp_path, storage="x://me:secret@host/db")
+    with pytest.raises(ValueError, match="storage: got sqlite:////nowhere/at/all.db"):
+        search(tmp_path, storage="sqlite:////nowhere/at/all.db")
+
+
 def test_an_interrupted_trial_is_run_again_with_its_parameters(tmp_path):
     def interrupted(spec, values, folder, *, seed=None, observe=None):
         observe(1, {"val:loss": stand_in.loss(values, 1)})

@@ -11,7 +11,14 @@ from rich.console import Console
 from nemo_rl_ref.tune.__main__ import main
 from nemo_rl_ref.tune.runner import run_trial, trainer_of
 from nemo_rl_ref.tune.spec import make_spec
-from nemo_rl_ref.tune.study import Settings, Stopped, claim, open_search, optimize, run_search
+from nemo_rl_ref.tune.study import (
+    Settings,
+    Stopped,
+    claim,
+    open_search,
+    optimize,
+    run_search,
+)
 from nemo_rl_ref.tune.table import Display, duration, make_table, short_names
 from nemo_rl_ref.utils.config_keys import read_config
 

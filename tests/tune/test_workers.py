@@ -12,7 +12,13 @@ import pytest
 import stand_in
 from optuna.trial import TrialState
 
-from nemo_rl_ref.tune.study import SearchStopped, Settings, Stopped, open_search, optimize
+from nemo_rl_ref.tune.study import (
+    SearchStopped,
+    Settings,
+    Stopped,
+    open_search,
+    optimize,
+)
 from nemo_rl_ref.tune.workers import how_it_died
 
 SETTINGS = {"sampler": "random", "heartbeat": 1, "grace": 120}
