@@ -24,6 +24,10 @@ _MODULES = {
     "spec": ("Objective", "Spec", "SpecError", "make_spec"),
     "runner": ("TrialFailed", "run_trial"),
     "study": ("SearchStopped", "Settings", "Stopped", "StudyError", "optimize"),
+    "best": ("best_of",),
+    "report": ("write_report",),
+    "nemo_rl_launcher": ("launcher",),
+    "ray_engine": ("optimize_on_ray",),
 }
 __all__ = [name for names in _MODULES.values() for name in names]
 

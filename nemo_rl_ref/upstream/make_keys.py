@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_rl_ref.atomic import write_text
 from nemo_rl_ref.upstream import COMMIT
 
 #: Where the configurations of NeMo RL's entry points are, in a checkout.
@@ -201,9 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(str(error))
     path = Path(__file__).with_name("keys.json")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
     print(f"{path}: {len(content['keys'])} keys, {len(content['open'])} open sections")
 
 
