@@ -17,9 +17,6 @@ from nemo_rl_ref.tune.spec import ALGORITHMS, LAUNCHERS
 if TYPE_CHECKING:
     from nemo_rl_ref.tune.study import Search
 
-if TYPE_CHECKING:
-    from nemo_rl_ref.tune.study import Search
-
 DESCRIPTION = """\
 Search for hyperparameters over the keys of a NeMo RL configuration.
 
