@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Studies in one process, with a runner that trains nothing."""
 
+import sqlite3
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -96,6 +97,14 @@ def test_pruners_end_trials_that_are_behind(tmp_path, pruner):
     assert study.best_value <= 1.5 * best
 
 
+def test_a_quasi_random_point_belongs_to_the_number_of_a_trial(tmp_path):
+    one = opened(tmp_path, sampler="qmc")
+    first = claim(one)
+    assert requeue(one.study, first)
+    assert claim(one).relative_params == first.relative_params != {}
+    assert claim(one).relative_params != first.relative_params
+
+
 def test_the_first_rung_is_the_first_validation():
     spec = stand_in.make(**{"dpo.val_period": 4, "dpo.max_num_steps": 40})
     halving = studies.make_pruner("successive-halving", spec)
@@ -186,6 +195,17 @@ def test_a_study_of_somebody_else_is_left_alone(tmp_path):
     optuna.create_study(study_name="x", storage=url).optimize(lambda trial: 1.0, n_trials=1)
     with pytest.raises(StudyError, match="trials that are not of this program"):
         search(tmp_path, storage=url, name="x")
+
+
+def test_a_transaction_on_a_file_is_exclusive_from_its_first_statement_on(tmp_path):
+    storage = opened(tmp_path).study._storage._backend
+    other = sqlite3.connect(tmp_path / "s/study.db", timeout=0)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("SELECT * FROM trials").all()
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+    other.execute("BEGIN IMMEDIATE")
+    other.close()
 
 
 def test_several_studies_share_a_database(tmp_path):
@@ -356,15 +376,14 @@ def test_reasons_are_one_line():
 
 @pytest.mark.parametrize("where", ["on the way", "at the end"])
 def test_a_number_that_is_none_is_a_failure_not_a_score(tmp_path, where):
-    def nan(spec, values, folder, *, seed=None, observe=None):
-        metrics = {"val:loss": float("nan")}
-        if where == "on the way":
-            observe(4, metrics)
-        return metrics
+    early, late = (float("nan"), 1.0) if where == "on the way" else (1.0, float("nan"))
 
-    study = search(tmp_path, trials=1, runner=nan)
-    step = 4 if where == "on the way" else 0
-    assert study.trials[0].user_attrs["failure"] == f"step {step}: val:loss is nan"
+    def nan(spec, values, folder, *, seed=None, observe=None):
+        observe(4, {"val:loss": early})
+        return {"val:loss": late}
+
+    (trial,) = search(tmp_path, trials=1, runner=nan).trials
+    assert trial.user_attrs["failure"] == "step 4: val:loss is nan"
 
 
 def test_an_objective_that_is_not_logged_ends_the_search_with_those_that_are(tmp_path):
