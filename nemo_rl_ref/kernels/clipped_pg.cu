@@ -145,12 +145,12 @@ __device__ inline double number(const void* p, long long dtype, long long i) {
   }
 }
 
-// Adds what a row brings to the totals, from the sums over its tokens.
+// What a row adds to the terms, from the sums over its tokens: `out` takes it, `stride` apart.
 template <class T>
-__device__ inline void add_row(const Settings& s, const double (&sum)[kValues], double valid,
-                               double reward, double* kept, long long rows,
-                               double (&total)[kTotals]) {
-  const double tokens = sum[kTokens], counted = tokens * valid;
+__device__ inline void finish_row(const Settings& s, const double (&sum)[kValues], double valid,
+                                  double reward, double* kept, long long rows,
+                                  volatile double* out, long long stride) {
+  const double tokens = sum[kTokens];
   double loss = sum[kLoss], ratios = sum[kRatio], clips = sum[kClipped];
   double lowest = sum[kLowest], highest = sum[kHighest], ratio = 1, slope = 0;
   if (s.has(kRatioOfResponse)) {
@@ -165,66 +165,302 @@ __device__ inline void add_row(const Settings& s, const double (&sum)[kValues], 
     ratios = ratio * tokens, clips = clipped * tokens;
     if (lowest == 1) lowest = highest = ratio;  // else no token counts
   }
+  if (valid == 0) lowest = -minus_infinity<double>(), highest = minus_infinity<double>();
 
   double factor = 1, weights = sum[kWeight] * valid, outside = sum[kOutside] * valid;
   if (s.has(kWeightOfResponse)) {
     bool beyond;
     factor = truncated(s, finite_or_zero(exp_of((T)(sum[kLogWeight] * valid))), beyond);
-    weights = factor, outside = beyond ? counted : 0;
+    weights = factor, outside = beyond ? tokens * valid : 0;
   } else if (s.has(kZeroResponses)) {
     const T mean = exp_of((T)(sum[kLogWeight] / (tokens + kEpsilon)));
     factor = within(mean, s.weight_low, s.weight_high);
     weights *= factor, outside = factor == 0 ? valid : 0;
   }
   if (!s.has(kCorrection)) factor = 1;
+  kept[kKeptTokens * rows] = tokens, kept[kKeptFactor * rows] = factor;
+  kept[kKeptRatio * rows] = ratio, kept[kKeptSlope * rows] = slope;
 
   const double share = s.has(kMeanOfResponses) ? valid / (tokens + kEpsilon) : valid;
   const double positive = s.has(kPositiveNll) && reward > 0 ? valid : 0;
-  total[kTermLoss] += factor * loss * share;
-  total[kTermKl] += sum[kKlSum] * share;
-  total[kTermNll] += sum[kNll] * positive;
-  total[kPositiveTokens] += tokens * positive;
-  total[kTermRatio] += ratios * valid;
-  total[kTermClipped] += clips * valid;
-  total[kTermMultError] += sum[kMultError] * valid;
-  total[kTermGenKl] += sum[kGenKl] * valid;
-  total[kTermPolicyKl] += sum[kPolicyKl] * valid;
-  total[kTermJs] += sum[kJs] * valid;
-  total[kTermEntropy] -= sum[kEntropy] * valid;
-  total[kTermWeight] += weights;
-  total[kTermOutside] += outside;
-  total[kTermValid] += valid;
-  if (valid != 0) {
-    total[kTermRatioMin] = minimum(total[kTermRatioMin], lowest);
-    total[kTermRatioMax] = maximum(total[kTermRatioMax], highest);
-  }
-  kept[kKeptTokens * rows] = tokens, kept[kKeptFactor * rows] = factor;
-  kept[kKeptRatio * rows] = ratio, kept[kKeptSlope * rows] = slope;
+  out[kTermLoss * stride] = factor * loss * share;
+  out[kTermKl * stride] = sum[kKlSum] * share;
+  out[kTermNll * stride] = sum[kNll] * positive;
+  out[kPositiveTokens * stride] = tokens * positive;
+  out[kTermRatio * stride] = ratios * valid;
+  out[kTermClipped * stride] = clips * valid;
+  out[kTermMultError * stride] = sum[kMultError] * valid;
+  out[kTermGenKl * stride] = sum[kGenKl] * valid;
+  out[kTermPolicyKl * stride] = sum[kPolicyKl] * valid;
+  out[kTermJs * stride] = sum[kJs] * valid;
+  out[kTermEntropy * stride] = -sum[kEntropy] * valid;
+  out[kTermWeight * stride] = weights;
+  out[kTermOutside * stride] = outside;
+  out[kTermValid * stride] = valid;
+  out[kTermRatioMin * stride] = lowest;
+  out[kTermRatioMax * stride] = highest;
+  out[kTermClippedMin * stride] = lowest;  // clipped by write_terms: clipping keeps the order
+  out[kTermClippedMax * stride] = highest;
 }
 
 // Divides the totals by what they are means over.
 template <class T>
-__device__ inline void write_terms(const Settings& s, double (&total)[kTotals], double responses,
+__device__ inline void write_terms(const Settings& s, const double* total, double responses,
                                    double tokens, double* kept, T* terms) {
   responses += kEpsilon, tokens += kEpsilon;
+  const double positives = total[kPositiveTokens];
   const double by_loss = s.has(kMeanOfResponses) ? responses : tokens;
-  const bool clips = !s.has(kRatioIsLogprob | kRatioIsOne) && total[kTermRatioMin] <= total[kTermRatioMax];
-  kept[0] = total[kPositiveTokens];
-  total[kTermKl] /= by_loss;
-  total[kTermNll] /= total[kPositiveTokens] + kEpsilon;
-  total[kTermLoss] = total[kTermLoss] / by_loss + s.kl_coefficient * total[kTermKl] +
-                     s.nll_coefficient * total[kTermNll];
-  total[kTermClippedMin] = total[kTermRatioMin], total[kTermClippedMax] = total[kTermRatioMax];
-  if (clips) {
-    total[kTermClippedMin] = clamped(total[kTermRatioMin], s.ratio_low, s.ratio_high);
-    total[kTermClippedMax] = clamped(total[kTermRatioMax], s.ratio_low, s.ratio_high);
-  }
+  const double kl = total[kTermKl] / by_loss, nll = total[kTermNll] / (positives + kEpsilon);
+#pragma unroll
+  for (int term = 0; term < kTerms; ++term) terms[term] = (T)(total[term] / tokens);
+  terms[kTermLoss] = (T)(total[kTermLoss] / by_loss + s.kl_coefficient * kl + s.nll_coefficient * nll);
+  terms[kTermKl] = (T)kl;
+  terms[kTermNll] = (T)nll;
+  terms[kTermValid] = (T)total[kTermValid];
+  if (s.has(kZeroResponses)) terms[kTermOutside] = (T)(total[kTermOutside] / responses);
   // A weight a response, (B, 1), against the mask (B,): the product is (B, B), as in NeMo RL.
-  if (s.has(kWeightOfResponse)) total[kTermWeight] *= total[kTermValid] / responses;
-  else total[kTermWeight] /= tokens;
-  total[kTermOutside] /= s.has(kZeroResponses) ? responses : tokens;
-  for (const int term : {kTermRatio, kTermClipped, kTermMultError, kTermGenKl, kTermPolicyKl,
-                         kTermJs, kTermEntropy})
-    total[term] /= tokens;
-  for (int term = 0; term < kTerms; ++term) terms[term] = (T)total[term];
+  if (s.has(kWeightOfResponse))
+    terms[kTermWeight] = (T)(total[kTermWeight] * total[kTermValid] / responses);
+  double lowest = total[kTermRatioMin], highest = total[kTermRatioMax];
+  terms[kTermRatioMin] = (T)lowest, terms[kTermRatioMax] = (T)highest;
+  if (!s.has(kRatioIsLogprob | kRatioIsOne) && lowest <= highest) {  // else empty, or NaN
+    lowest = clamped((T)lowest, s.ratio_low, s.ratio_high);
+    highest = clamped((T)highest, s.ratio_low, s.ratio_high);
+  }
+  terms[kTermClippedMin] = (T)lowest, terms[kTermClippedMax] = (T)highest;
+  kept[0] = positives;
+}
+
+// ---- the forward kernel -------------------------------------------------------------------------
+
+// Two partial results of a sum, a minimum or a maximum.
+__device__ inline double merged(double a, double b, bool lowest, bool highest) {
+  return lowest ? minimum(a, b) : highest ? maximum(a, b) : a + b;
+}
+
+template <class T> __device__ inline T merge_lanes(T x, bool lowest, bool highest) {
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) {
+    const T other = __shfl_down_sync(kFullMask, x, by);
+    x = lowest ? minimum(x, other) : highest ? maximum(x, other) : x + other;
+  }
+  return x;
+}
+
+// Grid: `segments` blocks a row, each for `length` tokens of it; 32 to 256 threads. Tensors are
+// (rows, steps) with rows `..._stride` elements apart. `reference` is read with kKl only;
+// `unfiltered` may be null: `logprobs` then. `partial` holds kValues numbers a block; `arrived` is 0
+// before and after; `kept` is kHeader + kKept * rows numbers; `terms` are kTerms.
+template <class T, class M>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 1)
+clipped_pg_forward(
+    const T* __restrict__ logprobs, const T* __restrict__ prev, const T* __restrict__ generation,
+    const T* __restrict__ reference, const T* __restrict__ advantages,
+    const T* __restrict__ unfiltered, const M* __restrict__ mask, long long logprobs_stride,
+    long long prev_stride, long long generation_stride, long long reference_stride,
+    long long advantages_stride, long long unfiltered_stride, long long mask_stride,
+    const void* sample_mask, long long sample_mask_dtype, const void* rewards,
+    long long rewards_dtype, const void* responses, long long responses_dtype, const void* tokens,
+    long long tokens_dtype, long long rows, long long steps, long long segments, long long length,
+    double* partial_, unsigned* arrived, double* kept, T* terms, long long flags, double ratio_low,
+    double ratio_high, double dual_limit, double kl_input, double kl_output, double weight_low,
+    double weight_high, double kl_coefficient, double nll_coefficient) {
+  const Settings s = {(int)flags, ratio_low, ratio_high, dual_limit, kl_input, kl_output,
+                      weight_low, weight_high, kl_coefficient, nll_coefficient};
+  constexpr int kMostWarps = kThreads / kWarp;
+  SHARED_ARRAY(double, warp_values, kValues * kMostWarps);
+  SHARED_ARRAY(double, totals, kTotals);
+  SHARED_ARRAY(int, last, 1);
+  volatile double* const partial = partial_;
+  const int thread = threadIdx.x, threads = blockDim.x;
+  const int warps = threads / kWarp, warp = thread / kWarp, lane = thread % kWarp;
+  const long long row = blockIdx.x / segments, segment = blockIdx.x % segments;
+  const T valid = (T)number(sample_mask, sample_mask_dtype, row);
+  logprobs += row * logprobs_stride, prev += row * prev_stride;
+  generation += row * generation_stride, advantages += row * advantages_stride;
+  mask += row * mask_stride;
+  if (s.has(kKl)) reference += row * reference_stride;
+  if (unfiltered) unfiltered += row * unfiltered_stride;
+
+  T sum[kSums] = {}, lowest = -minus_infinity<T>(), highest = minus_infinity<T>();
+  const int end = (int)((segment + 1) * length < steps ? (segment + 1) * length : steps);
+#pragma unroll 2
+  for (int t = (int)(segment * length) + thread; t < end; t += threads) {
+    const T logprob = logprobs[t], before = prev[t], drawn = generation[t], a = advantages[t];
+    const T m = (T)mask[t];
+    T ratio, clipped, unused;
+    ratio_of(s, logprob, before, ratio, clipped);
+
+    const T log_weight = before - drawn;
+    T weight = 1;
+    if (s.has(kWeightOfResponse)) {
+      sum[kLogWeight] += log_weight * m;
+    } else {
+      bool outside;
+      weight = truncated(s, finite_or_zero(exp_of(log_weight)), outside);
+      sum[kWeight] += weight * m;
+      sum[kOutside] += outside ? m : T(0);
+      if (s.has(kZeroResponses)) sum[kLogWeight] += finite_or_zero(log_weight) * m;
+    }
+    if (s.has(kRatioOfResponse)) {
+      sum[kLogRatio] += (logprob - before) * m;
+      sum[kLoss] += (a < 0 ? T(0) : a) * m;
+      sum[kLossBelow] += (a < 0 ? a : T(0)) * m;
+    } else {
+      T loss = s.has(kCispo) ? -a * clipped * logprob : surrogate(s, a, ratio, clipped, unused);
+      if (s.has(kCorrection)) loss *= weight;
+      sum[kLoss] += loss * m;
+      sum[kRatio] += ratio * m;
+      sum[kClipped] += clipped * m;
+    }
+    if (s.has(kKl)) {
+      const T policy = unfiltered ? unfiltered[t] : logprob;
+      sum[kKlSum] += kl_term(s, policy, reference[t], drawn, unused) * m;
+    }
+    if (s.has(kPositiveNll)) sum[kNll] -= logprob * m;
+
+    const T mixture = log_of(T(0.5) * exp_of(before) + T(0.5) * exp_of(drawn));
+    const T of_before = before - mixture, of_drawn = drawn - mixture;
+    const T js = T(0.5) * (exp_of(of_before) - 1 - of_before) +
+                 T(0.5) * (exp_of(of_drawn) - 1 - of_drawn);
+    const T distance = log_weight < 0 ? -log_weight : log_weight;
+    sum[kMultError] += exp_of(distance * (m * valid)) * m;
+    sum[kGenKl] += kl_of(s, log_weight, unused) * m;
+    sum[kPolicyKl] += kl_of(s, -log_weight, unused) * m;
+    sum[kJs] += js * m;
+    sum[kEntropy] += exp_of(logprob - drawn) * logprob * m;
+    sum[kTokens] += m;
+    if (m != 0) lowest = minimum(lowest, ratio), highest = maximum(highest, ratio);
+  }
+
+#pragma unroll
+  for (int value = 0; value < kValues; ++value) {
+    const bool low = value == kLowest, high = value == kHighest;
+    const T own = low ? lowest : high ? highest : sum[value < kSums ? value : 0];
+    const T of_warp = merge_lanes(own, low, high);
+    if (lane == 0) warp_values[value * kMostWarps + warp] = of_warp;
+  }
+  __syncthreads();
+  if (thread < kValues) {
+    double x = warp_values[thread * kMostWarps];
+    for (int other = 1; other < warps; ++other)
+      x = merged(x, warp_values[thread * kMostWarps + other], thread == kLowest, thread == kHighest);
+    partial[thread * (long long)gridDim.x + blockIdx.x] = x;
+    __threadfence();
+  }
+  __syncthreads();
+  if (thread == 0) last[0] = atomicAdd(arrived, 1u) == gridDim.x - 1;
+  __syncthreads();
+  if (!last[0]) return;
+
+  // The last block. All others have written what they found.
+  __threadfence();
+  for (long long r = thread; r < rows; r += threads) {
+    double values[kValues];
+#pragma unroll
+    for (int value = 0; value < kValues; ++value) {
+      volatile const double* const p = partial + value * (long long)gridDim.x + r * segments;
+      values[value] = p[0];
+      for (int other = 1; other < segments; ++other)
+        values[value] = merged(values[value], p[other], value == kLowest, value == kHighest);
+    }
+    const double reward = rewards ? number(rewards, rewards_dtype, r) : 0;
+    finish_row<T>(s, values, number(sample_mask, sample_mask_dtype, r), reward, kept + kHeader + r,
+                  rows, partial + r * segments, gridDim.x);
+  }
+  __syncthreads();
+  for (int term = warp; term < kTotals; term += warps) {
+    const bool low = term == kTermRatioMin || term == kTermClippedMin;
+    const bool high = term == kTermRatioMax || term == kTermClippedMax;
+    double x = low ? -minus_infinity<double>() : high ? minus_infinity<double>() : 0;
+    for (long long r = lane; r < rows; r += kWarp)
+      x = merged(x, partial[term * (long long)gridDim.x + r * segments], low, high);
+    x = merge_lanes(x, low, high);
+    if (lane == 0) totals[term] = x;
+  }
+  __syncthreads();
+  if (thread == 0) {
+    write_terms(s, totals, responses ? number(responses, responses_dtype, 0) : 1,
+                tokens ? number(tokens, tokens_dtype, 0) : 1, kept, terms);
+    *arrived = 0;
+  }
+}
+
+// ---- the backward kernel ------------------------------------------------------------------------
+
+// Grid and arguments as in the forward kernel. `grad_terms` are the gradients of the terms, of which
+// the loss, the KL and the NLL count. `grad_unfiltered` may be null.
+template <class T, class M>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 1)
+clipped_pg_backward(
+    const T* __restrict__ grad_terms, const double* __restrict__ kept,
+    const T* __restrict__ logprobs, const T* __restrict__ prev, const T* __restrict__ generation,
+    const T* __restrict__ reference, const T* __restrict__ advantages,
+    const T* __restrict__ unfiltered, const M* __restrict__ mask, long long logprobs_stride,
+    long long prev_stride, long long generation_stride, long long reference_stride,
+    long long advantages_stride, long long unfiltered_stride, long long mask_stride,
+    const void* sample_mask, long long sample_mask_dtype, const void* rewards,
+    long long rewards_dtype, const void* responses, long long responses_dtype, const void* tokens,
+    long long tokens_dtype, long long rows, long long steps, long long segments, long long length,
+    T* __restrict__ grad, T* __restrict__ grad_unfiltered, long long flags, double ratio_low,
+    double ratio_high, double dual_limit, double kl_input, double kl_output, double weight_low,
+    double weight_high, double kl_coefficient, double nll_coefficient) {
+  const Settings s = {(int)flags, ratio_low, ratio_high, dual_limit, kl_input, kl_output,
+                      weight_low, weight_high, kl_coefficient, nll_coefficient};
+  const long long row = blockIdx.x / segments, segment = blockIdx.x % segments;
+  logprobs += row * logprobs_stride, prev += row * prev_stride;
+  generation += row * generation_stride, advantages += row * advantages_stride;
+  mask += row * mask_stride, grad += row * steps;
+  if (s.has(kKl)) reference += row * reference_stride;
+  if (unfiltered) unfiltered += row * unfiltered_stride;
+  if (grad_unfiltered) grad_unfiltered += row * steps;
+
+  const double valid = number(sample_mask, sample_mask_dtype, row);
+  const double own_tokens = kept[kHeader + kKeptTokens * rows + row] + kEpsilon;
+  const double all_tokens = (tokens ? number(tokens, tokens_dtype, 0) : 1) + kEpsilon;
+  const double all_responses = (responses ? number(responses, responses_dtype, 0) : 1) + kEpsilon;
+  const double share =
+      s.has(kMeanOfResponses) ? valid / own_tokens / all_responses : valid / all_tokens;
+  const bool positive = s.has(kPositiveNll) && number(rewards, rewards_dtype, row) > 0;
+  const double of_loss = grad_terms[kTermLoss];
+  const double factor = kept[kHeader + kKeptFactor * rows + row];
+  const T loss_scale = (T)(of_loss * share * factor);
+  const T row_slope = (T)(of_loss * share * factor * kept[kHeader + kKeptSlope * rows + row] *
+                          kept[kHeader + kKeptRatio * rows + row] / own_tokens);
+  const T kl_scale = (T)((of_loss * s.kl_coefficient + grad_terms[kTermKl]) * share);
+  const T nll_scale = positive ? (T)((of_loss * s.nll_coefficient + grad_terms[kTermNll]) * valid /
+                                     (kept[0] + kEpsilon)) : T(0);
+
+  const int end = (int)((segment + 1) * length < steps ? (segment + 1) * length : steps);
+#pragma unroll 2
+  for (int t = (int)(segment * length) + threadIdx.x; t < end; t += blockDim.x) {
+    const T logprob = logprobs[t], a = advantages[t], m = (T)mask[t];
+    const T drawn = s.has(kCorrection | kKlWeighted) ? generation[t] : T(0);
+    const T before = s.has(kRatioIsLogprob | kRatioIsOne | kRatioOfResponse) && !s.has(kCorrection)
+        ? T(0) : prev[t];
+    T g;
+    if (s.has(kRatioOfResponse)) {
+      g = row_slope * m;
+    } else {
+      T ratio, clipped, slope;
+      ratio_of(s, logprob, before, ratio, clipped);
+      surrogate(s, a, ratio, clipped, slope);
+      T scale = loss_scale * m;
+      if (s.has(kCorrection) && !s.has(kWeightOfResponse)) {
+        bool outside;
+        scale *= truncated(s, finite_or_zero(exp_of(before - drawn)), outside);
+      }
+      if (s.has(kCispo)) g = scale * (-a * clipped);
+      else g = scale * slope * (s.has(kRatioIsLogprob) ? T(1) : ratio);
+    }
+    if (s.has(kKl)) {
+      T slope;
+      kl_term(s, unfiltered ? unfiltered[t] : logprob, reference[t], drawn, slope);
+      const T of_kl = kl_scale * m * slope;
+      if (!unfiltered) g += of_kl;
+      else if (grad_unfiltered) grad_unfiltered[t] = of_kl;
+    }
+    if (positive) g -= nll_scale * m;
+    grad[t] = g;
+  }
 }
