@@ -159,7 +159,9 @@ def run_kernel(
     rewards: Tensor, values: Tensor, mask: Tensor, lambdas: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Run ``gae.cu`` on rewards and values of one dtype, float32 or float64, (B, S) with S > 0."""
-    rewards, values, mask = (x if x.stride(1) == 1 else x.contiguous() for x in (rewards, values, mask))
+    rewards, values, mask = (
+        x if x.stride(1) == 1 else x.contiguous() for x in (rewards, values, mask)
+    )
     rows, steps = values.shape
     advantages, returns = (
         torch.empty((rows, steps), dtype=values.dtype, device=values.device) for _ in range(2)
