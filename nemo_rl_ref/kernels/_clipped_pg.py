@@ -172,7 +172,7 @@ def clipped_pg_terms(
     tensors = (logprobs, prev, generation_logprobs, reference_logprobs, advantages)
     rest = (unfiltered_logprobs, mask, sample_mask, rewards, global_valid_seqs, global_valid_toks)
 
-    if use_kernels(backend, logprobs) and not needs_plain(loss_fn, *tensors, *rest[:4]):
+    if use_kernels(backend, logprobs.device) and not needs_plain(loss_fn, *tensors, *rest[:4]):
         return _run_op(loss_fn, *tensors, *rest)
     return plain_terms(loss_fn, *tensors, *rest)
 
@@ -343,10 +343,12 @@ def _run_op(
         None if x is None else x if x.dtype in _DTYPES else x.double()
         for x in (sample_mask, rewards)
     )
-    return _op(*tensors, mask, *of_rows, scalar(valid_seqs), scalar(valid_toks), flags, numbers)[0]
+    return _op(
+        *tensors, mask, *of_rows, scalar(valid_seqs), scalar(valid_toks), flags, numbers, True
+    )[0]
 
 
-@torch.library.custom_op("nemo_rl_ref::clipped_pg_terms", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("nemo_rl_ref::clipped_pg_terms", mutates_args=())
 def _op(
     logprobs: Tensor,
     prev: Tensor,
@@ -361,14 +363,18 @@ def _op(
     valid_toks: Tensor | None,
     flags: int,
     numbers: list[float],
+    kernels: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run_forward(
-        *(logprobs, prev, generation, reference, advantages, unfiltered, mask, sample_mask),
-        *(rewards, valid_seqs, valid_toks, flags, numbers),
-    )
+    tensors = (logprobs, prev, generation, reference, advantages, unfiltered, mask, sample_mask)
+    tensors = (*tensors, rewards, valid_seqs, valid_toks)
+    if kernels:
+        return run_forward(*tensors, flags, numbers)
+    terms = plain_terms(_loss_of(flags, numbers), *tensors)
+    kept = terms.new_zeros(_kept_size(len(logprobs)), dtype=torch.float64)
+    return terms.to(logprobs.dtype), kept
 
 
-@torch.library.custom_op("nemo_rl_ref::clipped_pg_grad", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("nemo_rl_ref::clipped_pg_grad", mutates_args=())
 def _grad_op(
     grad_terms: Tensor,
     kept: Tensor,
@@ -385,11 +391,31 @@ def _grad_op(
     valid_toks: Tensor | None,
     flags: int,
     numbers: list[float],
+    kernels: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run_backward(
-        *(grad_terms, kept, logprobs, prev, generation, reference, advantages, unfiltered, mask),
-        *(sample_mask, rewards, valid_seqs, valid_toks, flags, numbers),
-    )
+    tensors = (logprobs, prev, generation, reference, advantages, unfiltered, mask, sample_mask)
+    tensors = (*tensors, rewards, valid_seqs, valid_toks)
+    if kernels:
+        return run_backward(grad_terms, kept, *tensors, flags, numbers)
+    # Inside an operator PyTorch records no graph; that is a matter of the thread.
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(_differentiate, grad_terms, *tensors, flags, numbers).result()
+
+
+def _differentiate(
+    grad_terms: Tensor, logprobs: Tensor, prev: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    *rest, flags, numbers = arguments
+    policy, unfiltered = logprobs.detach().requires_grad_(), rest[3]
+    if flags & _FLAGS["ratio is one"]:
+        prev = policy.detach()
+    wanted = [policy]
+    if unfiltered is not None:
+        rest[3] = unfiltered.detach().requires_grad_()
+        wanted.append(rest[3])
+    terms = plain_terms(_loss_of(flags, numbers), policy, prev, *rest)
+    grads = torch.autograd.grad(terms, wanted, grad_terms.to(terms.dtype))
+    return grads[0], logprobs.new_empty(0) if unfiltered is None else grads[1]
 
 
 def _kept_size(rows: int) -> int:
@@ -417,37 +443,6 @@ def _(
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(
         (0,) if unfiltered is None else logprobs.shape
     )
-
-
-@_op.register_kernel("cpu")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *tensors, flags, numbers = arguments
-    terms = plain_terms(_loss_of(flags, numbers), *tensors)
-    return terms.to(tensors[0].dtype), terms.new_zeros(
-        _kept_size(len(tensors[0])), dtype=torch.float64
-    )
-
-
-@_grad_op.register_kernel("cpu")
-def _(grad_terms: Tensor, kept: Tensor, logprobs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *rest, flags, numbers = arguments
-
-    def differentiate() -> tuple[Tensor, Tensor]:
-        policy = logprobs.detach().requires_grad_()
-        tensors = list(rest)
-        if flags & _FLAGS["ratio is one"]:
-            tensors[0] = policy.detach()
-        unfiltered = tensors[4]
-        if unfiltered is not None:
-            tensors[4] = unfiltered = unfiltered.detach().requires_grad_()
-        wanted = [policy] if unfiltered is None else [policy, unfiltered]
-        terms = plain_terms(_loss_of(flags, numbers), policy, *tensors)
-        grads = torch.autograd.grad(terms, wanted, grad_terms.to(terms.dtype))
-        return grads[0], grads[1] if len(grads) == 2 else logprobs.new_empty(0)
-
-    # Inside an operator PyTorch records no graph; that is a matter of the thread.
-    with ThreadPoolExecutor(1) as executor:
-        return executor.submit(differentiate).result()
 
 
 def _loss_of(flags: int, numbers: list[float]) -> ClippedPGLossFn:
@@ -489,7 +484,7 @@ def _loss_of(flags: int, numbers: list[float]) -> ClippedPGLossFn:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.flags, ctx.numbers = inputs
+    *tensors, ctx.flags, ctx.numbers, ctx.kernels = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(output[1], *tensors)
 
@@ -497,9 +492,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_terms: Tensor, grad_kept: Tensor) -> tuple[Any, ...]:
     kept, *tensors = ctx.saved_tensors
     grad, grad_unfiltered = _grad_op(
-        grad_terms.contiguous(), kept, *tensors, ctx.flags, ctx.numbers
+        grad_terms.contiguous(), kept, *tensors, ctx.flags, ctx.numbers, ctx.kernels
     )
-    return grad, *[None] * 4, None if tensors[5] is None else grad_unfiltered, *[None] * 7
+    return grad, *[None] * 4, None if tensors[5] is None else grad_unfiltered, *[None] * 8
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
