@@ -120,7 +120,10 @@ def clipped_pg_terms(
       the kernels do not give;
     - where `config` is a `ClippedPGLossFn` of a class that replaces one of its parts.
 
-    What stands under a mask is multiplied by 0: a NaN there makes the loss NaN, as in NeMo RL.
+    What stands under a mask is multiplied by 0: a NaN there makes the loss NaN, as in NeMo RL. Two
+    values can be a number or an infinity from the kernels where plain PyTorch has NaN: the terms
+    of a response whose ratio (``sequence_level_importance_ratios``) is more than float32 can hold,
+    and ``js_divergence_error`` where both policies give a token less than e^-100.
 
     Args:
         logprobs: log π_θ, (B, T) floating, nats, one a predicted token.
