@@ -368,7 +368,8 @@ clipped_pg_forward(
   if (thread < kValues) {
     double x = warp_values[thread * kMostWarps];
     for (int other = 1; other < warps; ++other)
-      x = merged(x, warp_values[thread * kMostWarps + other], thread == kLowest, thread == kHighest);
+      x = merged(x, warp_values[thread * kMostWarps + other], thread == kLowest,
+                 thread == kHighest);
     partial[thread * (long long)gridDim.x + blockIdx.x] = x;
     __threadfence();
   }
@@ -413,8 +414,8 @@ clipped_pg_forward(
 
 // ---- the backward kernel ------------------------------------------------------------------------
 
-// Grid and arguments as in the forward kernel. `grad_terms` are the gradients of the terms, of which
-// the loss, the KL and the NLL count. `grad_unfiltered` may be null.
+// Grid and arguments as in the forward kernel. `grad_terms` are the gradients of the terms, of
+// which the loss, the KL and the NLL count. `grad_unfiltered` may be null.
 template <class T, class M, int FLAGS>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 1)
 clipped_pg_backward(

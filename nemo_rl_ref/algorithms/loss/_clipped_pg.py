@@ -141,15 +141,6 @@ class ClippedPGLossFn(LossFunction):
     """
 
     input_type = LossInputType.LOGPROB
-    # What the CUDA kernels compute at once. Where a subclass replaces one, they are not used.
-    _PARTS = (
-        "_terms",
-        "_ratios",
-        "_surrogate",
-        "_importance_weights",
-        "_kl_estimate",
-        "_importance_metrics",
-    )
 
     def __init__(self, cfg: ClippedPGLossConfig, use_fused_linear_logprobs: bool = False):
         if isinstance(cfg, Mapping):
