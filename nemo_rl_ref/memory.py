@@ -45,10 +45,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 #: How the log-probabilities are made of the hidden states.
 LOGPROBS = ("log_softmax", "token_logprobs", "linear_token_logprobs")
@@ -468,6 +471,45 @@ def _logit_bytes(step: Step, tokens: int, V: int, b: int) -> tuple[int, int, int
         return forward, max(all_logits + logits + pieces, cut, convert), product
     extra = min(step.max_extra_bytes, 3 * logits)
     return extra, extra, 0
+
+
+def measure_peak(run: Callable[[], Any], device: str | torch.device = "cpu") -> int:
+    """Measure how much more memory a call needs than there was in use before it.
+
+    On CUDA the allocator knows. On a CPU the profiler lists every allocation and release of
+    PyTorch's; their largest running sum is the peak. What other libraries allocate is not seen.
+
+    Args:
+        run: What to call. What it leaves behind counts.
+        device: Where its tensors are.
+
+    Returns:
+        Bytes.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in found.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    total = most = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        total += size
+        most = max(most, total)
+    return most
 
 
 def compare(model: Model, step: Step) -> dict[str, Estimate]:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -24,7 +23,7 @@ from transformers import (
 
 from nemo_rl_ref import memory
 from nemo_rl_ref.logprobs import token_logprobs
-from nemo_rl_ref.memory import Model, Step, estimate
+from nemo_rl_ref.memory import Model, Step, estimate, measure_peak
 from nemo_rl_ref.utils.config_keys import key_exists
 
 TOLERANCE = 0.02  # of what is alive beside weights, optimizer state and earlier gradients
@@ -49,22 +48,6 @@ LAYERS = config_of(Qwen3Config, 100, 64, 256, 3, 4, 2, 16, tie=True)
 HEAD = config_of(LlamaConfig, 8000, 64, 192, 2, 4, 4, tie=True)
 WIDE = config_of(LlamaConfig, 300, 128, 384, 4, 4, 1)
 BIASES = config_of(Qwen2Config, 700, 96, 256, 3, 4, 2)
-
-
-def allocated(run):
-    """The most bytes that were allocated and not yet released during a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in found.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    total = most = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
-        total += size
-        most = max(most, total)
-    return most
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +101,7 @@ def measure(config, step, mesh):
     optimizer.zero_grad()
     if step.accumulates:
         micro_batch()
-    return allocated(micro_batch), allocated(optimizer.step)
+    return measure_peak(micro_batch), measure_peak(optimizer.step)
 
 
 F32 = Step(rows=4, sequence_length=64, precision="float32", fsdp=False)
@@ -157,6 +140,15 @@ def test_the_peak_of_a_step(name, mesh):
     there = found.weights + found.optimizer + (found.gradients if step.accumulates else 0)
     expected = max(size for when, size in found.moments.items() if when != "optimizer") - there
     assert expected == pytest.approx(measured, rel=TOLERANCE)
+
+
+def test_what_a_call_allocates_at_most():
+    def run():
+        first = torch.zeros(1000)
+        del first
+        return torch.ones(500) + torch.ones(500)
+
+    assert measure_peak(run) == 6000
 
 
 def test_every_moment_of_a_micro_batch_is_the_peak_of_one_of_the_cases():
