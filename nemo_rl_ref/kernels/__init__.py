@@ -6,6 +6,7 @@
 its kernel and plain PyTorch.
 """
 
+from nemo_rl_ref.kernels._clipped_pg import TERMS, clipped_pg_terms
 from nemo_rl_ref.kernels._gae import gae
 
-__all__ = ["gae"]
+__all__ = ["TERMS", "clipped_pg_terms", "gae"]

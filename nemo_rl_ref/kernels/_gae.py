@@ -68,7 +68,7 @@ def gae(
         ValueError: if a shape does not fit, or the backend is unknown or not to be had.
     """
     _check(rewards, values, mask, lam)
-    if use_kernels(backend, values) and values.numel():
+    if use_kernels(backend, values.device) and values.numel():
         dtype = torch.promote_types(rewards.dtype, values.dtype)
         wide = torch.promote_types(dtype, torch.float32)
         per_row = isinstance(lam, Tensor)
@@ -79,6 +79,7 @@ def gae(
             lam.detach().to(values.device, torch.float64) if per_row else None,
             float(gamma),
             0.0 if per_row else float(lam),
+            True,
         )
         return advantages.to(dtype), returns.to(dtype)
     advantages = masked_gae(rewards, values, mask, gamma, lam)
@@ -103,30 +104,29 @@ def _check(rewards: Tensor, values: Tensor, mask: Tensor, lam: float | Tensor) -
         )
 
 
-@torch.library.custom_op("nemo_rl_ref::gae", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("nemo_rl_ref::gae", mutates_args=())
 def _op(
-    rewards: Tensor, values: Tensor, mask: Tensor, lambdas: Tensor | None, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    lambdas: Tensor | None,
+    gamma: float,
+    lam: float,
+    kernels: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run_kernel(rewards, values, mask, lambdas, gamma, lam)
-
-
-@_op.register_kernel("cpu")
-def _(
-    rewards: Tensor, values: Tensor, mask: Tensor, lambdas: Tensor | None, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+    if kernels:
+        return run_kernel(rewards, values, mask, lambdas, gamma, lam)
     advantages = masked_gae(rewards, values, mask, gamma, lam if lambdas is None else lambdas)
     return advantages, advantages + values
 
 
 @_op.register_fake
-def _(
-    rewards: Tensor, values: Tensor, mask: Tensor, lambdas: Tensor | None, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def _(rewards: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return values.new_empty(values.shape), values.new_empty(values.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, mask, lambdas, ctx.gamma, ctx.lam = inputs
+    _, _, mask, lambdas, ctx.gamma, ctx.lam, _ = inputs
     ctx.save_for_backward(mask, lambdas)
 
 
@@ -149,7 +149,7 @@ def _backward(ctx: Any, grad_advantages: Tensor, grad_returns: Tensor) -> tuple[
     to_rewards = torch.where(valid, here, 0.0)
     to_values = torch.where(valid, gamma * (1 - lam) * before - own, 0.0) + grad_returns
     dtype = grad_returns.dtype
-    return to_rewards.to(dtype), to_values.to(dtype), None, None, None, None
+    return to_rewards.to(dtype), to_values.to(dtype), *[None] * 5
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -159,7 +159,9 @@ def run_kernel(
     rewards: Tensor, values: Tensor, mask: Tensor, lambdas: Tensor | None, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor]:
     """Run ``gae.cu`` on rewards and values of one dtype, float32 or float64, (B, S) with S > 0."""
-    rewards, values, mask = (x if x.stride(1) == 1 else x.contiguous() for x in (rewards, values, mask))
+    rewards, values, mask = (
+        x if x.stride(1) == 1 else x.contiguous() for x in (rewards, values, mask)
+    )
     rows, steps = values.shape
     advantages, returns = (
         torch.empty((rows, steps), dtype=values.dtype, device=values.device) for _ in range(2)
