@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels are measured beside: plain PyTorch, torch.compile, and other projects' functions.
+"""What the kernels are measured beside: plain PyTorch, torch.compile, other projects' functions.
 
 A maker takes nothing and returns a function of the inputs of one call. Other projects are imported
 when their function is made; `requirements-gpu.txt` pins the versions whose signatures are meant.

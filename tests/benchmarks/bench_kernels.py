@@ -14,11 +14,9 @@ contender gets another set of inputs, of more bytes together than twice the L2 c
 of them is found there. Memory is what the allocator had in use at most, above what was in use
 before the call, which is inputs.
 
-Floors: the bytes that have to be moved, over the bandwidth of a copy of 1 GiB that is measured in
-between; for the linear one also the operations of four matrix products, one forward and, because
-the weight of each token is known only in backward, three there, over the time of the same four in
-cuBLAS. ``requirements-gpu.txt`` pins the peers; one that is not installed is reported as absent, one
-that fails with its error.
+Floors are those of nemo_rl_ref.kernels.floors: bytes over the bandwidth of a copy of 1 GiB that is
+measured in between; for the linear one also the time of its four matrix products in cuBLAS. ``requirements-gpu.txt`` pins the peers; one that is not installed is reported as absent, one
+that fails with its error, and how far its results are from ours is written down.
 
 Asked on an H100 or H200: see `ASKS`. The script fails there if one is not met.
 """
@@ -44,6 +42,8 @@ from _peers import CONTENDERS, versions  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig  # noqa: E402
+from nemo_rl_ref.kernels import floors  # noqa: E402
+from nemo_rl_ref.kernels.floors import Floor  # noqa: E402
 from nemo_rl_ref.memory import measure_peak  # noqa: E402
 
 FORWARD = "log-probabilities and entropy, forward"
@@ -92,8 +92,7 @@ class Workload:
         name: A key of `CONTENDERS`.
         size: The sizes, for the record.
         make: Makes the inputs of a call; those that need a gradient require one.
-        bytes: What has to be moved at least.
-        operations: Floating-point operations of matrix products.
+        floor: What has to be moved and computed at least.
         backward: Whether backward is part of a call.
         options: Further keyword arguments of every contender.
         tail: Further positional arguments of every contender.
@@ -102,8 +101,7 @@ class Workload:
     name: str
     size: dict[str, int]
     make: Callable[[], list[torch.Tensor]]
-    bytes: int
-    operations: int = 0
+    floor: Floor
     backward: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     tail: tuple[Any, ...] = ()
@@ -140,7 +138,6 @@ def workloads(device: torch.device, quick: bool) -> list[Workload]:
         others = [current + 0.1 * normal(B, S, dtype=torch.float32) for _ in range(3)]
         return [current.requires_grad_(), *others, normal(B, S, dtype=torch.float32), mask()]
 
-    one_logit = N * V * 2
     config = ClippedPGLossConfig(
         ratio_clip_c=3.0,
         use_importance_sampling_correction=True,
@@ -148,26 +145,32 @@ def workloads(device: torch.device, quick: bool) -> list[Workload]:
         truncated_importance_sampling_ratio=2.0,
     )
     size = {"N": N, "V": V}
+    forward = floors.token_logprobs(N, V, backward=False)
+    both = floors.token_logprobs(N, V, backward=True)
     return [
-        Workload(FORWARD, size, logits(False), one_logit + N * 16),
-        # Read in forward, read again and written in backward.
-        Workload(BOTH, size, logits(True), 3 * one_logit + N * 24, backward=True),
+        Workload(FORWARD, size, logits(False), forward),
+        Workload(BOTH, size, logits(True), both, backward=True),
         Workload(
             LINEAR,
             size | {"H": H},
             hidden,
-            # Inputs read twice, gradients written once.
-            2 * 3 * (N + V) * H + N * 24,
-            operations=4 * 2 * N * H * V,
+            floors.linear_token_logprobs(N, V, H),
             backward=True,
         ),
-        # Three tensors read, two written.
         Workload(
-            GAE, {"B": B, "S": S}, tokens, 5 * 4 * B * S, options={"gamma": 0.99, "lam": 0.95}
+            GAE,
+            {"B": B, "S": S},
+            tokens,
+            floors.gae(B, S),
+            options={"gamma": 0.99, "lam": 0.95},
         ),
-        # Six tensors read each way, one gradient written.
         Workload(
-            CLIPPED, {"B": B, "S": S}, policies, 13 * 4 * B * S, backward=True, tail=(config,)
+            CLIPPED,
+            {"B": B, "S": S},
+            policies,
+            floors.clipped_pg_terms(B, S),
+            backward=True,
+            tail=(config,),
         ),
     ]
 
@@ -193,15 +196,20 @@ class Stopwatch:
         return begin.elapsed_time(end) / 1e3
 
 
-def call(function: Callable, workload: Workload, inputs: list[torch.Tensor]) -> Any:
-    """A forward pass and, if it belongs to the workload, the backward pass; gradients are dropped."""
+def call(function: Callable, workload: Workload, inputs: list[torch.Tensor]) -> None:
+    """A forward pass and, if the workload has it, a backward pass; gradients are dropped."""
     outputs = function(*inputs, *workload.tail, **workload.options)
     if workload.backward:
-        first = outputs[0] if isinstance(outputs, tuple) else outputs
-        first.sum().backward()
+        loss_of(outputs, workload).backward()
         for tensor in inputs:
             tensor.grad = None
-    return None
+
+
+def loss_of(outputs: Any, workload: Workload) -> torch.Tensor:
+    """A number to differentiate: the loss among the terms, or a sum of log-probabilities."""
+    if workload.name == CLIPPED:
+        return outputs[0]
+    return (outputs[0] if isinstance(outputs, tuple) else outputs).sum()
 
 
 def turn(
@@ -280,11 +288,11 @@ def measure(
     watch = Stopwatch(device)
     made = input_sets(workload, device)
     functions, missing = build(workload, made[0], left_out)
-    floors = {"copy": copy_seconds(watch, device, copy)}
-    if workload.operations:
-        floors["products"] = product_seconds(watch, made[0])
+    references = {"copy": copy_seconds(watch, device, copy)}
+    if workload.floor.operations:
+        references["products"] = product_seconds(watch, made[0])
     sets = rotate(made)
-    seconds: dict[str, list[float]] = {name: [] for name in (*functions, *floors)}
+    seconds: dict[str, list[float]] = {name: [] for name in (*functions, *references)}
     for round_number in range(rounds + 1):
         for name, function in functions.items():
             # What takes a fraction of a second has few calls a round.
@@ -293,8 +301,8 @@ def measure(
             times = [taken] + [turn(watch, function, workload, sets) for _ in range(calls - 1)]
             if round_number:  # the first round warms up
                 seconds[name] += times
-        for name, floor in floors.items():
-            times = [floor() for _ in range(3)]
+        for name, reference in references.items():
+            times = [reference() for _ in range(3)]
             if round_number:
                 seconds[name] += times
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -302,23 +310,28 @@ def measure(
     result: dict[str, Any] = {
         "size": workload.size,
         "sets of inputs": len(made),
-        "bytes": workload.bytes,
-        "operations": workload.operations,
+        "bytes": workload.floor.bytes,
+        "operations": workload.floor.operations,
         "copy, bytes per second": round(bandwidth),
     }
-    floor = workload.bytes / bandwidth
-    if workload.operations:
-        products = medians.pop("products")
-        result["matrix products, operations per second"] = round(workload.operations / products)
-        floor = max(floor, products)
+    rate = float("inf")
+    if workload.floor.operations:
+        rate = workload.floor.operations / medians.pop("products")
+        result["matrix products, operations per second"] = round(rate)
+    floor = workload.floor.seconds(bandwidth, rate)
     result["floor, seconds"] = floor
     result["seconds"] = medians
     result["of floor"] = {name: round(floor / value, 4) for name, value in medians.items()}
     result["missing"] = missing
-    del floors
+    del references
     gradients = sum(
         tensor.numel() * tensor.element_size() for tensor in made[0] if tensor.requires_grad
     )
+    result["largest difference to ours"] = {
+        name: difference(function, functions["ours"], workload, made[0])
+        for name, function in functions.items()
+        if name != "ours"
+    }
     result["extra bytes"] = {
         name: extra_bytes(function, workload, made[0], device, gradients)
         for name, function in functions.items()
@@ -326,6 +339,25 @@ def measure(
     if workload.name == CLIPPED and device.type == "cuda":
         result["kernels"] = count_kernels(functions["ours"], workload, made[0])
     return result
+
+
+@torch.no_grad()
+def difference(
+    function: Callable, ours: Callable, workload: Workload, inputs: list[torch.Tensor]
+) -> float:
+    """Largest difference of results; of sums, where one of the two gives only those."""
+
+    def results(run):
+        copies = [tensor.detach().clone() for tensor in inputs]  # some write over their inputs
+        outputs = run(*copies, *workload.tail, **workload.options)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    apart = 0.0
+    for a, b in zip(results(function), results(ours), strict=False):
+        if a.shape != b.shape:
+            a, b = a.float().sum() / len(inputs[0]), b.float().sum() / len(inputs[0])
+        apart = max(apart, (a.float() - b.float()).abs().max().item())
+    return apart
 
 
 def extra_bytes(
@@ -348,15 +380,15 @@ def count_kernels(
 
     def kernels(run):
         torch.cuda.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
             result = run()
             torch.cuda.synchronize()
-        names = [e.name() for e in found.profiler.kineto_results.events() if "clipped" in e.name()]
-        return result, sum("kernel" in n or "clipped_pg_" in n for n in names if "::" not in n)
+        names = [event.name() for event in found.profiler.kineto_results.events()]
+        return result, sum("clipped_pg_" in name for name in names)
 
     outputs, forward = kernels(lambda: function(*inputs, *workload.tail, **workload.options))
-    first = outputs[0] if isinstance(outputs, tuple) else outputs
-    _, backward = kernels(first.sum().backward)
+    loss = loss_of(outputs, workload)
+    _, backward = kernels(loss.backward)
     for tensor in inputs:
         tensor.grad = None
     return {"forward": forward, "backward": backward}
