@@ -137,7 +137,7 @@ token_logprobs_forward(const T* logits, long long inner, long long outer_stride,
   const long long target = targets[row];
   if (target == kIgnored) {  // the whole block leaves: nothing of this row is read
     if (threadIdx.x == 0) {
-      logprobs[row] = 0;
+      logprobs[row] = 0, maximum[row] = 0, total[row] = 1;
       if constexpr (ENTROPY) entropy[row] = 0;
     }
     return;
