@@ -587,11 +587,13 @@ def _counter(device: torch.device) -> Tensor:
     Kernels on one stream run one after the other. A graph can be replayed on any, so it gets its
     own.
     """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    key, capturing = (device.type, device.index, 0), False
+    if device.type == "cuda":
+        key = (device.type, device.index, torch.cuda.current_stream(device).cuda_stream)
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing or key not in _counters:
+        counter = torch.zeros(1, dtype=torch.int32, device=device)
+        if capturing:
+            return counter
+        _counters[key] = counter
     return _counters[key]

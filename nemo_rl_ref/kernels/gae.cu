@@ -66,18 +66,27 @@ template <class T> __device__ inline Run<T> right_of(const Run<T>& run, int lane
 
 // ---- a thread's tokens --------------------------------------------------------------------------
 
-// Moved in accesses of 16 bytes, or of 4 for a mask of bytes.
-template <class T> struct alignas(sizeof(T) == 1 ? 4 : 16) Tokens { T x[kTokens]; };
+// Moved 16 bytes at a time, a mask of bytes 4.
+template <class T> struct Words { using type = uint4; };
+template <> struct Words<unsigned char> { using type = unsigned; };
+template <class T> union Tokens {
+  T x[kTokens];
+  typename Words<T>::type words[sizeof(T) * kTokens / sizeof(typename Words<T>::type)];
+};
 
 template <class T> __device__ inline bool aligned(const T* p) {
-  return (unsigned long long)p % alignof(Tokens<T>) == 0;
+  return (unsigned long long)p % sizeof(typename Words<T>::type) == 0;
 }
 
 // Tokens after the end of the row are 0: masked.
 template <class T>
 __device__ inline void load(const T* row, int t, int steps, bool vector, T (&x)[kTokens]) {
+  using Word = typename Words<T>::type;
   if (vector && t + kTokens <= steps) {
-    const Tokens<T> tokens = *reinterpret_cast<const Tokens<T>*>(row + t);
+    Tokens<T> tokens;
+#pragma unroll
+    for (unsigned i = 0; i < sizeof tokens / sizeof(Word); ++i)
+      tokens.words[i] = __ldcs(reinterpret_cast<const Word*>(row + t) + i);
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) x[i] = tokens.x[i];
   } else {
@@ -88,8 +97,12 @@ __device__ inline void load(const T* row, int t, int steps, bool vector, T (&x)[
 
 template <class T>
 __device__ inline void store(T* row, int t, int steps, bool vector, const T (&x)[kTokens]) {
+  using Word = typename Words<T>::type;
   if (vector && t + kTokens <= steps) {
-    *reinterpret_cast<Tokens<T>*>(row + t) = {x[0], x[1], x[2], x[3]};
+    const Tokens<T> tokens = {{x[0], x[1], x[2], x[3]}};
+#pragma unroll
+    for (unsigned i = 0; i < sizeof tokens / sizeof(Word); ++i)
+      __stcs(reinterpret_cast<Word*>(row + t) + i, tokens.words[i]);
   } else {
 #pragma unroll
     for (int i = 0; i < kTokens; ++i)
