@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nemo_rl_ref import _linear_logprobs as _linear
 from nemo_rl_ref.kernels import _token_logprobs as _kernel
 from nemo_rl_ref.kernels.backend import use_kernels
 
@@ -105,6 +106,92 @@ def token_logprobs(
     else:
         outputs = _forward(logits, targets, temperature, return_entropy, has_ignored)
     return outputs if return_entropy else outputs[0]
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    max_extra_bytes: int = 512 << 20,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-probability of each target from hidden states and the language-model head, in nats.
+
+    What ``token_logprobs(hidden @ weight.T + bias, targets)`` computes, in the same precision,
+    without holding the logits of all rows and tokens, neither forward nor backward:
+
+    .. math::
+        \log p_y = z_y - \log \sum_v e^{z_v}, \qquad
+        z = \tfrac{1}{T}\, c \tanh\!\left(\tfrac{1}{c} (W h + b)\right)
+
+    (without a cap c, z is (W h + b) / T). The logits are made in tiles by PyTorch's matrix
+    products and used up at once. Two numbers a row are kept for backward, which makes the logits
+    again, so that forward and backward take four matrix products instead of three. The gradient
+    of the weight is summed in float32 inside a matrix product and rounded once; there is no float32
+    copy of it. First derivatives only.
+
+    Args:
+        hidden: (..., H), float32, bfloat16, float16 or float64. Leading dimensions that cannot be
+            seen as one, such as those of ``hidden[:, :-1]``, cost a copy; pass all positions and
+            targets of -100 instead.
+        weight: (V, H), of the same dtype: the head's weight, as in `torch.nn.Linear`.
+        targets: (...), int64, in [0, V), or -100 to leave a position out, as for
+            :func:`token_logprobs`.
+        bias: (V,), of the same dtype, or None.
+        temperature: T, finite and positive.
+        logit_softcap: c, finite and positive, as Gemma 2 caps its logits; or None for no cap.
+        max_extra_bytes: how much memory forward and backward may each take at once beyond the
+            inputs, what is returned and what is kept for backward: tiles of logits, the
+            float32 sum of the gradient of the hidden states where they are in 16 bits, and 128
+            bytes a row. Workspaces of the matrix products are not in it. More memory than needed
+            is not taken, and on a CPU only what fits the cache.
+        return_entropy: also return the entropy of the softmax, differentiable.
+        backend: as for :func:`token_logprobs`.
+
+    Under autocast, hidden states, weight and bias are converted to its dtype first, as
+    `torch.nn.Linear` does.
+
+    Returns:
+        (...), float32, or float64 for float64 inputs: the log-probabilities, or a pair of them
+        and the entropies.
+
+    Raises:
+        TypeError: if `hidden` is not of a dtype above, `weight` or `bias` is of another one, or
+            `targets` is not int64.
+        ValueError: if shapes or devices do not fit, a target is out of range (on CPU), the
+            temperature or the cap is not finite and positive, `max_extra_bytes` is too small (the
+            message says for how much it would be enough), or `backend` is unknown or does not fit
+            the tensors.
+        nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
+            compiles them is missing.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_linear(hidden, weight, targets, bias, temperature, logit_softcap)
+    kernels = use_kernels(backend, hidden.device)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    _linear.plan(rows, weight, logit_softcap, max_extra_bytes, return_entropy, kernels)
+    logprobs, entropy, _ = _linear.linear_token_logprobs_op(
+        rows,
+        weight,
+        targets.reshape(-1),
+        bias,
+        temperature,
+        logit_softcap,
+        max_extra_bytes,
+        return_entropy,
+        kernels,
+    )
+    logprobs = logprobs.view(targets.shape)
+    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -424,6 +511,46 @@ def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
         raise ValueError(f"targets is on {targets.device}, expected the logits' {logits.device}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
+
+
+def _check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+) -> None:
+    if hidden.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"hidden has dtype {hidden.dtype}, expected one of {names}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets has dtype {targets.dtype}, expected torch.int64")
+    if not hidden.ndim:
+        raise ValueError("hidden has shape (), expected (..., H)")
+    size = hidden.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != size or not weight.shape[0]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, {size}) with V > 0")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, expected that of hidden without its last "
+            f"dimension, {tuple(hidden.shape[:-1])}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    for name, tensor in (("weight", weight), ("bias", bias), ("targets", targets)):
+        if tensor is None:
+            continue
+        if name != "targets" and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected hidden's {hidden.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected hidden's {hidden.device}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
+    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
+        raise ValueError(
+            f"logit_softcap is {logit_softcap}, expected a finite number above 0 or None"
+        )
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> bool:
