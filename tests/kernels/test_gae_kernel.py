@@ -183,7 +183,11 @@ def test_compiles_whole(threads, backend):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"rewards": torch.ones(2, 3).long()}, TypeError, "rewards has dtype torch.int64, expected"),
+        (
+            {"rewards": torch.ones(2, 3).long()},
+            TypeError,
+            "rewards has dtype torch.int64, expected",
+        ),
         ({"values": torch.ones(3)}, ValueError, r"values has shape \(3,\), expected \(B, S\)"),
         ({"mask": torch.ones(2, 4)}, ValueError, r"mask has shape \(2, 4\), .* \(2, 3\)"),
         ({"lam": torch.ones(3)}, ValueError, r"lam has shape \(3,\), expected \(B,\) = \(2,\)"),
