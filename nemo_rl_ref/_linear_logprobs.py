@@ -58,6 +58,29 @@ class Plan:
     together: bool
 
 
+def check_extra_bytes(
+    hidden: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    max_extra_bytes: int,
+    return_entropy: bool,
+    kernels: bool,
+) -> None:
+    """Raise if ``max_extra_bytes`` is not enough for the smallest tiles.
+
+    Raises:
+        ValueError: With the number that is enough.
+    """
+    n, v = hidden.shape[0], weight.shape[0]
+    element = _element_bytes(hidden, return_entropy, softcap, kernels)
+    least = n * _BYTES_PER_ROW + element * max(n, v)
+    if max_extra_bytes < least:
+        raise ValueError(
+            f"max_extra_bytes is {max_extra_bytes}, expected at least {least} for {n} rows and a "
+            f"vocabulary of {v}"
+        )
+
+
 def plan(
     hidden: Tensor,
     weight: Tensor,
@@ -66,37 +89,25 @@ def plan(
     return_entropy: bool,
     kernels: bool,
 ) -> Plan:
-    """Choose the sizes of tiles.
-
-    Raises:
-        ValueError: If ``max_extra_bytes`` is not enough for the smallest tiles.
-    """
-    (n, _), v = hidden.shape, weight.shape[0]
-    forward_element, backward_element = (
-        sum(dtype.itemsize for dtype in _buffers(hidden, return_entropy, cap, kernels))
-        for cap in (None, softcap)
-    )
+    """Choose the sizes of tiles, for at least one row."""
+    n, v = hidden.shape[0], weight.shape[0]
+    forward_element = _element_bytes(hidden, return_entropy, None, kernels)
+    backward_element = _element_bytes(hidden, return_entropy, softcap, kernels)
     room = max_extra_bytes - n * _BYTES_PER_ROW
-    least = backward_element * max(n, v)
-    if room < least:
-        raise ValueError(
-            f"max_extra_bytes is {max_extra_bytes}, expected at least "
-            f"{least + n * _BYTES_PER_ROW} for {n} rows and a vocabulary of {v}"
-        )
     sums = _sum_bytes(hidden)
     if hidden.device.type == "cpu":
         in_cache = _CPU_TILE_BYTES * torch.get_num_threads()
-        wanted = max(in_cache // (4 * max(n, 1)), _CPU_COLUMNS)
-        columns = min(v, wanted, room // (forward_element * max(n, 1)))
-        forward = (n, columns) if columns else (max(1, room // (forward_element * v)), v)
+        wanted = max(in_cache // (4 * n), _CPU_COLUMNS)
+        columns = min(v, wanted, room // (forward_element * n))
+        forward = (n, columns)
         enough = _CPU_COLUMNS
     else:
         rows = max(1, min(n, room // (forward_element * min(v, 4 * _WIDE))))
         forward = (rows, min(v, room // (forward_element * rows)))
         wanted, enough = v, _WIDE
-    beside_sums = (room - sums) // (backward_element * max(n, 1))
+    beside_sums = (room - sums) // (backward_element * n)
     together = beside_sums >= min(v, enough)
-    alone = room // (backward_element * max(n, 1))
+    alone = room // (backward_element * n)
     return Plan(
         (forward[0], _even(v, forward[1])),
         _even(v, min(v, wanted, beside_sums if together else alone)),
@@ -111,6 +122,12 @@ def _even(total: int, largest: int) -> int:
     size = -(-total // pieces)
     rounded = -(-size // 128) * 128
     return rounded if rounded <= largest else size
+
+
+def _element_bytes(
+    hidden: Tensor, return_entropy: bool, softcap: float | None, kernels: bool
+) -> int:
+    return sum(d.itemsize for d in _buffers(hidden, return_entropy, softcap, kernels))
 
 
 def _buffers(
@@ -333,18 +350,18 @@ def backward(
     if by_columns:
         total = _Sum(grad_hidden, hidden) if needs[0] and not by_rows else None
         for c0, c1 in _ranges(v, sizes.columns):
-            tile = _gradient(tiles, (0, n), (c0, c1), results, grads)
+            tile, exact = _gradient(tiles, (0, n), (c0, c1), results, grads)
             if needs[1]:
                 torch.mm(tile.t(), hidden, out=grad_weight[c0:c1])
             if needs[2]:
-                grad_bias[c0:c1] = tile.sum(0, dtype=_work_dtype(hidden))
+                grad_bias[c0:c1] = exact.sum(0, dtype=_work_dtype(hidden))
             if total is not None:
                 total.add(tile, weight[c0:c1])
         if total is not None:
             total.finish()
     if by_rows:
         for r0, r1 in _ranges(n, sizes.rows):
-            tile = _gradient(tiles, (r0, r1), (0, v), results, grads)
+            tile, _ = _gradient(tiles, (r0, r1), (0, v), results, grads)
             torch.mm(tile, weight, out=grad_hidden[r0:r1])
     return grad_hidden, grad_weight, grad_bias
 
@@ -387,8 +404,11 @@ class _Sum:
             self.result.copy_(self.total)
 
 
-def _gradient(tiles: _Tiles, rows, columns, results, grads) -> Tensor:
-    """A tile of the gradient of the logits, in the dtype of the hidden states."""
+def _gradient(tiles: _Tiles, rows, columns, results, grads) -> tuple[Tensor, Tensor]:
+    """A tile of the gradient of the logits, in the dtype of the hidden states, and unrounded.
+
+    The kernels round it at once; then both are the same.
+    """
     r0, r1 = rows
     state, entropy = results
     maximum, total = state[:, r0:r1]
@@ -406,7 +426,7 @@ def _gradient(tiles: _Tiles, rows, columns, results, grads) -> Tensor:
             softcap=tiles.softcap,
             first_column=columns[0],
         )
-        return tile
+        return tile, tile
     z, tanh, tile, others = tiles.scaled(rows, columns)
     z.sub_(maximum.unsqueeze(1))
     temperature = tiles.temperature
@@ -426,7 +446,7 @@ def _gradient(tiles: _Tiles, rows, columns, results, grads) -> Tensor:
         grad.mul_(tanh.square_().neg_().add_(1.0))
     # A fill, because a NaN times 0 would stay.
     grad.masked_fill_((targets == IGNORE_INDEX).unsqueeze(1), 0.0)
-    return grad if grad.dtype == tile.dtype else tile.copy_(grad)
+    return (grad if grad.dtype == tile.dtype else tile.copy_(grad)), grad
 
 
 # ---- The same as operators ----

@@ -178,7 +178,7 @@ def linear_token_logprobs(
     _check_linear(hidden, weight, targets, bias, temperature, logit_softcap)
     kernels = use_kernels(backend, hidden.device)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    _linear.plan(rows, weight, logit_softcap, max_extra_bytes, return_entropy, kernels)
+    _linear.check_extra_bytes(rows, weight, logit_softcap, max_extra_bytes, return_entropy, kernels)
     logprobs, entropy, _ = _linear.linear_token_logprobs_op(
         rows,
         weight,
