@@ -125,14 +125,15 @@ def by_token_logprobs():
     return token_logprobs(logits[:, :-1], ids[:, 1:])
 
 
-EXTRA = 4 << 20  # bytes that the fused function may use beside inputs and gradients
+# What the fused function may use beside inputs and gradients: a tile of 1 MiB, 128 bytes a row.
+EXTRA = (1 << 20) + 128 * rows * length
 
 
 def by_linear_token_logprobs():
     hidden = policy.model(input_ids=ids, use_cache=False).last_hidden_state
-    return linear_token_logprobs(
-        hidden[:, :-1], policy.lm_head.weight, ids[:, 1:], max_extra_bytes=EXTRA
-    )
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)  # the last has no target
+    logprobs = linear_token_logprobs(hidden, policy.lm_head.weight, targets, max_extra_bytes=EXTRA)
+    return logprobs[:, :-1]
 
 
 ways = {
@@ -423,17 +424,19 @@ batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right"
 
 # The decoder without its head gives hidden states (B, S, H); the head's weight is (V, H).
 hidden = model.model(**batch, use_cache=False).last_hidden_state
-targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
+# Position t is asked for token t + 1. The last position and padding have no target: -100.
+targets = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+targets = torch.nn.functional.pad(targets[:, 1:], (0, 1), value=-100)
 logprobs, entropy = linear_token_logprobs(
-    hidden[:, :-1], model.lm_head.weight, targets, return_entropy=True
+    hidden, model.lm_head.weight, targets, return_entropy=True
 )
 (-logprobs.sum()).backward()
 
 with torch.no_grad():
-    logits = model(**batch, use_cache=False).logits[:, :-1]
+    logits = model(**batch, use_cache=False).logits
     difference = (token_logprobs(logits, targets) - logprobs).abs().max().item()
 values(own_difference=f"{difference:.0e}")
-print([f"{value:.3f}" for value in logprobs.exp().sum(-1).tolist()], f"apart {difference:.0e}")
+print("log-probability of each text in nats:", [f"{v:.3f}" for v in logprobs.sum(-1).tolist()])
 
 # %% [markdown]
 # ## In TRL
@@ -472,8 +475,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
                 hidden = hidden.last_hidden_state[:, -logits_to_keep - 1 : -1]
-            targets = ids[:, -logits_to_keep:]
-            targets = targets.masked_fill(mask[:, -logits_to_keep:] == 0, -100)
+            targets = ids.masked_fill(mask == 0, -100)[:, -logits_to_keep:]
             found.append(
                 linear_token_logprobs(
                     hidden, model.lm_head.weight, targets, temperature=self.temperature,
