@@ -124,7 +124,7 @@ CASES = {
     "logits of one row": (LOGITS, replace(F32, rows=1, sequence_length=256)),
     # On one CPU thread its tiles have 1 MiB, and 128 bytes a row are allowed beside them.
     "no logits": (
-        HEAD,
+        LOGITS,
         replace(F32, logprobs="linear_token_logprobs", max_extra_bytes=(1 << 20) + 128 * 256),
     ),
     "layers": (LAYERS, F32),
