@@ -69,7 +69,10 @@ def settings(folder, changes=None, *, ppo=False):
         config["ppo"] = {**config.pop("grpo"), "ppo_epochs": 2, "adv_estimator": GAE}
         config["value_loss_fn"] = {"scale": 0.5, "cliprange": 0.2}
         config["value"] = {
-            "model_name": str(MODEL), **sizes, "max_grad_norm": 1.0, "optimizer": OPTIMIZER
+            "model_name": str(MODEL),
+            **sizes,
+            "max_grad_norm": 1.0,
+            "optimizer": OPTIMIZER,
         }
     config = copy.deepcopy(config)
     for key, value in (changes or {}).items():

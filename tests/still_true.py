@@ -4,7 +4,6 @@
 By label: the reason, and the LaTeX of each changed right-hand side.
 """
 
-
 STILL_TRUE: dict[str, dict[str, tuple[str, ...]]] = {
     "k3-mean": {
         "the mean of pi_ref / pi - 1 under the policy is zero": (

@@ -802,9 +802,10 @@ def test_the_smallest_batch_can_be_used():
 
 
 def test_packing_says_what_a_call_is():
-    assert "one call a sequence" in check_loss(Clean(), only=["micro-batches"])[
-        "micro-batches"
-    ].measured
+    assert (
+        "one call a sequence"
+        in check_loss(Clean(), only=["micro-batches"])["micro-batches"].measured
+    )
     entry = check_loss(CleanPairs(), only=["micro-batches"])["micro-batches"]
     assert "one call a pair" in entry.measured
 
@@ -842,9 +843,11 @@ def test_declared_pairs():
     class Pairs(Clean):
         def total(self, logprobs, data):
             sums = logprobs.sum(-1)
-            return -logsigmoid(sums[::2] - sums[1::2]).masked_fill(
-                data["sample_mask"][::2] == 0, 0
-            ).sum()
+            return (
+                -logsigmoid(sums[::2] - sums[1::2])
+                .masked_fill(data["sample_mask"][::2] == 0, 0)
+                .sum()
+            )
 
     assert "micro-batches" in check(Pairs()).failed
     assert check(Pairs(), pairs=True).ok

@@ -19,7 +19,7 @@ from nemo_rl_ref.contract._pickling import FreshInterpreter
 ROOT = Path(__file__).parents[1]
 
 # A module that a worker can import. SCALE is set in this process only.
-MODULE = '''
+MODULE = """
 from nemo_rl_ref.algorithms.loss import NLLLossFn
 
 SCALE = 1.0
@@ -30,7 +30,7 @@ class ReadsGlobal(NLLLossFn):
         loss, metrics = super().__call__(*args, **kwargs)
         print("a loss may print")
         return loss * SCALE, metrics
-'''
+"""
 
 
 def pickling(loss_fn):

@@ -155,7 +155,9 @@ def test_begin_and_end_tokens_are_added_where_the_template_has_none(tokenizer):
     template = tokenizer.chat_template
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     try:
-        first, last = format_messages(ranked()["context"] + [{"role": "a", "content": "3"}], tokenizer)
+        first, last = format_messages(
+            ranked()["context"] + [{"role": "a", "content": "3"}], tokenizer
+        )
     finally:
         tokenizer.chat_template = template
     assert (first["content"], last["content"]) == ("<s>1+2=", "3</s>")

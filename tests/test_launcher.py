@@ -30,7 +30,9 @@ SYMBOLS = load_manifest()["symbols"]
 
 def cell(label):
     """The text of a labelled cell of the notebook."""
-    (found,) = re.findall(rf"# %%\n#\| label: {label}\n(.*?)\n\n*(?=# %%)", NOTEBOOK.read_text(), re.S)
+    (found,) = re.findall(
+        rf"# %%\n#\| label: {label}\n(.*?)\n\n*(?=# %%)", NOTEBOOK.read_text(), re.S
+    )
     return found
 
 

@@ -243,7 +243,8 @@ def allocated(function):
 @pytest.mark.parametrize("mebibytes", [0.6, 2.0])
 def test_extra_memory(mebibytes, dtype, entropy, softcap, monkeypatch):
     """The bound holds, forward and backward, where all logits would be 16 or 32 MiB."""
-    monkeypatch.setattr(module, "_CPU_TILE_BYTES", 1 << 30)  # as much as is allowed
+    for name in ("_CPU_TILE_BYTES", "_CPU_ALL_TILE_BYTES"):
+        monkeypatch.setattr(module, name, 1 << 30)  # as much as is allowed
     tensors, targets = make(1024, size=32, vocabulary=4096, dtype=dtype, bias=True)
     hidden, weight, bias = tensors
     extra = int(mebibytes * 2**20)
@@ -292,7 +293,8 @@ def test_extra_memory_in_bfloat16(together, monkeypatch):
 
     Whatever else is returned is a number a row, or one a column.
     """
-    monkeypatch.setattr(module, "_CPU_TILE_BYTES", 1 << 30)
+    for name in ("_CPU_TILE_BYTES", "_CPU_ALL_TILE_BYTES"):
+        monkeypatch.setattr(module, name, 1 << 30)
     (hidden, weight), targets = make(512, size=64, vocabulary=4096, dtype=torch.bfloat16)
     arguments = (hidden.detach(), weight.detach(), targets, None, 1.0, 4.0)
     extra = (1300 if together else 160) << 10

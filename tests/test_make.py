@@ -278,7 +278,9 @@ def test_a_foreign_venv_is_left_alone(fake_tools):
 
 
 def test_missing_requirements_file(fake_tools):
-    assert fake_tools.fail("venv", "REQUIREMENTS=x.txt") == "error: REQUIREMENTS=x.txt is not a file"
+    assert (
+        fake_tools.fail("venv", "REQUIREMENTS=x.txt") == "error: REQUIREMENTS=x.txt is not a file"
+    )
 
 
 def test_another_active_environment_does_not_reach_python(fake_tools):
@@ -293,8 +295,13 @@ def test_real_pip_installs_here_whatever_the_users_settings(checkout):
     wheel = checkout.folder / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny.py", "value = 7\n")
-        archive.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
-        archive.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "tiny-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("tiny-1.0.dist-info/RECORD", "")
     (checkout.folder / "requirements.txt").write_text("--no-index\n./tiny-1.0-py3-none-any.whl\n")
     (checkout.folder / "nemo_rl_ref.py").touch()
@@ -343,11 +350,15 @@ def test_the_first_python_that_fits_is_taken(fake_tools):
     path = bare_path(fake_tools)
     python = fake_tools.env.pop("PYTHON")
     fake_tools.env["PATH"] = str(path)
-    assert fake_tools.fail("venv") == f"error: no Python found; {NEEDS}: install one, or name it " \
+    assert (
+        fake_tools.fail("venv") == f"error: no Python found; {NEEDS}: install one, or name it "
         "with PYTHON=/path/to/python"
+    )
     disguised(path / "python3", version("3.9.6"))
     disguised(path / "python", version("2.7.18"))
-    assert "error: python3 is Python 3.9.6; python is Python 2.7.18; this" in fake_tools.fail("venv")
+    assert "error: python3 is Python 3.9.6; python is Python 2.7.18; this" in fake_tools.fail(
+        "venv"
+    )
     (path / "python3.12").symlink_to(python)
     assert "Making .venv" in fake_tools.succeed("venv")
 
@@ -382,7 +393,9 @@ def test_notebooks_are_written_without_outputs(checkout):
     source.write_text("# %% [markdown]\n# Text\n\n# %%\n#| label: one\n1 + 1\n")
     output = checkout.succeed("notebooks", "-o", "venv", HERE)
     assert output == "_build/ipynb/two words.ipynb\n"
-    cells = json.loads((checkout.folder / "_build" / "ipynb" / "two words.ipynb").read_text())["cells"]
+    cells = json.loads((checkout.folder / "_build" / "ipynb" / "two words.ipynb").read_text())[
+        "cells"
+    ]
     assert [cell["cell_type"] for cell in cells] == ["markdown", "code"]
     assert "".join(cells[1]["source"]) == "#| label: one\n1 + 1"
     assert cells[1]["outputs"] == []
@@ -523,7 +536,9 @@ def test_workflow():
     assert {"push", "pull_request"} <= set(workflow["on"])
     (upload,) = [s for s in steps["html"] if "upload-pages-artifact" in s.get("uses", "")]
     assert upload["with"]["path"] == "_build/html"
-    assert all(re.search(r"@v\d+$", s["uses"]) for job in steps.values() for s in job if "uses" in s)
+    assert all(
+        re.search(r"@v\d+$", s["uses"]) for job in steps.values() for s in job if "uses" in s
+    )
 
 
 def test_gpu_workflow():

@@ -533,9 +533,7 @@ def test_env_and_loss_of_ones_own(tmp_path, capsys):
         "def reward(prompt, response, truth):\n    return 0.25\n"
         "class Mine(ClippedPGLossFn):\n    pass\n"
     )
-    train(
-        settings(tmp_path, {"grpo.max_num_steps": 1}), env=f"{code}:reward", loss=f"{code}:Mine"
-    )
+    train(settings(tmp_path, {"grpo.max_num_steps": 1}), env=f"{code}:reward", loss=f"{code}:Mine")
     assert logged(tmp_path)[1]["train/reward"] == 0.25
     # As its parent, it multiplies by masks: what it warns of is tests/test_contract.py's matter.
     assert "Mine: 7 of 9 promises kept" in capsys.readouterr().out

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,18 +38,56 @@ class KernelsUnavailable(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Resources:
+    """What a thread or a block of a kernel takes, as the assembler reports it.
+
+    Attributes:
+        registers: Of a thread, 32 bits each.
+        stack_bytes: Of a thread, in memory: arrays and what did not fit into registers.
+        spill_bytes: Of a thread: stores and loads of what did not fit into registers.
+        shared_bytes: Of a block.
+    """
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class Compiled:
     """A kernel as machine code.
 
     Attributes:
         symbol: Its name in the machine code.
         cubin: The machine code.
-        log: What the compiler said; with ``verbose``, registers, stack frame and spills.
+        log: What the compiler said, and with ``verbose`` the assembler.
     """
 
     symbol: str
     cubin: bytes
     log: str = ""
+
+    @property
+    def resources(self) -> Resources:
+        """What the kernel takes; of one that was compiled with ``verbose``.
+
+        Raises:
+            ValueError: If the log does not say it.
+        """
+
+        def number(pattern: str, default: int | None = None) -> int:
+            found = re.search(pattern, self.log)
+            if found is None and default is None:
+                raise ValueError(f"{self.symbol}: the log has no {pattern!r}: {self.log!r}")
+            return int(found[1]) if found else default
+
+        return Resources(
+            registers=number(r"Used (\d+) registers"),
+            stack_bytes=number(r"(\d+) bytes stack frame"),
+            spill_bytes=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+            shared_bytes=number(r"(\d+) bytes smem", 0),
+        )
 
 
 def compile_kernel(
@@ -57,7 +96,7 @@ def compile_kernel(
     """Compile one instance of a kernel. Needs no GPU, and looks at no cache.
 
     Args:
-        source: The file without its ending, such as ``"token_logprobs"``.
+        source: The file without its ending, such as ``"token_logprobs"``, or a path to another.
         expression: The kernel with its template arguments.
         architecture: For which GPUs, such as ``"sm_90"``.
         verbose: Also ask the assembler for its report.
@@ -70,8 +109,9 @@ def compile_kernel(
         RuntimeError: If the source does not compile; the message holds the compiler's.
     """
     program, options = _compiler()
+    _compiler_version()
     options = options(
-        name=f"{source}.cu",
+        name=f"{Path(source).name}.cu",
         arch=architecture,
         std="c++17",
         include_path=[str(SOURCES)],
@@ -87,6 +127,7 @@ def compile_kernel(
         ) from error
     finally:
         code.close()
+        del code  # the error's traceback would keep it, in a cycle that cuda-core cannot clear
     symbol = result.symbol_mapping[expression]
     symbol = symbol.decode() if isinstance(symbol, bytes) else symbol
     return Compiled(symbol, bytes(result.code), log.text)
@@ -258,7 +299,7 @@ def _key(source: str, expression: str, architecture: str) -> str:
     digest = hashlib.sha256(_sources_digest(source))
     for part in (source, expression, architecture, "c++17", _compiler_version()):
         digest.update(part.encode() + b"\0")
-    return f"{source}-{architecture}-{digest.hexdigest()[:32]}"
+    return f"{Path(source).name}-{architecture}-{digest.hexdigest()[:32]}"
 
 
 @lru_cache

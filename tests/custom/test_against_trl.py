@@ -44,8 +44,7 @@ def make_pairs(seed, dtype=torch.float64, prompt=None, length=None):
         "sample_mask": torch.ones(rows, dtype=dtype),
         "reference_policy_logprobs": torch.nn.functional.pad(reference, (0, 1)),
         "mismatched_logprobs": -9 * torch.rand(rows, generator=generator, dtype=dtype),
-        "mismatched_reference_logprobs": -9
-        - torch.rand(rows, generator=generator, dtype=dtype),
+        "mismatched_reference_logprobs": -9 - torch.rand(rows, generator=generator, dtype=dtype),
     }
 
 
@@ -116,9 +115,7 @@ def kto_trainer_loss(policy, data, **settings):
         "ref_logps": sums,
         "ref_KL_logps": data["mismatched_reference_logprobs"],
     }
-    return KTOTrainer._compute_loss(
-        stub, lambda **_: model_output(policy, mask), inputs, False
-    )
+    return KTOTrainer._compute_loss(stub, lambda **_: model_output(policy, mask), inputs, False)
 
 
 def cpo_of_log_ratios(policy, data, label_smoothing):
@@ -143,9 +140,7 @@ def assert_same(loss_fn, theirs, policy, data):
     (expected_grad,) = torch.autograd.grad(expected, policy)
     scale = expected_grad.abs().max().item()
     assert scale > 0
-    torch.testing.assert_close(
-        loss, expected.detach(), rtol=1e-5, atol=1e-12, check_dtype=False
-    )
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-12, check_dtype=False)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5 * scale)
 
 

@@ -60,9 +60,7 @@ def smoothed(margin):
 
 @given(batch=batches, average=st.booleans())
 def test_aot_unpaired(batch, average):
-    loss_fn = AOTUnpairedLossFn(
-        config(label_smoothing=EPS, preference_average_log_probs=average)
-    )
+    loss_fn = AOTUnpairedLossFn(config(label_smoothing=EPS, preference_average_log_probs=average))
     pairs = valid_pairs(log_ratios(batch, average), batch[1])
     chosen, rejected = sorted(w for w, _ in pairs), sorted(l for _, l in pairs)
     expected = mean(smoothed(BETA * (w - l)) for w, l in zip(chosen, rejected, strict=True))
@@ -110,9 +108,7 @@ def test_bco_with_batch_delta(batch, average):
     h = BETA * log_ratios(batch, average)
     pairs = valid_pairs(h, batch[1])
     delta = mean((w + l) / 2 for w, l in pairs)
-    expected = mean(
-        -math.log(sigmoid(w - delta)) - math.log(sigmoid(delta - l)) for w, l in pairs
-    )
+    expected = mean(-math.log(sigmoid(w - delta)) - math.log(sigmoid(delta - l)) for w, l in pairs)
     loss, grad, _ = run(BCOPairLossFn(config(preference_average_log_probs=average)), *batch)
     assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
     # No gradient through delta: -β σ(-(w - δ)) on a chosen token, over pairs (and length).

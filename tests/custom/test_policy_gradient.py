@@ -483,9 +483,7 @@ def test_counts_of_one_can_be_divided_later(name):
     loss_fn = ALL[name](config(reference_policy_kl_penalty=BETA))
     whole, _, metrics = run(loss_fn, logprobs, data)
     one = torch.ones((), dtype=torch.float64)
-    raw, _, raw_metrics = run(
-        loss_fn, logprobs, data, global_valid_seqs=one, global_valid_toks=one
-    )
+    raw, _, raw_metrics = run(loss_fn, logprobs, data, global_valid_seqs=one, global_valid_toks=one)
     seqs, toks = counts(data).values()
     count = toks if loss_fn.loss_type == LossType.TOKEN_LEVEL else seqs
     torch.testing.assert_close(raw / count, whole)

@@ -161,7 +161,9 @@ def test_an_equation_that_no_page_shows_is_refused(site):
 
 def test_a_reason_allows_an_unchecked_equation_and_is_shown(site):
     site.equations({"loss": LOSS}, unchecked={"eq-own": "a name for a thing"})
-    site.write("docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n\n$$\na\n$$ (eq-own)\n")
+    site.write(
+        "docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n\n$$\na\n$$ (eq-own)\n"
+    )
     result = site.build()
     assert result.code == 0, result.text
     assert "1 are not" in result.page("table.html").get_text()
@@ -170,7 +172,9 @@ def test_a_reason_allows_an_unchecked_equation_and_is_shown(site):
 
 def test_a_formula_that_a_cell_prints_is_no_displayed_equation(site):
     site.notebook("one", "#| label: f\nfrom IPython.display import Latex\nLatex('$$a$$')")
-    site.write("docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n\n```{embed} #f\n```\n")
+    site.write(
+        "docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n\n```{embed} #f\n```\n"
+    )
     result = site.build(builder="dummy")
     assert "not checked" not in result.text
 

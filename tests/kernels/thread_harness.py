@@ -73,7 +73,7 @@ class ThreadHarness:
     """A kernel's source, built for the CPU.
 
     Args:
-        source: The file without its ending, such as ``"token_logprobs"``.
+        source: The file without its ending, such as ``"token_logprobs"``, or a path to another.
         expressions: The instances to build, such as ``"token_logprobs_forward<float, 64, ...>"``.
             Use small blocks: every thread is one of the operating system's.
         edits: Pairs of a text that occurs once in the source or in ``common.cuh`` and another to
@@ -162,8 +162,8 @@ class ThreadHarness:
 
     def _build(self, edits: Sequence[tuple[str, str]]) -> Path:
         texts = {p.name: p.read_text() for p in loader.SOURCES.glob("*.cuh")}
-        main = f"{self.source}.cu"
-        texts[main] = (loader.SOURCES / main).read_text()
+        main = f"{Path(self.source).name}.cu"
+        texts[main] = (loader.SOURCES / f"{self.source}.cu").read_text()
         for old, new in edits:
             places = [name for name, text in texts.items() for _ in range(text.count(old))]
             assert len(places) == 1, f"{old!r} occurs {len(places)} times, expected once"
@@ -177,7 +177,7 @@ class ThreadHarness:
         texts["cuda_threads.h"] = _HEADER.read_text()
         flags = [*_FLAGS, *(["-fsanitize=thread", "-g"] if self.sanitize else ["-shared", "-fPIC"])]
         digest = hashlib.sha256(repr((compiler(), flags, sorted(texts.items()))).encode())
-        target = BUILDS / f"{self.source}-{digest.hexdigest()[:32]}"
+        target = BUILDS / f"{Path(self.source).name}-{digest.hexdigest()[:32]}"
         if target.exists():
             return target
         BUILDS.mkdir(mode=0o700, exist_ok=True)
