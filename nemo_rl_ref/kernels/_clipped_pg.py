@@ -84,6 +84,9 @@ _DTYPES = {
 # How much a block gets. About this many blocks, each with this many tokens. The numbers do not
 # depend on the GPU, so that sums do not either.
 _BLOCKS, _FEWEST_TOKENS, _MOST_TOKENS, _MOST_THREADS = 1024, 512, 4096, 256
+# One kernel for each set of flags, without what they leave out. If False, one for all of them.
+_SPECIALIZE = True
+
 # As in clipped_pg.cu: numbers a block hands on, and numbers kept for the backward kernel.
 _PARTIAL, _KEPT_HEADER, _KEPT = 18, 1, 4
 
@@ -193,7 +196,7 @@ def plain_terms(
 ) -> Tensor:
     """What `clipped_pg_terms` returns, in plain PyTorch."""
     counts = (1.0 if count is None else count for count in (valid_seqs, valid_toks))
-    terms = loss_fn.terms(
+    terms = loss_fn._terms(
         *(logprobs, prev, generation, reference, advantages, unfiltered),
         *(mask, sample_mask, rewards, *counts),
     )
@@ -222,7 +225,7 @@ def needs_plain(
     fixed = (prev, generation, reference, advantages, mask, sample_mask, rewards)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in fixed):
         return "another tensor than the log-probabilities of the policy requires a gradient"
-    for part in ClippedPGLossFn.PARTS:
+    for part in ClippedPGLossFn._PARTS:
         if getattr(type(loss_fn), part) is not getattr(ClippedPGLossFn, part):
             return f"{type(loss_fn).__name__} has its own {part}"
     return None
@@ -525,7 +528,7 @@ def run_forward(
     kept = torch.empty(_kept_size(len(logprobs)), **double)
     terms = torch.empty(len(TERMS), dtype=logprobs.dtype, device=logprobs.device)
     arguments = [*shared, partial, _counter(logprobs.device), kept, terms, flags, *numbers]
-    expression = f"clipped_pg_forward<{_TYPES[logprobs.dtype]}, {_MASKS[mask.dtype]}>"
+    expression = _expression("clipped_pg_forward", logprobs, mask, flags)
     loader.launch("clipped_pg", expression, grid, threads, arguments, logprobs.device)
     return terms, kept
 
@@ -558,9 +561,14 @@ def run_backward(
         *(grad_terms, kept, *shared, grad, None if unfiltered is None else grad_unfiltered),
         *(flags, *numbers),
     ]
-    expression = f"clipped_pg_backward<{_TYPES[logprobs.dtype]}, {_MASKS[mask.dtype]}>"
+    expression = _expression("clipped_pg_backward", logprobs, mask, flags)
     loader.launch("clipped_pg", expression, grid, threads, arguments, logprobs.device)
     return grad, grad_unfiltered
+
+
+def _expression(kernel: str, logprobs: Tensor, mask: Tensor, flags: int) -> str:
+    known = flags if _SPECIALIZE else -1
+    return f"{kernel}<{_TYPES[logprobs.dtype]}, {_MASKS[mask.dtype]}, {known}>"
 
 
 def _arguments(*tensors: Tensor | None) -> tuple[list[Any], int, int]:

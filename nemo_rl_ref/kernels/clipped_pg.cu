@@ -68,6 +68,9 @@ template <class T> __device__ inline T minimum(T a, T b) { return a <= b || a !=
 
 // ---- one token ----------------------------------------------------------------------------------
 
+// What is read of it.
+template <class T> struct Token { T logprob, prev, generation, reference, advantage, policy, mask; };
+
 // Its ratio and what it is clipped to. That of a whole response comes later: 1 until then.
 template <class T>
 __device__ inline void ratio_of(const Settings& s, T logprob, T prev, T& ratio, T& clipped) {
@@ -250,8 +253,9 @@ template <class T> __device__ inline T merge_lanes(T x, bool lowest, bool highes
 // Grid: `segments` blocks a row, each for `length` tokens of it; 32 to 256 threads. Tensors are
 // (rows, steps) with rows `..._stride` elements apart. `reference` is read with kKl only;
 // `unfiltered` may be null: `logprobs` then. `partial` holds kValues numbers a block; `arrived` is 0
-// before and after; `kept` is kHeader + kKept * rows numbers; `terms` are kTerms.
-template <class T, class M>
+// before and after; `kept` is kHeader + kKept * rows numbers; `terms` are kTerms. With FLAGS the
+// compiler knows what is asked for; with -1 `flags` tells.
+template <class T, class M, int FLAGS>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 1)
 clipped_pg_forward(
     const T* __restrict__ logprobs, const T* __restrict__ prev, const T* __restrict__ generation,
@@ -265,7 +269,7 @@ clipped_pg_forward(
     double* partial_, unsigned* arrived, double* kept, T* terms, long long flags, double ratio_low,
     double ratio_high, double dual_limit, double kl_input, double kl_output, double weight_low,
     double weight_high, double kl_coefficient, double nll_coefficient) {
-  const Settings s = {(int)flags, ratio_low, ratio_high, dual_limit, kl_input, kl_output,
+  const Settings s = {FLAGS < 0 ? (int)flags : FLAGS, ratio_low, ratio_high, dual_limit, kl_input, kl_output,
                       weight_low, weight_high, kl_coefficient, nll_coefficient};
   constexpr int kMostWarps = kThreads / kWarp;
   SHARED_ARRAY(double, warp_values, kValues * kMostWarps);
@@ -284,20 +288,33 @@ clipped_pg_forward(
 
   T sum[kSums] = {}, lowest = -minus_infinity<T>(), highest = minus_infinity<T>();
   const int end = (int)((segment + 1) * length < steps ? (segment + 1) * length : steps);
-#pragma unroll 2
+  const auto fetch = [&](int t) {
+    Token<T> x = {};
+    if (t >= end) return x;
+    x.logprob = logprobs[t], x.prev = prev[t], x.generation = generation[t];
+    x.advantage = advantages[t], x.mask = (T)mask[t];
+    if (s.has(kKl)) x.reference = reference[t], x.policy = unfiltered ? unfiltered[t] : x.logprob;
+    return x;
+  };
+  Token<T> next = fetch((int)(segment * length) + thread);
   for (int t = (int)(segment * length) + thread; t < end; t += threads) {
-    const T logprob = logprobs[t], before = prev[t], drawn = generation[t], a = advantages[t];
-    const T m = (T)mask[t];
+    const Token<T> now = next;
+    next = fetch(t + threads);  // on its way while this one is worked on
+    const T logprob = now.logprob, before = now.prev, drawn = now.generation, a = now.advantage;
+    const T m = now.mask;
     T ratio, clipped, unused;
     ratio_of(s, logprob, before, ratio, clipped);
 
     const T log_weight = before - drawn;
+    const T distance = log_weight < 0 ? -log_weight : log_weight;
+    const T above = exp_of(distance), below = exp_of(-distance);  // the weight and its inverse
+    const T raw_weight = log_weight < 0 ? below : above;
     T weight = 1;
     if (s.has(kWeightOfResponse)) {
       sum[kLogWeight] += log_weight * m;
     } else {
       bool outside;
-      weight = truncated(s, finite_or_zero(exp_of(log_weight)), outside);
+      weight = truncated(s, finite_or_zero(raw_weight), outside);
       sum[kWeight] += weight * m;
       sum[kOutside] += outside ? m : T(0);
       if (s.has(kZeroResponses)) sum[kLogWeight] += finite_or_zero(log_weight) * m;
@@ -313,21 +330,21 @@ clipped_pg_forward(
       sum[kRatio] += ratio * m;
       sum[kClipped] += clipped * m;
     }
-    if (s.has(kKl)) {
-      const T policy = unfiltered ? unfiltered[t] : logprob;
-      sum[kKlSum] += kl_term(s, policy, reference[t], drawn, unused) * m;
-    }
+    if (s.has(kKl)) sum[kKlSum] += kl_term(s, now.policy, now.reference, drawn, unused) * m;
     if (s.has(kPositiveNll)) sum[kNll] -= logprob * m;
 
-    const T mixture = log_of(T(0.5) * exp_of(before) + T(0.5) * exp_of(drawn));
-    const T of_before = before - mixture, of_drawn = drawn - mixture;
-    const T js = T(0.5) * (exp_of(of_before) - 1 - of_before) +
-                 T(0.5) * (exp_of(of_drawn) - 1 - of_drawn);
-    const T distance = log_weight < 0 ? -log_weight : log_weight;
-    sum[kMultError] += exp_of(distance * (m * valid)) * m;
-    sum[kGenKl] += kl_of(s, log_weight, unused) * m;
-    sum[kPolicyKl] += kl_of(s, -log_weight, unused) * m;
-    sum[kJs] += js * m;
+    T gen_kl = -log_weight, policy_kl = log_weight;
+    if (s.has(kKl2)) gen_kl = policy_kl = log_weight * log_weight / 2;
+    else if (!s.has(kKl1)) gen_kl += raw_weight - 1, policy_kl += (log_weight < 0 ? above : below) - 1;
+    sum[kGenKl] += gen_kl * m;
+    sum[kPolicyKl] += policy_kl * m;
+    // The mean of two k3 against the mixture (p + q) / 2 is log cosh(log(p / q) / 2).
+    sum[kJs] += (distance / 2 + log_of(T(0.5) + T(0.5) * below)) * m;
+    // exp(distance * counted), which is 1 for a masked token, or NaN
+    const T counted = m * valid;
+    const T error = counted == 1 ? above : counted == 0 ? 1 + distance * counted
+                                                        : exp_of(distance * counted);
+    sum[kMultError] += error * m;
     sum[kEntropy] += exp_of(logprob - drawn) * logprob * m;
     sum[kTokens] += m;
     if (m != 0) lowest = minimum(lowest, ratio), highest = maximum(highest, ratio);
@@ -361,6 +378,7 @@ clipped_pg_forward(
     for (int value = 0; value < kValues; ++value) {
       volatile const double* const p = partial + value * (long long)gridDim.x + r * segments;
       values[value] = p[0];
+#pragma unroll 1
       for (int other = 1; other < segments; ++other)
         values[value] = merged(values[value], p[other], value == kLowest, value == kHighest);
     }
@@ -390,7 +408,7 @@ clipped_pg_forward(
 
 // Grid and arguments as in the forward kernel. `grad_terms` are the gradients of the terms, of which
 // the loss, the KL and the NLL count. `grad_unfiltered` may be null.
-template <class T, class M>
+template <class T, class M, int FLAGS>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 1)
 clipped_pg_backward(
     const T* __restrict__ grad_terms, const double* __restrict__ kept,
@@ -405,7 +423,7 @@ clipped_pg_backward(
     T* __restrict__ grad, T* __restrict__ grad_unfiltered, long long flags, double ratio_low,
     double ratio_high, double dual_limit, double kl_input, double kl_output, double weight_low,
     double weight_high, double kl_coefficient, double nll_coefficient) {
-  const Settings s = {(int)flags, ratio_low, ratio_high, dual_limit, kl_input, kl_output,
+  const Settings s = {FLAGS < 0 ? (int)flags : FLAGS, ratio_low, ratio_high, dual_limit, kl_input, kl_output,
                       weight_low, weight_high, kl_coefficient, nll_coefficient};
   const long long row = blockIdx.x / segments, segment = blockIdx.x % segments;
   logprobs += row * logprobs_stride, prev += row * prev_stride;
@@ -432,30 +450,39 @@ clipped_pg_backward(
                                      (kept[0] + kEpsilon)) : T(0);
 
   const int end = (int)((segment + 1) * length < steps ? (segment + 1) * length : steps);
-#pragma unroll 2
+  const bool weighted = s.has(kCorrection) && !s.has(kWeightOfResponse);
+  const auto fetch = [&](int t) {
+    Token<T> x = {};
+    if (t >= end) return x;
+    x.logprob = logprobs[t], x.advantage = advantages[t], x.mask = (T)mask[t];
+    if (weighted || !s.has(kRatioIsLogprob | kRatioIsOne | kRatioOfResponse)) x.prev = prev[t];
+    if (weighted || s.has(kKlWeighted)) x.generation = generation[t];
+    if (s.has(kKl)) x.reference = reference[t], x.policy = unfiltered ? unfiltered[t] : x.logprob;
+    return x;
+  };
+  Token<T> next = fetch((int)(segment * length) + threadIdx.x);
   for (int t = (int)(segment * length) + threadIdx.x; t < end; t += blockDim.x) {
-    const T logprob = logprobs[t], a = advantages[t], m = (T)mask[t];
-    const T drawn = s.has(kCorrection | kKlWeighted) ? generation[t] : T(0);
-    const T before = s.has(kRatioIsLogprob | kRatioIsOne | kRatioOfResponse) && !s.has(kCorrection)
-        ? T(0) : prev[t];
+    const Token<T> now = next;
+    next = fetch(t + blockDim.x);  // on its way while this one is worked on
+    const T logprob = now.logprob, a = now.advantage, m = now.mask;
     T g;
     if (s.has(kRatioOfResponse)) {
       g = row_slope * m;
     } else {
       T ratio, clipped, slope;
-      ratio_of(s, logprob, before, ratio, clipped);
+      ratio_of(s, logprob, now.prev, ratio, clipped);
       surrogate(s, a, ratio, clipped, slope);
       T scale = loss_scale * m;
-      if (s.has(kCorrection) && !s.has(kWeightOfResponse)) {
+      if (weighted) {
         bool outside;
-        scale *= truncated(s, finite_or_zero(exp_of(before - drawn)), outside);
+        scale *= truncated(s, finite_or_zero(exp_of(now.prev - now.generation)), outside);
       }
       if (s.has(kCispo)) g = scale * (-a * clipped);
       else g = scale * slope * (s.has(kRatioIsLogprob) ? T(1) : ratio);
     }
     if (s.has(kKl)) {
       T slope;
-      kl_term(s, unfiltered ? unfiltered[t] : logprob, reference[t], drawn, slope);
+      kl_term(s, now.policy, now.reference, now.generation, slope);
       const T of_kl = kl_scale * m * slope;
       if (!unfiltered) g += of_kl;
       else if (grad_unfiltered) grad_unfiltered[t] = of_kl;

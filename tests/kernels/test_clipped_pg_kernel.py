@@ -19,9 +19,14 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 KERNELS = ("clipped_pg_forward", "clipped_pg_backward")
 MASKS = ("unsigned char", "float", "double", "long long")
-INSTANCES = [f"{k}<{s}, {m}>" for k in KERNELS for s in ("float", "double") for m in MASKS]
-SINGLE = ["clipped_pg_forward<float, float>", "clipped_pg_backward<float, float>"]
-DOUBLE = ["clipped_pg_forward<double, double>", "clipped_pg_backward<double, double>"]
+INSTANCES = [f"{k}<{s}, {m}, -1>" for k in KERNELS for s in ("float", "double") for m in MASKS]
+SINGLE = ["clipped_pg_forward<float, float, -1>", "clipped_pg_backward<float, float, -1>"]
+DOUBLE = ["clipped_pg_forward<double, double, -1>", "clipped_pg_backward<double, double, -1>"]
+#: GRPO and DAPO as configured in NeMo RL, and GSPO with a correction of importance.
+COMMON_FLAGS = [
+    _clipped_pg.settings_of(ClippedPGLossFn(ClippedPGLossConfig(**flags)))[0]
+    for flags in ({}, cases.EVERYTHING | cases.GSPO | cases.TRUNCATIONS["tis"])
+]
 
 
 @pytest.fixture(autouse=True)
@@ -34,8 +39,9 @@ def poisoned():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Every thread is one of the operating system's."""
+    """Every thread is one of the operating system's; and one kernel for all flags."""
     monkeypatch.setattr(_clipped_pg, "_MOST_THREADS", 64)
+    monkeypatch.setattr(_clipped_pg, "_SPECIALIZE", False)
 
 
 @pytest.fixture
@@ -61,9 +67,11 @@ def test_cases(case):
 
 
 @executed
-def test_blocks_of_256_threads(on_threads):
-    on_threads(ThreadHarness("clipped_pg", INSTANCES))
-    given = cases.batch(1, 700, dtype=torch.float32)
+def test_kernels_for_a_set_of_flags_in_large_blocks(on_threads):
+    """As on a GPU: 256 threads, and a compiler that knows the flags."""
+    flags, _ = _clipped_pg.settings_of(ClippedPGLossFn(ClippedPGLossConfig(**cases.EVERYTHING)))
+    on_threads(ThreadHarness("clipped_pg", [f"{k}<float, float, {flags}>" for k in KERNELS]))
+    given = cases.batch(1, 700, dtype=torch.float32, mask_dtype=torch.float32)
     cases.check(given, cases.EVERYTHING, "cpu", dtype=torch.float64)
 
 
@@ -105,10 +113,8 @@ FAULTS = {
         lambda: cases.check(cases.batch(1, 200), {}, "cpu"),
     ),
     "a segment that reaches over the end of its row, forward": (
-        "  const int end = (int)((segment + 1) * length < steps ? (segment + 1) * length : steps);\n"
-        "#pragma unroll 2\n  for (int t = (int)(segment * length) + thread;",
-        "  const int end = (int)((segment + 1) * length);\n"
-        "#pragma unroll 2\n  for (int t = (int)(segment * length) + thread;",
+        "(segment + 1) * length : steps);\n  const auto",
+        "(segment + 1) * length : steps + 1);\n  const auto",
         out_of_the_row,
     ),
     "the last segment of a row is not added": (
@@ -122,8 +128,8 @@ FAULTS = {
         masked_minimum,
     ),
     "a weight that is not finite": (
-        "weight = truncated(s, finite_or_zero(exp_of(log_weight)), outside);",
-        "weight = truncated(s, exp_of(log_weight), outside);",
+        "weight = truncated(s, finite_or_zero(raw_weight), outside);",
+        "weight = truncated(s, raw_weight, outside);",
         lambda: cases.policies_that_filter_the_same_token("cpu"),
     ),
     "the counter is left as it is": (
@@ -226,7 +232,9 @@ def test_when_the_kernels_run(on_threads, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("expression", SINGLE)
+@pytest.mark.parametrize(
+    "expression", [*SINGLE, *(f"{k}<float, float, {f}>" for k in KERNELS for f in COMMON_FLAGS)]
+)
 def test_compiled_without_spills_and_stack(expression, architecture):
     log = loader.compile_kernel("clipped_pg", expression, architecture, verbose=True).log
     found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)

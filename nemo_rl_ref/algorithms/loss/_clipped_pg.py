@@ -138,9 +138,9 @@ class ClippedPGLossFn(LossFunction):
     """
 
     input_type = LossInputType.LOGPROB
-    #: What the CUDA kernels compute at once. Where a subclass replaces one, they are not used.
-    PARTS = (
-        "terms",
+    # What the CUDA kernels compute at once. Where a subclass replaces one, they are not used.
+    _PARTS = (
+        "_terms",
         "_ratios",
         "_surrogate",
         "_importance_weights",
@@ -251,7 +251,7 @@ class ClippedPGLossFn(LossFunction):
         metrics["kl_penalty"] = metrics["kl_penalty"] or 0
         return terms[0], metrics
 
-    def terms(
+    def _terms(
         self,
         logprobs: Tensor,
         prev: Tensor,
