@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STEPS = ("tests", "sanitizers", "notebooks", "benchmarks")
-SANITIZED = "tests/kernels/sanitized_calls.py"
+SANITIZED = "tests/gpu/sanitized_calls.py"
 
 
 def missing():
@@ -50,7 +50,7 @@ def commands(step):
     """The commands of a step, each a list, with the name under which it is reported."""
     python = sys.executable
     if step == "tests":
-        yield "the kernels' tests", [python, "-m", "pytest", "tests/kernels"]
+        yield "the kernels' tests", [python, "-m", "pytest", "tests/kernels", "tests/gpu"]
     elif step == "sanitizers":
         tool = shutil.which("compute-sanitizer")
         if tool is None:

@@ -429,7 +429,8 @@ def gpu_checkout(checkout: Checkout) -> Checkout:
         "nemo_rl_ref/kernels/loader.py": "def unavailable(device): return None\n",
         "requirements-gpu.txt": "# peers\nno-such-peer==1.0  # a peer\n",
         "tests/kernels/test_one.py": "def test_one(): pass\n",
-        "tests/kernels/sanitized_calls.py": "",
+        "tests/gpu/sanitized_calls.py": "",
+        "tests/gpu/test_two.py": "def test_two(): pass\n",
         "tests/benchmarks/bench_one.py": "import sys; print('bench', *sys.argv[1:])\n",
         "notebooks/one.py": "print('notebook one')\n",
         "notebooks/two.py": "print('notebook two')\n",
@@ -463,7 +464,7 @@ def test_gpu_says_in_one_line_what_is_missing(gpu_checkout, file, text, reason):
 
 def test_gpu_runs_all_steps_and_names_what_failed(gpu_checkout):
     output = gpu_checkout.succeed(*GPU)
-    assert "1 passed" in output
+    assert "2 passed" in output
     assert "left out: compute-sanitizer is not on the path" in output
     assert "absent peers: no-such-peer 1.0: pip install -r requirements-gpu.txt" in output
     assert "notebook one\n" in output

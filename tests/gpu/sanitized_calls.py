@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One small call of every kernel, forward and backward, for compute-sanitizer to look at.
 
-    compute-sanitizer --tool racecheck python tests/kernels/sanitized_calls.py
+    compute-sanitizer --tool racecheck python tests/gpu/sanitized_calls.py
 
 Shapes are chosen so that rows start at addresses that 16 does not divide, end in a partial vector, and
 hold ignored targets. The results are looked at too, so that a kernel that does nothing is noticed.
@@ -19,6 +19,7 @@ from nemo_rl_ref.kernels import clipped_pg_terms, gae  # noqa: E402
 from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs  # noqa: E402
 
 DEVICE = torch.device("cuda")
+BACKENDS = ("cuda", "torch")
 
 
 def check(name, ours, theirs):
@@ -31,14 +32,16 @@ def check(name, ours, theirs):
 def both(function, inputs, **options):
     """Outputs and gradients of the CUDA kernels and of plain PyTorch."""
     found = []
-    for backend in ("cuda", "torch"):
+    for backend in BACKENDS:
         leaves = [tensor.detach().clone() for tensor in inputs]
         for leaf, tensor in zip(leaves, inputs, strict=True):
             leaf.requires_grad_(tensor.requires_grad)
         outputs = function(*leaves, backend=backend, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         if any(leaf.requires_grad for leaf in leaves):
-            sum(output.float().sum() for output in outputs).backward()
+            # Of the policy gradient's terms the loss, 0, has a gradient, and metrics have none.
+            terms = [outputs[0][0]] if function is clipped_pg_terms else outputs
+            sum(output.float().sum() for output in terms).backward()
         found.append([*outputs, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
     return found
 
