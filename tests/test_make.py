@@ -417,6 +417,78 @@ def test_bench_runs_each_script_and_stops_at_a_failure(checkout):
     assert "ran a" not in output
 
 
+@pytest.fixture
+def gpu_checkout(checkout: Checkout) -> Checkout:
+    """A checkout in which PyTorch and the kernels' loader are stand-ins that report a GPU."""
+    files = {
+        "torch.py": "import types\n__version__ = '9.9'\ndevice = str\n"
+        "version = types.SimpleNamespace(cuda='13.0')\n"
+        "cuda = types.SimpleNamespace(is_available=lambda: True)\n",
+        "nemo_rl_ref/__init__.py": "",
+        "nemo_rl_ref/kernels/__init__.py": "",
+        "nemo_rl_ref/kernels/loader.py": "def unavailable(device): return None\n",
+        "requirements-gpu.txt": "# peers\nno-such-peer==1.0  # a peer\n",
+        "tests/kernels/test_one.py": "def test_one(): pass\n",
+        "tests/gpu/sanitized_calls.py": "",
+        "tests/gpu/test_two.py": "def test_two(): pass\n",
+        "tests/benchmarks/bench_one.py": "import sys; print('bench', *sys.argv[1:])\n",
+        "notebooks/one.py": "print('notebook one')\n",
+        "notebooks/two.py": "print('notebook two')\n",
+    }
+    for name, text in files.items():
+        path = checkout.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    checkout.path = bare_path(checkout)
+    checkout.env["PATH"] = str(checkout.path)
+    return checkout
+
+
+GPU = "gpu", "-o", "venv", HERE
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("torch.py", ("cuda='13.0'", "cuda=None"), "PyTorch 9.9 was built without CUDA"),
+        ("torch.py", ("True", "False"), "PyTorch 9.9 sees no GPU; does nvidia-smi list one?"),
+        ("nemo_rl_ref/kernels/loader.py", ("None", "'it is too old'"), "it is too old"),
+    ],
+)
+def test_gpu_says_in_one_line_what_is_missing(gpu_checkout, file, text, reason):
+    path = gpu_checkout.folder / file
+    path.write_text(path.read_text().replace(*text))
+    assert gpu_checkout.fail(*GPU) == f"error: no GPU to run on: {reason}"
+    assert "notebook" not in gpu_checkout.make(*GPU)[1]
+
+
+def test_gpu_runs_all_steps_and_names_what_failed(gpu_checkout):
+    output = gpu_checkout.succeed(*GPU)
+    assert "2 passed" in output
+    assert "left out: compute-sanitizer is not on the path" in output
+    assert "absent peers: no-such-peer 1.0: pip install -r requirements-gpu.txt" in output
+    assert "notebook one\n" in output
+    assert "bench --write\n" in output
+    report = 'echo "sanitizer $*"; case $* in *racecheck*) exit 1;; esac'
+    program(gpu_checkout.path / "compute-sanitizer", report)
+    (gpu_checkout.folder / "notebooks" / "one.py").write_text("raise SystemExit(3)\n")
+    status, output = gpu_checkout.make(*GPU)
+    assert status != 0
+    assert "sanitizer --error-exitcode 1 --tool memcheck" in output
+    assert "notebook two\n" in output
+    summary = [line.split("s  ")[-1] for line in output.splitlines() if line.startswith("failed")]
+    assert summary == ["compute-sanitizer racecheck", "notebooks/one.py"]
+
+
+def test_gpu_runs_the_steps_that_are_named(gpu_checkout):
+    output = gpu_checkout.succeed(*GPU, "GPUSTEPS=notebooks")
+    assert "notebook one\n" in output
+    assert "bench" not in output
+    status, output = gpu_checkout.make(*GPU, "GPUSTEPS=nonsense")
+    assert status != 0
+    assert "nonsense: no such step; there are tests, sanitizers, notebooks, benchmarks" in output
+
+
 def test_clean_keeps_the_sources_and_the_environment(fake_tools):
     fake_tools.succeed("venv")
     kept = [".venv/lib/x/__pycache__/m.pyc", "notebooks/a.py", "docs/_static/b.css"]
@@ -468,6 +540,21 @@ def test_workflow():
     assert all(
         re.search(r"@v\d+$", s["uses"]) for job in steps.values() for s in job if "uses" in s
     )
+
+
+def test_gpu_workflow():
+    text = (ROOT / ".github" / "workflows" / "gpu.yml").read_text(encoding="utf-8")
+    workflow = yaml.load(text, yaml.BaseLoader)
+    (job,) = workflow["jobs"].values()
+    assert set(workflow["on"]) == {"workflow_dispatch", "schedule"}  # never for a pull request
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "self-hosted" in job["runs-on"]
+    steps = job["steps"]
+    assert make_commands("\n".join(s["run"] for s in steps if "run" in s)) == ["venv", "gpu"]
+    assert any("requirements-gpu.txt" in s.get("run", "") for s in steps)
+    (upload,) = [s for s in steps if "upload-artifact" in s.get("uses", "")]
+    assert upload["with"]["path"] == "tests/benchmarks/results"
+    assert all(re.search(r"@v\d+$", s["uses"]) for s in steps if "uses" in s)
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
