@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two or three keys do together, on grids; KL against reward; the learning rate and the width.
+
+    python tests/benchmarks/search_grids.py       # a quarter of an hour on one core; again to go on
+
+`rate and beta`: DPO, learning rate by β. `batch`: DPO on 512 pairs, batch size by learning rate,
+validated after each of four epochs. `penalty`: GRPO trained twice as long, by the KL penalty.
+`front`: GRPO, TPE with two objectives, accuracy and the KL divergence from the reference. `width`:
+supervised training of fresh models of three widths, by the learning rate. They are written to
+results/search-grids.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import optuna
+import torch
+from _search import (
+    DPO, GRPO, PENALTY, RATE, SEEDS, SFT, TRIALS, WARM_UP, WORK, Store, Trainings, header, write,
+)  # fmt: skip
+
+from nemo_rl_ref import tiny
+
+BETA = "dpo.reference_policy_kl_penalty"
+BATCH = "policy.train_global_batch_size"
+RATES, BETAS = (3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3), (0.01, 0.1, 0.5, 1.0, 3.0)
+GRID_SEEDS = range(2)
+EPOCH, EPOCHS = 512, 4
+BATCHES, BATCH_RATES = (8, 32, 128), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+PENALTIES, PENALTY_SEEDS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0), range(3)
+FRONT_SEEDS = SEEDS[:3]
+WIDTHS, WIDTH_RATES = (24, 48, 96), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+
+
+def make_model(width):
+    """A fresh model of this width; heads keep their size, as in larger models of a family."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = WORK / f"width-{width}"
+    if not (folder / "model.safetensors").exists():
+        config = Qwen3Config.from_pretrained(tiny.MODEL)
+        config.hidden_size, config.intermediate_size = width, 8 * width // 3
+        config.num_attention_heads = config.num_key_value_heads = width // config.head_dim
+        torch.manual_seed(0)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def front(seed, trainings, store):
+    """The runs of a search with two objectives."""
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=optuna.samplers.TPESampler(seed=seed)
+    )
+    for number in range(TRIALS):
+        trial = study.ask(GRPO.space)
+        record = store.get(
+            f"front {seed} {number}",
+            lambda trial=trial: trainings.run(GRPO, trial.params, seed, val_period=GRPO.steps),
+        )
+        if "failure" in record:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, (record["curve"][-1][1], record["kl"]))
+        yield {"part": "front", "number": number, **record}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.parse_args()
+    trainings, store, runs = Trainings(), Store("grids"), []
+
+    def add(part, task, values, seed, **options):
+        key = f"{part} {values} {seed}"
+        record = store.get(key, lambda: trainings.run(task, values, seed, **options))
+        runs.append({"part": part, **record})
+
+    for seed, rate, beta in itertools.product(GRID_SEEDS, RATES, BETAS):
+        add("rate and beta", DPO, {RATE: rate, BETA: beta}, seed, val_period=DPO.steps)
+
+    rows = (WORK / "pairs.train.jsonl").read_text().splitlines(keepends=True)[:EPOCH]
+    (WORK / "pairs.epoch.jsonl").write_text("".join(rows))
+    for seed, batch, rate in itertools.product(GRID_SEEDS, BATCHES, BATCH_RATES):
+        add(
+            "batch",
+            DPO,
+            {RATE: rate, BATCH: batch, WARM_UP: max(1, 80 // batch)},
+            seed,
+            steps=EPOCHS * EPOCH // batch,
+            val_period=EPOCH // batch,
+            overrides=[f"data.train.data_path={WORK}/pairs.epoch.jsonl"],
+        )
+    for seed, penalty in itertools.product(PENALTY_SEEDS, PENALTIES):
+        add("penalty", GRPO, {RATE: 2e-4, PENALTY: penalty}, seed, steps=2 * GRPO.steps)
+    for seed, rate, width in itertools.product(GRID_SEEDS, WIDTH_RATES, WIDTHS):
+        override = f"policy.model_name={make_model(width)}"
+        values = {RATE: rate, "width": width}
+        key = f"width {values} {seed}"
+        record = store.get(
+            key,
+            lambda rate=rate, override=override, seed=seed: trainings.run(
+                SFT, {RATE: rate}, seed, overrides=[override]
+            ),
+        )
+        runs.append({"part": "width", **record, "values": values})
+    for seed in FRONT_SEEDS:
+        runs += front(seed, trainings, store)
+    columns = {task.name: [task.objective, *task.kept] for task in (DPO, GRPO, SFT)}
+    write("grids", {**header(), "columns": columns, "epoch": EPOCH, "runs": runs})
+
+
+if __name__ == "__main__":
+    main()
