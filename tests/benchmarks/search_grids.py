@@ -68,7 +68,8 @@ def front(seed, trainings, store):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.parse_args()
+    parser.add_argument("--but-front", action="store_true", help="the rest, not written")
+    but_front = parser.parse_args().but_front
     trainings, store, runs = Trainings(), Store("grids"), []
 
     def add(part, task, values, seed, **options):
@@ -104,8 +105,10 @@ def main():
             ),
         )
         runs.append({"part": "width", **record, "values": values})
-    for seed in FRONT_SEEDS:
+    for seed in () if but_front else FRONT_SEEDS:
         runs += front(seed, trainings, store)
+    if but_front:
+        return
     columns = {task.name: [task.objective, *task.kept] for task in (DPO, GRPO, SFT)}
     write("grids", {**header(), "columns": columns, "epoch": EPOCH, "runs": runs})
 

@@ -17,8 +17,10 @@ import optuna
 from _search import DPO, GRPO, SEEDS, TASKS, TRIALS, Store, Trainings, header, write
 from search_pool import random_values
 
+from nemo_rl_ref.tune.samplers import REDUCTION, SeededByTrial
+
 FRESH_SEEDS = (1000, 1001, 1002)
-SAMPLERS = {
+SAMPLERS = {  # as in nemo_rl_ref.tune.samplers
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
     "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
@@ -34,8 +36,10 @@ SEARCHES = (
 
 
 def pruner(task):
-    """Successive halving: the better half goes on, at each validation that doubles the steps."""
-    return optuna.pruners.SuccessiveHalvingPruner(min_resource=task.val_period, reduction_factor=2)
+    """Successive halving: the best third goes on, from the first validation to three times it."""
+    return optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=task.val_period, reduction_factor=REDUCTION
+    )
 
 
 def search(task, method, seed, trainings, store):
@@ -43,7 +47,7 @@ def search(task, method, seed, trainings, store):
     name, _, prunes = method.partition("+")
     study = optuna.create_study(
         direction="maximize",
-        sampler=SAMPLERS[name](seed),
+        sampler=SeededByTrial(SAMPLERS[name], seed),
         pruner=pruner(task) if prunes else optuna.pruners.NopPruner(),
     )
     spent, budget, runs = 0, TRIALS * task.steps, []
@@ -97,7 +101,8 @@ def winner(runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.parse_args()
+    parser.add_argument("--only", metavar="TASK:METHOD", help="one of the searches, not written")
+    only = parser.parse_args().only
     trainings, store = Trainings(), Store("samplers")
     runs = {name: [] for name in TASKS}
 
@@ -114,13 +119,15 @@ def main():
             runs[task.name].append({**again, **record})
 
     for task, method in SEARCHES:
+        if only not in (None, f"{task.name}:{method}"):
+            continue
         for seed in SEEDS:
             found = search(task, method, seed, trainings, store)
             runs[task.name] += found
             again(task, method, seed, found)
             if method == "tpe+pruning":
                 again(task, "random", seed, random_search(task, seed))
-    for task in TASKS.values():
+    for task in TASKS.values() if only is None else ():
         write(f"samplers-{task.name}", {**header(task), "runs": runs[task.name]})
 
 
