@@ -93,8 +93,7 @@ for place, (rate, runs) in enumerate(losses.items()):
 axis.set_xticks(range(len(losses)), [f"{rate:g}" for rate in losses])
 axis.set_xlim(-0.5, len(losses) - 0.5)
 axis.set_xlabel("policy.optimizer.kwargs.lr")
-axis.set_title("Held-out loss (nats), one dot a seed");
-
+axis.set_title("Held-out loss (nats), one dot a seed")
 # %%
 #| label: noise-numbers
 near, far = losses[LEARNING_RATES[1]], losses[LEARNING_RATES[2]]
@@ -132,3 +131,781 @@ values(
     noise_seeds=SEEDS,
     noise_steps=STEPS,
 )
+
+# %% [markdown]
+# ## Recorded runs
+#
+# What needs hundreds of runs was run once. `make studies` makes these files again, in about an hour
+# on one core: `tests/benchmarks/search_pool.py`, `search_samplers.py`, `search_grids.py`.
+
+# %%
+#| label: search-recorded
+import json
+from pathlib import Path
+
+import numpy as np
+from IPython.display import Markdown
+
+RECORDED = Path(tiny.__file__).parents[2] / "tests" / "benchmarks" / "results"
+
+
+def read(name):
+    """A recorded file; a run's `curve` has a row a validation: step, objective, other metrics."""
+    return json.loads((RECORDED / f"search-{name}.json").read_text())
+
+
+POOL = {task: read(f"pool-{task}") for task in ("dpo", "grpo")}
+SEARCHED = {task: read(f"samplers-{task}") for task in POOL}
+GRIDS = read("grids")
+RATE, BETA = "policy.optimizer.kwargs.lr", "dpo.reference_policy_kl_penalty"
+PENALTY, BATCH = "loss_fn.reference_policy_kl_penalty", "policy.train_global_batch_size"
+NAMES = {"dpo": "DPO", "grpo": "GRPO"}
+STEPS_OF = {task: found["steps"] for task, found in POOL.items()}
+
+
+def part(found, name):
+    """The runs of a part of a file that did not fail."""
+    return [run for run in found["runs"] if run["part"] == name and "failure" not in run]
+
+
+def final(run):
+    """The objective at the end of a run."""
+    return run["curve"][-1][1]
+
+
+def percent(value, digits=1):
+    return f"{100 * value:.{digits}f}"
+
+
+files = [*POOL.values(), *SEARCHED.values(), GRIDS]
+seconds = sum(run["seconds"] for found in files for run in found["runs"])
+failed = sum("failure" in run for found in files for run in found["runs"])
+assert failed == 0, failed  # the page says so
+rows = ["| | DPO | GRPO |", "| --- " * 3 + "|"]
+for name in ("objective", "config", "steps"):
+    rows.append(f"| {name} | " + " | ".join(f"`{POOL[task][name]}`" for task in POOL) + " |")
+values(
+    search_runs=f"{sum(len(found['runs']) for found in files):,}",
+    search_hours=f"{seconds / 3600:.1f}",
+    search_date=max(found["date"] for found in files),
+    search_device=POOL["dpo"]["device"],
+    search_optuna=POOL["dpo"]["versions"]["optuna"],
+    search_torch=POOL["dpo"]["versions"]["torch"],
+    search_random=len(part(POOL["dpo"], "random")),
+    search_trials=len(part(POOL["dpo"], "random")) // 5,
+    search_steps_dpo=STEPS_OF["dpo"],
+    search_steps_grpo=STEPS_OF["grpo"],
+)
+Markdown("\n".join(rows))
+
+# %%
+#| label: search-spaces
+
+
+def shown_range(written):
+    """A distribution as people write it."""
+    kind, of = written["name"], written["attributes"]
+    if kind == "CategoricalDistribution":
+        return ", ".join(str(choice).lower() for choice in of["choices"])
+    return f"{of['low']:g} to {of['high']:g}" + (", log" if of["log"] else "")
+
+
+for task, found in POOL.items():
+    print(f"{NAMES[task]}, {found['objective']} after {found['steps']} steps")
+    for key, written in found["space"].items():
+        print(f"    {key:46} {shown_range(written)}")
+
+# %% [markdown]
+# ## The noise of these two tasks
+
+# %%
+#| label: noise-tasks
+from scipy import stats
+
+
+def noise(task):
+    """Of two settings with many seeds: deviations, that of the paired difference, correlation."""
+    runs = part(POOL[task], "noise")
+    first, second = (
+        [final(run) for run in sorted(runs, key=lambda run: run["seed"]) if run["number"] == n]
+        for n in (0, 1)
+    )
+    apart = statistics.stdev([a - b for a, b in zip(first, second, strict=True)])
+    return {
+        "deviations": (statistics.stdev(first), statistics.stdev(second)),
+        "difference": apart,
+        "correlation": stats.pearsonr(first, second)[0],
+        "seeds": len(first),
+        "mean": statistics.mean(first),
+    }
+
+
+NOISE = {task: noise(task) for task in POOL}
+#: Of one setting: both settings' variances, averaged.
+SIGMA = {
+    task: statistics.mean(s**2 for s in found["deviations"]) ** 0.5 for task, found in NOISE.items()
+}
+
+
+def detectable(sigma, seeds, level=0.95):
+    """Half the interval of a difference of two settings, each with so many seeds of its own."""
+    quantile = stats.t.ppf((1 + level) / 2, 2 * seeds - 2)
+    return quantile * sigma * (2 / seeds) ** 0.5
+
+
+assert all(abs(found["correlation"]) < 0.6 for found in NOISE.values())
+for task, found in NOISE.items():
+    n = found["seeds"]
+    low, high = ((n - 1) / stats.chi2.ppf(q, 2 * (n - 1)) * 2 for q in (0.975, 0.025))
+    values(
+        **{
+            f"noise_{task}_sd": percent(SIGMA[task]),
+            f"noise_{task}_sd_low": percent(SIGMA[task] * low**0.5),
+            f"noise_{task}_sd_high": percent(SIGMA[task] * high**0.5),
+            f"noise_{task}_seeds": n,
+            f"noise_{task}_correlation": f"{found['correlation']:+.2f}",
+            f"noise_{task}_three": percent(detectable(SIGMA[task], 3)),
+            f"noise_{task}_twelve": percent(detectable(SIGMA[task], 12)),
+        }
+    )
+
+# %%
+#| label: fig-detectable
+#| alt: Half the width of the 95 percent interval of a difference over the number of seeds, for DPO
+#|   and GRPO. Both fall steeply from two to five seeds and slowly afterwards.
+#| caption: The smallest difference of two settings that a comparison with so many seeds each can
+#|   tell from zero, from the standard deviations measured here.
+figure, (axis,) = panels(1, height=2.8)
+numbers = [2, 3, 4, 5, 6, 8, 10, 12, 16, 20]
+for line, task in enumerate(POOL):
+    axis.plot(
+        numbers, [100 * detectable(SIGMA[task], n) for n in numbers], label=NAMES[task],
+        **LINES[line],
+    )  # fmt: skip
+axis.set_ylim(0)
+axis.set_xlabel("seeds of each of the two settings")
+axis.set_title("Difference that can be seen (percentage points)")
+axis.legend()
+# %% [markdown]
+# ## Which keys matter
+
+# %%
+#| label: importance
+import optuna
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+SHARES = {"best half": 0.5, "best fifth": 0.2}  # that PED-ANOVA compares with all runs
+BOOTSTRAPS, SHUFFLES = 40, 25
+rng = np.random.default_rng(0)
+
+
+def importances(task, runs, scores, share):
+    """Optuna's PED-ANOVA by key, not normalised: 0 where the best runs' values lie as all do."""
+    space = {
+        key: optuna.distributions.json_to_distribution(json.dumps(written))
+        for key, written in POOL[task]["space"].items()
+    }
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        [
+            optuna.trial.create_trial(params=run["values"], distributions=space, value=score)
+            for run, score in zip(runs, scores, strict=True)
+        ]
+    )
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=share)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+
+
+IMPORTANCE = {}
+for task, share in itertools.product(POOL, SHARES):
+    runs = part(POOL[task], "random")
+    scores = np.array([final(run) for run in runs])
+    drawn = {key: [] for key in POOL[task]["space"]}
+    for _ in range(BOOTSTRAPS):
+        chosen = rng.integers(len(runs), size=len(runs))
+        sample = importances(task, [runs[i] for i in chosen], scores[chosen], SHARES[share])
+        for key, value in sample.items():
+            drawn[key].append(value)
+    shuffled = [
+        importances(task, runs, rng.permutation(scores), SHARES[share]) for _ in range(SHUFFLES)
+    ]
+    IMPORTANCE[task, share] = {
+        "found": importances(task, runs, scores, SHARES[share]),
+        "interval": {key: np.quantile(values_, (0.05, 0.95)) for key, values_ in drawn.items()},
+        "chance": {key: np.quantile([one[key] for one in shuffled], 0.95) for key in drawn},
+    }
+
+# %%
+#| label: fig-importance
+#| alt: Importance of each searched key with its bootstrap interval, for DPO and GRPO, once for what
+#|   sets the better half of the runs apart and once for the best fifth.
+#| caption: Dots are PED-ANOVA's importances, bars 90 % bootstrap intervals over the runs. Crosses
+#|   are the 95 % quantiles for shuffled results, so a dot left of its cross says nothing.
+figure, axes = panels(2, height=3.4)
+for axis, task in zip(axes, POOL, strict=True):
+    keys = sorted(POOL[task]["space"], key=IMPORTANCE[task, "best half"]["found"].get)
+    for line, share in enumerate(SHARES):
+        found, style = IMPORTANCE[task, share], LINES[line]
+        for place, key in enumerate(keys):
+            at = place + 0.15 - 0.3 * line
+            axis.plot(found["interval"][key], [at, at], color=style["color"], linewidth=1.5)
+            axis.plot(
+                found["found"][key], at, style["marker"], color=style["color"],
+                label=share if not place else None,
+            )  # fmt: skip
+            axis.plot(found["chance"][key], at, "x", color="#666666", markersize=5)
+    shown = [key.split("kwargs.")[-1].split("policy.")[-1] for key in keys]
+    axis.set_yticks(range(len(keys)), shown, fontsize=8)
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set_xlim(0)
+    axis.set_title(f"Importance, {NAMES[task]}")
+axes[0].legend(fontsize=8, loc="lower right")
+# %%
+#| label: importance-numbers
+for task, share in IMPORTANCE:
+    found = IMPORTANCE[task, share]
+    above = [key for key in found["found"] if found["found"][key] > found["chance"][key]]
+    print(task, share, {key: f"{found['found'][key]:.2f}" for key in above})
+
+# %%
+#| label: fig-slices
+#| alt: The objective of every random run over the learning rate, for DPO and GRPO. Each has a
+#|   broad top and falls off steeply towards high rates.
+#| caption: Every random run, and the median of each tenth of them.
+figure, axes = panels(2, height=2.5)
+BESTS = {}
+for axis, task in zip(axes, POOL, strict=True):
+    runs = sorted(part(POOL[task], "random"), key=lambda run: run["values"][RATE])
+    x, y = [run["values"][RATE] for run in runs], [100 * final(run) for run in runs]
+    axis.semilogx(x, y, "o", color=LINES[0]["color"], alpha=0.5, markersize=3.5)
+    tenths = np.array_split(np.arange(len(runs)), 10)
+    middle = [
+        (np.exp(np.mean(np.log([x[i] for i in t]))), np.median([y[i] for i in t])) for t in tenths
+    ]
+    axis.semilogx(*zip(*middle, strict=True), **LINES[1])
+    axis.set_title(f"{NAMES[task]}: {POOL[task]['objective']} (%)")
+    BESTS[task] = max(middle, key=lambda point: point[1])
+    low, high = np.quantile(
+        [run["values"][RATE] for run in sorted(runs, key=final)[-len(runs) // 10 :]], (0, 1)
+    )
+    values(**{f"slice_{task}_low": f"{low:.1g}", f"slice_{task}_high": f"{high:.1g}"})
+axes[-1].set_xlabel(RATE)
+
+# %% [markdown]
+# ## Learning rate and β
+
+# %%
+#| label: rate-beta
+
+
+def grid(runs, first, second, value):
+    """Means over the seeds: a row for each value of `first`, a column for each of `second`."""
+    cells = {}
+    for run in runs:
+        cells.setdefault((run["values"][first], run["values"][second]), []).append(value(run))
+    firsts, seconds = (sorted({key[i] for key in cells}) for i in (0, 1))
+    means = np.array([[np.mean(cells[a, b]) for b in seconds] for a in firsts])
+    return firsts, seconds, means, cells
+
+
+rate_beta = part(GRIDS, "rate and beta")
+betas, rates, accuracy, accuracy_cells = grid(rate_beta, BETA, RATE, final)
+_, _, divergence, divergence_cells = grid(rate_beta, BETA, RATE, lambda run: run["kl"])
+grid_seeds = len(accuracy_cells[betas[0], rates[0]])
+grid_error = SIGMA["dpo"] / grid_seeds**0.5
+
+# %%
+#| label: fig-rate-beta
+#| alt: Two tables of coloured cells, learning rate across and β upwards. Held-out accuracy is
+#|   highest at low rates for all β and falls to the right. KL to the reference rises to the right
+#|   by two orders of magnitude, and hardly changes upwards.
+#| caption: Every cell is the mean of the seeds. Colours and numbers say the same.
+figure, axes = panels(2, height=2.9)
+for axis, table, digits, title in (
+    (axes[0], 100 * accuracy, 0, "Pairs in the right order (%)"),
+    (axes[1], divergence, 2, "KL to the reference (nats an answer)"),
+):
+    colour = table if digits == 0 else np.log(table)
+    axis.pcolormesh(colour, cmap="cividis", edgecolors="white", linewidth=1)
+    middle = (colour.min() + colour.max()) / 2
+    for (i, j), shown in np.ndenumerate(table):
+        axis.text(
+            j + 0.5, i + 0.5, f"{shown:.{digits}f}", ha="center", va="center", fontsize=9,
+            color="black" if colour[i, j] > middle else "white",
+        )  # fmt: skip
+    axis.grid(False)
+    axis.set_xticks(np.arange(len(rates)) + 0.5, [f"{rate:g}" for rate in rates])
+    axis.set_yticks(np.arange(len(betas)) + 0.5, [f"{beta:g}" for beta in betas])
+    axis.set_ylabel("β")
+    axis.set_title(title)
+axes[-1].set_xlabel(RATE)
+# %%
+#| label: rate-beta-numbers
+best_by_beta = [rates[j] for j in accuracy.argmax(1)]
+across_rates = divergence.max(1) / divergence.min(1)  # for each β
+across_betas = divergence.max(0) / divergence.min(0)  # for each rate
+print("best rate by β  ", dict(zip(betas, best_by_beta, strict=True)))
+print("accuracy (%)\n", (100 * accuracy).round(1))
+print("KL ratio over rates", across_rates.round(1), "over β", across_betas.round(1))
+values(
+    grid_seeds=grid_seeds,
+    grid_error=percent(grid_error),
+    grid_best=percent(accuracy.max(), 0),
+    grid_kl_rates=f"{np.median(across_rates):.0f}",
+    grid_kl_betas=f"{np.median(across_betas):.1f}",
+    grid_beta_ratio=f"{max(betas) / min(betas):.0f}",
+    grid_rate_ratio=f"{max(rates) / min(rates):.0f}",
+)
+
+# %% [markdown]
+# ## Batch size, learning rate, epochs
+
+# %%
+#| label: batch
+batches = {}
+for run in part(GRIDS, "batch"):
+    for epoch, row in enumerate(run["curve"], start=1):
+        key = epoch, run["values"][BATCH], run["values"][RATE]
+        batches.setdefault(key, []).append(row[1])
+epochs, sizes, batch_rates = (sorted({key[i] for key in batches}) for i in range(3))
+batch_seeds = len(batches[epochs[0], sizes[0], batch_rates[0]])
+
+# %%
+#| label: fig-batch
+#| alt: Three panels, after one, two and four epochs: accuracy over the learning rate for three batch
+#|   sizes. The curves of larger batches lie further right; later epochs move all tops to the left.
+#| caption: Lines are means over the seeds, bands reach from the lowest to the highest.
+from nemo_rl_ref.plotting import band
+
+shown_epochs = (1, 2, 4)
+figure, axes = panels(len(shown_epochs), height=2.2)
+for axis, epoch in zip(axes, shown_epochs, strict=True):
+    for line, size in enumerate(sizes):
+        of_rates = [[100 * v for v in batches[epoch, size, rate]] for rate in batch_rates]
+        band(axis, batch_rates, [list(one) for one in zip(*of_rates, strict=True)], f"{size}", line)
+    axis.set_xscale("log")
+    axis.set_title(f"Pairs in the right order (%), epoch {epoch}")
+axes[0].legend(title="pairs a step", fontsize=8, title_fontsize=8)
+axes[-1].set_xlabel(RATE)
+
+# %%
+#| label: batch-numbers
+
+
+def best_rate(epoch, size):
+    """The rate with the best mean on the grid."""
+    return max(batch_rates, key=lambda rate: np.mean(batches[epoch, size, rate]))
+
+
+for epoch in shown_epochs:
+    print(
+        "epoch",
+        epoch,
+        {
+            size: (
+                best_rate(epoch, size),
+                round(max(np.mean(batches[epoch, size, r]) for r in batch_rates), 3),
+            )
+            for size in sizes
+        },
+    )
+
+# %% [markdown]
+# ## How early a run can be judged
+
+
+# %%
+#| label: early
+def spearman_of(pairs):
+    """Rank correlation, with a 90 % bootstrap interval over the settings."""
+    pairs = np.array(pairs)
+    draws = []
+    for _ in range(300):
+        sample = pairs[rng.integers(len(pairs), size=len(pairs))]
+        draws.append(stats.spearmanr(sample[:, 0], sample[:, 1])[0])
+    low, high = np.nanquantile(draws, (0.05, 0.95))
+    return stats.spearmanr(pairs[:, 0], pairs[:, 1])[0], low, high
+
+
+EARLY = {}
+for task in POOL:
+    runs = part(POOL[task], "random")
+    middle = statistics.median(map(final, runs))
+    better = [run for run in runs if final(run) >= middle]
+    for group, chosen in (("all", runs), ("better half", better)):
+        EARLY[task, group] = {
+            runs[0]["curve"][at][0] / STEPS_OF[task]: spearman_of(
+                [(run["curve"][at][1], final(run)) for run in chosen]
+            )
+            for at in range(len(runs[0]["curve"]) - 1)
+        }
+
+# %%
+#| label: fig-early
+#| alt: Rank correlation of the objective during a run with that at its end, over the fraction of
+#|   the run, for DPO and GRPO. For all settings it starts near 0.7 to 0.9; among the better half it
+#|   starts much lower.
+#| caption: Bars are 90 % bootstrap intervals. The better half is chosen by the end of the runs.
+figure, axes = panels(2, height=2.5)
+for axis, task in zip(axes, POOL, strict=True):
+    for line, group in enumerate(("all", "better half")):
+        found = EARLY[task, group]
+        middle, low, high = np.array(list(found.values())).T
+        axis.errorbar(
+            np.array(list(found)) + 0.006 * line, middle, (middle - low, high - middle),
+            label=f"{group} settings" if group == "all" else group, capsize=3, **LINES[line],
+        )  # fmt: skip
+    axis.set_xlim(0, 1)
+    axis.set_ylim(-0.35, 1.02)
+    axis.set_title(f"Rank correlation with the end, {NAMES[task]}")
+axes[0].legend(fontsize=8, loc="lower right")
+axes[-1].set_xlabel("fraction of the run")
+# %%
+#| label: early-long
+LONG = {}
+for task in POOL:
+    longer = part(POOL[task], "long")
+    short = {(r["seed"], r["number"]): r for r in part(POOL[task], "random")}
+    pairs = [(final(short[run["seed"], run["number"]]), final(run)) for run in longer]
+    LONG[task] = spearman_of(pairs)
+    values(
+        **{
+            f"long_{task}": f"{LONG[task][0]:.2f}",
+            f"long_{task}_interval": f"{LONG[task][1]:.2f} to {LONG[task][2]:.2f}",
+            f"long_{task}_runs": len(pairs),
+            f"long_{task}_times": longer[0]["steps"] // STEPS_OF[task],
+        }
+    )
+for (task, group), found in EARLY.items():
+    name = f"early_{task}_{'all' if group == 'all' else 'half'}"
+    first = min(found)
+    middle, low, high = found[first]
+    values(
+        **{
+            name: f"{middle:.2f}",
+            f"{name}_interval": f"{low:.2f} to {high:.2f}",
+            f"early_{task}_first": f"{100 * first:.0f}",
+        }
+        if group == "all"
+        else {name: f"{middle:.2f}", f"{name}_interval": f"{low:.2f} to {high:.2f}"}
+    )
+
+# %% [markdown]
+# ### What pruning saves
+
+# %%
+#| label: pruning
+from nemo_rl_ref.tune.samplers import REDUCTION
+
+
+def halve(runs, task, reduction=REDUCTION):
+    """Replay successive halving: for each run the steps it gets, in the order of the runs.
+
+    A run goes on from a rung if it is among the best 1 / reduction of those that came there.
+    """
+    rungs, step = [], POOL[task]["val_period"]
+    while step < STEPS_OF[task]:
+        rungs.append(step)
+        step *= reduction
+    seen = {rung: [] for rung in rungs}
+    given = []
+    for run in runs:
+        value_at = {row[0]: row[1] for row in run["curve"]}
+        steps = STEPS_OF[task]
+        for rung in rungs:
+            seen[rung].append(value_at[rung])
+            kept = max(1, len(seen[rung]) // reduction)
+            if value_at[rung] < sorted(seen[rung], reverse=True)[kept - 1]:
+                steps = rung
+                break
+        given.append(steps)
+    return given
+
+
+def with_optuna(runs, task):
+    """The same by Optuna's pruner."""
+    pruner = optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=POOL[task]["val_period"], reduction_factor=REDUCTION
+    )
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    given = []
+    for run in runs:
+        trial, steps = study.ask(), STEPS_OF[task]
+        for step, value, *_ in run["curve"][:-1]:
+            trial.report(value, step)
+            if trial.should_prune():
+                steps = step
+                break
+        study.tell(trial, value if steps < STEPS_OF[task] else final(run))
+        given.append(steps)
+    return given
+
+
+PRUNED = {}
+for task in POOL:
+    runs = part(POOL[task], "random")
+    assert halve(runs, task) == with_optuna(runs, task)
+    saved, lost, found_best = [], [], []
+    for _ in range(400):
+        chosen = [runs[i] for i in rng.choice(len(runs), size=24, replace=False)]
+        steps = halve(chosen, task)
+        whole = [run for run, given in zip(chosen, steps, strict=True) if given == STEPS_OF[task]]
+        saved.append(1 - sum(steps) / (STEPS_OF[task] * len(chosen)))
+        lost.append(max(map(final, chosen)) - max(map(final, whole)))
+        found_best.append(lost[-1] == 0)
+    PRUNED[task] = {"saved": saved, "lost": lost}
+    values(
+        **{
+            f"pruned_{task}_saved": percent(statistics.mean(saved), 0),
+            f"pruned_{task}_kept": percent(statistics.mean(found_best), 0),
+            f"pruned_{task}_lost": percent(statistics.mean(lost)),
+            f"pruned_{task}_lost_most": percent(float(np.quantile(lost, 0.95))),
+        }
+    )
+values(pruned_reduction=REDUCTION, pruned_replays=400)
+
+# %% [markdown]
+# ## Search methods
+
+# %%
+#| label: methods
+METHODS = {
+    "random": "random",
+    "tpe": "TPE",
+    "gp": "Gaussian process",
+    "cmaes": "CMA-ES",
+    "tpe+pruning": "TPE, pruned",
+}
+CONTENDERS = {"dpo": list(METHODS), "grpo": ["random", "tpe+pruning"]}
+SEEDS_OF_SEARCH = range(5)
+
+
+def search_of(task, method, seed):
+    """The runs of a search in their order."""
+    found = POOL[task] if method == "random" else SEARCHED[task]
+    runs = [run for run in part(found, method) if run["seed"] == seed]
+    return sorted(runs, key=lambda run: run["number"])
+
+
+def best_so_far(task, runs):
+    """Steps spent and the best end of a whole run until then, after every run."""
+    spent, best, curve = 0, -np.inf, []
+    for run in runs:
+        spent += run["steps"]
+        best = best if "pruned" in run else max(best, final(run))
+        curve.append((spent / STEPS_OF[task], best))
+    return curve
+
+
+def when_as_good(curve, target):
+    """Whole runs spent until a search was at least as good; infinite if it never was."""
+    return next((spent for spent, best in curve if best >= target), np.inf)
+
+
+BUDGET = len(search_of("dpo", "random", 0))
+CURVES = {
+    (task, method): [best_so_far(task, search_of(task, method, seed)) for seed in SEEDS_OF_SEARCH]
+    for task in CONTENDERS
+    for method in CONTENDERS[task]
+}
+
+
+def fresh(task, method):
+    """For each search, the mean of its winner over fresh seeds."""
+    again = part(SEARCHED[task], f"again {method}")
+    return [
+        statistics.mean(final(run) for run in again if run["search"] == seed)
+        for seed in SEEDS_OF_SEARCH
+    ]
+
+
+RESULTS = {}
+for (task, method), curves in CURVES.items():
+    targets = [curve[-1][1] for curve in CURVES[task, "random"]]
+    shares = [
+        when_as_good(curve, target) / BUDGET for curve, target in zip(curves, targets, strict=True)
+    ]
+    RESULTS[task, method] = {
+        "best": [curve[-1][1] for curve in curves],
+        "fresh": fresh(task, method),
+        "share": shares,
+        "trials": [len(curve) for curve in curves],
+    }
+
+# %%
+#| label: methods-table
+
+
+def interval_of(found):
+    """Mean and half the 95 % interval over the searches, in percentage points."""
+    half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+    return f"{percent(statistics.mean(found))} ± {percent(half)}"
+
+
+rows = [
+    "| | | trials | best in the search (%) | its winner, fresh seeds (%) | share of the budget |",
+    "| --- " * 6 + "|",
+]
+for (task, method), found in RESULTS.items():
+    share = statistics.median(found["share"])
+    reached = "never" if share == np.inf else f"{share:.0%}"
+    rows.append(
+        f"| {NAMES[task]} | {METHODS[method]} | {statistics.median(found['trials']):.0f} "
+        f"| {interval_of(found['best'])} | {interval_of(found['fresh'])} "
+        f"| {'—' if method == 'random' else reached} |"
+    )
+Markdown("\n".join(rows))
+
+# %%
+#| label: fig-methods
+#| alt: The best value found so far over the compute spent, a line for each search method, for DPO
+#|   and GRPO.
+#| caption: Medians of five searches. The unit of compute is a whole run.
+figure, axes = panels(2, height=3.0)
+places = np.arange(1, BUDGET + 1)
+for axis, task in zip(axes, CONTENDERS, strict=True):
+    for line, method in enumerate(METHODS):
+        if method not in CONTENDERS[task]:
+            continue
+        steps = []
+        for curve in CURVES[task, method]:
+            spent, best = np.array(curve).T
+            at = np.searchsorted(spent, places + 1e-9) - 1
+            steps.append(np.where(at >= 0, best[np.maximum(at, 0)], np.nan))
+        middle = np.array([np.median(column) for column in np.array(steps).T])
+        shown = np.isfinite(middle)
+        axis.plot(
+            places[shown], 100 * middle[shown], label=METHODS[method], markevery=3, **LINES[line]
+        )
+    target = 100 * statistics.median(RESULTS[task, "random"]["best"])
+    axis.axhline(target, color="#777777", linewidth=1)
+    axis.axvline(BUDGET / 2, color="#777777", linewidth=1, linestyle=":")
+    axis.set_title(f"Best {POOL[task]['objective']} so far (%), {NAMES[task]}")
+axes[0].legend(fontsize=8, loc="lower right")
+axes[-1].set_xlabel("compute spent (whole runs)")
+# %%
+#| label: methods-numbers
+for task in CONTENDERS:
+    found, base = RESULTS[task, "tpe+pruning"], RESULTS[task, "random"]
+    share = statistics.median(found["share"])
+    gain = [a - b for a, b in zip(found["fresh"], base["fresh"], strict=True)]
+    half = stats.t.ppf(0.975, len(gain) - 1) * statistics.stdev(gain) / len(gain) ** 0.5
+    curse = [a - b for a, b in zip(base["best"], base["fresh"], strict=True)]
+    reached = sum(one <= 0.5 for one in found["share"])
+    values(
+        **{
+            f"claim_{task}_share": "never" if share == np.inf else f"{share:.0%}",
+            f"claim_{task}_all": ", ".join(
+                "never" if one == np.inf else f"{one:.0%}" for one in sorted(found["share"])
+            ),
+            f"claim_{task}_reached": reached,
+            f"claim_{task}_gain": f"{100 * statistics.mean(gain):+.1f}",
+            f"claim_{task}_gain_interval": (
+                f"{100 * (statistics.mean(gain) - half):+.1f} to "
+                f"{100 * (statistics.mean(gain) + half):+.1f}"
+            ),
+            f"claim_{task}_curse": percent(statistics.mean(curse)),
+        }
+    )
+values(methods_budget=BUDGET, methods_searches=len(SEEDS_OF_SEARCH), methods_fresh=3)
+
+# %% [markdown]
+# ## KL against reward
+
+
+# %%
+#| label: front
+def front_of(points):
+    """Those that no other beats in both: accuracy (more) and KL (less); by KL."""
+    best, kept = -np.inf, []
+    for kl, value in sorted(points):
+        if value > best:
+            kept.append((kl, value))
+            best = value
+    return kept
+
+
+def hypervolume(points, most_kl):
+    """Area that a front dominates, from accuracy 0 and KL `most_kl`; KL on its own scale."""
+    area, edge = 0.0, most_kl
+    for kl, value in reversed(front_of([p for p in points if p[0] <= most_kl])):
+        area += (edge - kl) * value
+        edge = kl
+    return area
+
+
+def points_of(runs):
+    return [(run["kl"], final(run)) for run in runs]
+
+
+random_points = points_of(part(POOL["grpo"], "random"))
+searched_points = points_of(part(GRIDS, "front"))
+penalties = {}
+for run in part(GRIDS, "penalty"):
+    penalties.setdefault(run["values"][PENALTY], []).append((run["kl"], final(run)))
+penalty_means = {penalty: np.mean(points, axis=0) for penalty, points in sorted(penalties.items())}
+
+# %%
+#| label: fig-front
+#| alt: Accuracy over the KL divergence to the reference. Above, GRPO runs of a random search and of
+#|   a two-objective search with their fronts. Below, runs that differ in the KL penalty alone; a
+#|   larger penalty lies further left and lower.
+#| caption: Above, every run is a dot and lines are the fronts. Below, squares are means over the
+#|   seeds, dots the runs, numbers the penalty.
+figure, (above, below) = panels(2, height=2.9)
+for line, (name, points) in enumerate(
+    (("random", random_points), ("TPE, two objectives", searched_points))
+):
+    style = LINES[line]
+    kl, value = np.array(points).T
+    above.semilogx(kl, 100 * value, style["marker"], color=style["color"], alpha=0.35, markersize=4)
+    kl, value = np.array(front_of(points)).T
+    above.step(
+        kl, 100 * value, where="post", color=style["color"], linestyle=style["linestyle"],
+        label=name,
+    )  # fmt: skip
+above.set_title("val:accuracy (%), GRPO")
+above.legend(fontsize=8)
+for penalty, points in penalties.items():
+    kl, value = np.array(points).T
+    below.plot(kl, 100 * value, "o", color=LINES[0]["color"], alpha=0.5)
+means = np.array(list(penalty_means.values()))
+below.plot(means[:, 0], 100 * means[:, 1], **LINES[1])
+for penalty, (kl, value) in penalty_means.items():
+    below.annotate(
+        f"{penalty:g}", (kl, 100 * value), textcoords="offset points", xytext=(6, -10), fontsize=8
+    )
+below.set_title(f"The same, twice as long, by {PENALTY}", fontsize=9)
+below.set_xlabel("KL to the reference (nats an answer)")
+# %% [markdown]
+# ## The learning rate and the width
+
+# %%
+#| label: width
+widths = {}
+for run in part(GRIDS, "width"):
+    widths.setdefault(run["values"]["width"], {}).setdefault(run["values"][RATE], []).append(
+        final(run)
+    )
+
+# %%
+#| label: fig-width
+#| alt: Held-out loss over the learning rate for three widths. Wider models have their lowest loss at
+#|   lower rates.
+#| caption: Supervised training of fresh models. Lines are means over the seeds, bands the range.
+figure, (axis,) = panels(1, height=3.0)
+for line, (width, by_rate) in enumerate(sorted(widths.items())):
+    ordered = sorted(by_rate)
+    runs = [list(one) for one in zip(*(by_rate[rate] for rate in ordered), strict=True)]
+    band(axis, ordered, runs, f"width {width}", line)
+axis.set_xscale("log")
+axis.set_xlabel(RATE)
+axis.set_title("val:val_loss (nats a token)")
+axis.legend()
+# %%
+#| label: width-numbers
+best_rates = {
+    width: min(by_rate, key=lambda rate: np.mean(by_rate[rate]))
+    for width, by_rate in sorted(widths.items())
+}
+print(best_rates)

@@ -29,7 +29,7 @@ RATES, BETAS = (3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3), (0.01, 0.1, 0.5, 1.0, 3.0)
 GRID_SEEDS = range(2)
 EPOCH, EPOCHS = 512, 4
 BATCHES, BATCH_RATES = (8, 32, 128), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-PENALTIES, PENALTY_SEEDS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0), range(3)
+PENALTIES, PENALTY_SEEDS = (0.0, 0.03, 0.1, 0.3, 1.0), range(2)
 FRONT_SEEDS = SEEDS[:3]
 WIDTHS, WIDTH_RATES = (24, 48, 96), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 
