@@ -161,6 +161,7 @@ RATE, BETA = "policy.optimizer.kwargs.lr", "dpo.reference_policy_kl_penalty"
 PENALTY, BATCH = "loss_fn.reference_policy_kl_penalty", "policy.train_global_batch_size"
 NAMES = {"dpo": "DPO", "grpo": "GRPO"}
 STEPS_OF = {task: found["steps"] for task, found in POOL.items()}
+rng = np.random.default_rng(0)  # of all resampling
 
 
 def part(found, name):
@@ -296,7 +297,6 @@ import optuna
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 SHARES = {"best half": 0.5, "best fifth": 0.2}  # that PED-ANOVA compares with all runs
 BOOTSTRAPS, SHUFFLES = 40, 25
-rng = np.random.default_rng(0)
 
 
 def importances(task, runs, scores, share):
@@ -909,3 +909,213 @@ best_rates = {
     for width, by_rate in sorted(widths.items())
 }
 print(best_rates)
+
+# %% [markdown]
+# ## Memory
+
+# %%
+#| label: memory-table
+from nemo_rl_ref.memory import Model, Step, compare, estimate, measure_peak
+from nemo_rl_ref.memory import table as memory_table
+
+#: Llama 3.2 1B, the model of NeMo RL's dpo.yaml, and that file's micro-batch: 2 pairs of 1,024 tokens.
+llama = Model(
+    vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
+dpo_step = Step(rows=4, sequence_length=1024, reference="host")
+estimates = compare(llama, dpo_step)
+values(
+    memory_parameters=f"{llama.parameters / 1e9:.2f}",
+    memory_plain=f"{estimates['log_softmax'].peak / 2**30:.1f}",
+    memory_fused=f"{estimates['linear_token_logprobs'].peak / 2**30:.1f}",
+)
+Markdown(memory_table(estimates))
+
+# %%
+#| label: memory-check
+tiny_model, tiny_step = tiny.load_policy(), Step(64, 16, precision="float32", fsdp=False)
+shapes = Model.from_config(tiny_model.config)
+optimizer = torch.optim.AdamW(tiny_model.parameters(), foreach=False)
+ids = torch.randint(0, shapes.vocab_size, (tiny_step.rows, tiny_step.sequence_length))
+
+
+def micro_batch():
+    """What a step holds besides weights, optimizer state and earlier gradients."""
+    logits = tiny_model(input_ids=ids, use_cache=False).logits[:, :-1]
+    torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).sum().backward()
+
+
+micro_batch()
+optimizer.step()
+optimizer.zero_grad()
+micro_batch()
+measured = measure_peak(micro_batch)
+found = estimate(shapes, tiny_step)
+there = found.weights + found.optimizer + found.gradients
+memory_error = abs(found.peak - there - measured) / measured
+print(f"measured {measured / 2**20:.2f} MiB, estimated {(found.peak - there) / 2**20:.2f} MiB")
+assert memory_error < 0.05
+values(memory_error=f"{100 * memory_error:.1f}")
+
+# %% [markdown]
+# ## A budget planner
+
+# %%
+#| label: plan
+from nemo_rl_ref.tune.budget import make_plans
+
+PLANS = {}
+for task, budget in itertools.product(POOL, (20, 60)):
+    PLANS[task, budget] = make_plans(
+        budget,  # whole runs
+        pilot=[final(run) for run in part(POOL[task], "random")],
+        noise=SIGMA[task],
+        correlations={fraction: found[0] for fraction, found in EARLY[task, "all"].items()},
+        draws=1000,
+    )
+
+# %%
+#| label: plan-table
+
+
+def plain(plans):
+    """Every setting whole and once, the best is taken: what a search without a plan does."""
+    return next(plan for plan in plans if plan.fraction == 1 and plan.finalists == 1)
+
+
+rows = [
+    "| | budget | settings | trained for | finalists × seeds | expected (%) | without a plan (%) |",
+    "| --- " * 7 + "|",
+]
+for (task, budget), plans in PLANS.items():
+    best = plans[0]
+    second = f"{best.finalists} × {best.seeds}" if best.seeds else "none"
+    rows.append(
+        f"| {NAMES[task]} | {budget} | {best.trials} | {best.fraction:.0%} | {second} "
+        f"| {percent(best.expected)} | {percent(plain(plans).expected)} |"
+    )
+Markdown("\n".join(rows))
+
+# %%
+#| label: plan-check
+# One stage, simulated by the planner without noise and replayed with the runs themselves.
+checked = []
+for task in POOL:
+    runs = part(POOL[task], "random")
+    for at, fraction in enumerate(EARLY[task, "all"]):
+        replayed = []
+        for _ in range(2000):
+            chosen = [runs[i] for i in rng.choice(len(runs), size=12, replace=False)]
+            replayed.append(final(max(chosen, key=lambda run: run["curve"][at][1])))
+        plans = make_plans(
+            12 * fraction, pilot=[final(run) for run in runs], noise=0.0, finalists=[1],
+            correlations={fraction: EARLY[task, "all"][fraction][0]},
+        )  # fmt: skip
+        planned = next(plan for plan in plans if plan.trials == 12)
+        checked.append((task, fraction, planned.expected, statistics.mean(replayed)))
+        print(
+            f"{NAMES[task]:5} {fraction:5.0%}  planned {planned.expected:.3f}  "
+            f"replayed {statistics.mean(replayed):.3f}"
+        )
+plan_error = max(abs(planned - replayed) for *_, planned, replayed in checked)
+values(plan_error=percent(plan_error), plan_checks=len(checked))
+
+# %% [markdown]
+# ## A study, live
+#
+# The pairs of the recorded runs: the sum, and a random number with as many digits.
+
+# %%
+#| label: live-data
+import random
+import tempfile
+
+from nemo_rl_ref.tiny.addition import answer, problems, prompt
+
+folder = Path(tempfile.mkdtemp())
+draw = random.Random(0)
+
+
+def write_pairs(name, of):
+    """Pairs in the form of the shipped ones."""
+    rows = []
+    for problem in of:
+        right = answer(problem)
+        lowest = 10 ** (len(right) - 1) if len(right) > 1 else 0
+        wrong = draw.choice([n for n in range(lowest, 10 ** len(right)) if str(n) != right])
+        row = {"prompt": prompt(problem), "chosen": right, "rejected": str(wrong)}
+        rows.append(json.dumps(row) + "\n")
+    (folder / name).write_text("".join(rows))
+
+
+trained_on, never_seen = problems()
+write_pairs("train.jsonl", trained_on[:2048])
+write_pairs("validation.jsonl", never_seen[:400])
+
+# %%
+#| label: live-spec
+from nemo_rl_ref.tune import make_spec, optimize
+
+here = [Path(tiny.__file__).parents[2], Path.cwd(), Path.cwd().parent]
+CONFIG = next(path for path in (root / "configs/dpo.yaml" for root in here) if path.exists())
+
+spec = make_spec(
+    "dpo",
+    str(CONFIG),
+    {
+        "policy.optimizer.kwargs.lr": {"log_uniform": [1e-5, 3e-3]},
+        "dpo.reference_policy_kl_penalty": {"log_uniform": [0.01, 3.0]},
+    },
+    ["val:validation-default_accuracy"],
+    [
+        f"policy.model_name={tiny.MODEL}",
+        f"data.train.data_path={folder}/train.jsonl",
+        f"data.validation.data_path={folder}/validation.jsonl",
+        "policy.train_global_batch_size=16",
+        "policy.train_micro_batch_size=16",
+        "dpo.max_num_steps=32",
+        "dpo.val_period=8",
+        "dpo.val_at_start=false",
+        "dpo.val_batches=-1",
+        "dpo.val_global_batch_size=400",
+        "dpo.val_micro_batch_size=400",
+    ],
+)
+
+# %%
+#| label: live-run
+study = optimize(
+    spec, folder=folder / "study", trials=12, sampler="tpe", pruner="successive-halving", seed=1
+)
+for trial in study.trials:
+    at = trial.user_attrs
+    shown = ", ".join(f"{key.split('.')[-1]}={value:.2g}" for key, value in trial.params.items())
+    steps, value = max(trial.intermediate_values.items())
+    print(f"{trial.number:2} {trial.state.name:8} {steps:3} steps {value:.3f}  {shown}")
+
+# %%
+#| label: live-best
+from nemo_rl_ref.tune.best import best_of
+
+best = best_of(study)
+print(best.override_line)
+
+# %%
+#| label: live-again
+from nemo_rl_ref.tune.reevaluate import reevaluate
+
+again = reevaluate(study, folder / "study", top=1, seeds=4, show=lambda line: None)
+print("\n".join(again.sentences()))
+winner = again.winner
+pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
+values(
+    live_trials=len(study.trials),
+    live_pruned=len(pruned),
+    live_best=percent(winner.search_value),
+    live_fresh=percent(winner.mean),
+    live_default=percent(winner.default_mean),
+    live_difference=f"{100 * winner.mean_difference:+.1f}",
+    live_interval=f"{100 * winner.low:+.1f} to {100 * winner.high:+.1f}",
+    live_seeds=winner.pairs,
+)

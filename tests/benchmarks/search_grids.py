@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two or three keys do together, on grids; KL against reward; the learning rate and the width.
+"""What two or three keys do together, on grids; KL against reward, the learning rate and the width.
 
     python tests/benchmarks/search_grids.py       # a quarter of an hour on one core; again to go on
 
 `rate and beta`: DPO, learning rate by β. `batch`: DPO on 512 pairs, batch size by learning rate,
 validated after each of four epochs. `penalty`: GRPO trained twice as long, by the KL penalty.
-`front`: GRPO, TPE with two objectives, accuracy and the KL divergence from the reference. `width`:
-supervised training of fresh models of three widths, by the learning rate. They are written to
+`width`: supervised training of fresh models of three widths, by the learning rate. They are written to
 results/search-grids.json.
 """
 
@@ -15,10 +14,9 @@ from __future__ import annotations
 import argparse
 import itertools
 
-import optuna
 import torch
 from _search import (
-    DPO, GRPO, PENALTY, RATE, SEEDS, SFT, TRIALS, WARM_UP, WORK, Store, Trainings, header, write,
+    DPO, GRPO, PENALTY, RATE, SFT, WARM_UP, WORK, Store, Trainings, header, write,
 )  # fmt: skip
 
 from nemo_rl_ref import tiny
@@ -30,8 +28,7 @@ GRID_SEEDS = range(2)
 EPOCH, EPOCHS = 512, 4
 BATCHES, BATCH_RATES = (8, 32, 128), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 PENALTIES, PENALTY_SEEDS = (0.0, 0.03, 0.1, 0.3, 1.0), range(2)
-FRONT_SEEDS = SEEDS[:3]
-WIDTHS, WIDTH_RATES = (24, 48, 96), (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
+WIDTHS, WIDTH_RATES = (24, 48, 96), (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def make_model(width):
@@ -48,28 +45,9 @@ def make_model(width):
     return folder
 
 
-def front(seed, trainings, store):
-    """The runs of a search with two objectives."""
-    study = optuna.create_study(
-        directions=["maximize", "minimize"], sampler=optuna.samplers.TPESampler(seed=seed)
-    )
-    for number in range(TRIALS):
-        trial = study.ask(GRPO.space)
-        record = store.get(
-            f"front {seed} {number}",
-            lambda trial=trial: trainings.run(GRPO, trial.params, seed, val_period=GRPO.steps),
-        )
-        if "failure" in record:
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:
-            study.tell(trial, (record["curve"][-1][1], record["kl"]))
-        yield {"part": "front", "number": number, **record}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--but-front", action="store_true", help="the rest, not written")
-    but_front = parser.parse_args().but_front
+    parser.parse_args()
     trainings, store, runs = Trainings(), Store("grids"), []
 
     def add(part, task, values, seed, **options):
@@ -105,10 +83,6 @@ def main():
             ),
         )
         runs.append({"part": "width", **record, "values": values})
-    for seed in () if but_front else FRONT_SEEDS:
-        runs += front(seed, trainings, store)
-    if but_front:
-        return
     columns = {task.name: [task.objective, *task.kept] for task in (DPO, GRPO, SFT)}
     write("grids", {**header(), "columns": columns, "epoch": EPOCH, "runs": runs})
 
