@@ -25,7 +25,7 @@ _MODULES = {
     "runner": ("TrialFailed", "run_trial"),
     "study": ("SearchStopped", "Settings", "Stopped", "StudyError", "optimize"),
 }
-__all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE0604
+__all__ = [name for names in _MODULES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:

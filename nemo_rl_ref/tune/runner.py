@@ -11,8 +11,8 @@ import gc
 import importlib
 import re
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Called with the number of steps done and their metrics; what it raises ends the run.
 Observe = Callable[[int, Mapping[str, float]], None]
+#: Runs one trial: `run_trial`, or a function with its signature.
+Runner = Callable[..., dict[str, float]]
 
 
 class TrialFailed(Exception):
@@ -108,20 +110,25 @@ def run_trial(
                 from_observe.append(error)
                 raise
 
-    with (folder / "output.txt").open("w", encoding="utf-8") as output:
-        with redirect_stdout(output), redirect_stderr(output):
-            try:
-                config = trial_config(spec, values, folder, seed)
-                trainer_of(spec.algorithm).train(config, observe=watch)
-            except Exception as error:
-                if error in from_observe:
-                    raise
-                traceback.print_exc()
-                failed = TrialFailed(reason_of(error))
-            else:
-                return metrics
+    with _printing_to(folder / "output.txt"):
+        try:
+            config = trial_config(spec, values, folder, seed)
+            trainer_of(spec.algorithm).train(config, observe=watch)
+        except Exception as error:
+            if error in from_observe:
+                raise
+            traceback.print_exc()
+            failed = TrialFailed(reason_of(error))
+        else:
+            return metrics
     gc.collect()  # what the traceback held
     raise failed
+
+
+@contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    with path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        yield
 
 
 def trial_config(
@@ -154,4 +161,6 @@ def reason_of(error: BaseException) -> str:
 
 def cause_of(reason: str) -> str:
     """A reason without its numbers: what two failures of the same cause have in common."""
-    return re.sub(r"[-+]?(?:\d[\d_.]*(?:e[-+]?\d+)?|\b(?:nan|inf)\b)", "#", reason, flags=re.I)
+    return re.sub(
+        r"[-+]?(?:\d[\d_.]*(?:e[-+]?\d+)?|\b(?:nan|inf)\b)", "#", reason, flags=re.IGNORECASE
+    )

@@ -16,7 +16,12 @@ from typing import Any
 
 from nemo_rl_ref.tune.keys import key_types, type_name
 from nemo_rl_ref.tune.space import RANGES, Space, SpaceError, overrides
-from nemo_rl_ref.utils.config_keys import KeyReport, flatten_keys, nearest_key, read_config
+from nemo_rl_ref.utils.config_keys import (
+    KeyReport,
+    flatten_keys,
+    nearest_key,
+    read_config,
+)
 
 #: The algorithms that can be searched: those that this package trains.
 ALGORITHMS = ("sft", "dpo", "rm", "grpo", "ppo")
@@ -189,7 +194,7 @@ def make_spec(
         raise SpecError(f"objective: got {metrics}, expected one or several different metrics")
     spec = Spec(algorithm, str(config), tuple(overrides), None, found)  # type: ignore[arg-type]
     trainer = trainer_of(algorithm)
-    tree, report = read_config(config, overrides, trainer.used, not_here=trainer.not_here)
+    tree, _ = read_config(config, overrides, trainer.used, not_here=trainer.not_here)
     if algorithm not in tree:
         there = [name for name in ALGORITHMS if name in tree]
         raise SpecError(

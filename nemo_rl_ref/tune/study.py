@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -29,13 +30,11 @@ from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.trial import FrozenTrial, TrialState
 
-from nemo_rl_ref.tune.runner import TrialFailed, cause_of, run_trial
+from nemo_rl_ref.tune.runner import Runner, TrialFailed, cause_of, run_trial
 from nemo_rl_ref.tune.samplers import GridSampler, make_pruner, make_sampler
 from nemo_rl_ref.tune.spec import Spec
 from nemo_rl_ref.tune.storage import open_storage
 
-#: Runs one trial: `nemo_rl_ref.tune.runner.run_trial`, or a function with its signature.
-Runner = Callable[..., dict[str, float]]
 #: Called after every change of a trial that this process makes.
 Listener = Callable[["Search"], None]
 #: A trial whose process was killed so often is not tried again.
@@ -103,6 +102,11 @@ class Settings:
             )
 
 
+def worker_name(pid: int) -> str:
+    """The name that a process of this machine signs its trials with."""
+    return f"{socket.gethostname()}-{pid}"
+
+
 @dataclass
 class Search:
     """What a process needs to work on a study.
@@ -127,7 +131,7 @@ class Search:
     listen: Listener | None = None
     budget: int = 0
     began: datetime = field(default_factory=datetime.now)
-    worker: str = field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    worker: str = field(default_factory=lambda: worker_name(os.getpid()))
 
     def trials(self) -> list[FrozenTrial]:
         """The trials of the budget so far."""
@@ -167,7 +171,7 @@ def open_search(
         StudyError: If the study of that name is of another search; the message says what differs.
         SearchError: If sampler or pruner cannot be used for the search.
     """
-    sampler, pruner = make_sampler(settings.sampler, spec, settings.seed), None
+    sampler = make_sampler(settings.sampler, spec, settings.seed)
     pruner = make_pruner(settings.pruner, spec)
     folder = Path(folder)
     storage = open_storage(
@@ -282,10 +286,10 @@ def requeue_abandoned(search: Search) -> list[int]:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         age = abs((now - trial.datetime_start).total_seconds())
         never = "worker" not in trial.user_attrs
-        if (never or trial._trial_id in silent) and age > search.settings.grace:
-            if requeue(study, trial):
-                found.append(trial.number)
-                search.changed()
+        abandoned = (never or trial._trial_id in silent) and age > search.settings.grace
+        if abandoned and requeue(study, trial):
+            found.append(trial.number)
+            search.changed()
     return found
 
 
@@ -505,6 +509,22 @@ def optimize(
         Stopped: If it was asked to end.
     """
     search = open_search(spec, Settings(**settings), folder, runner=runner, listen=listen)
+    run_search(search, jobs)
+    return search.study
+
+
+def run_search(search: Search, jobs: int = 1) -> None:
+    """Run trials until the budget is finished, in this process or in several others.
+
+    Args:
+        search: From `open_search`.
+        jobs: Processes. 1 trains in this one.
+
+    Raises:
+        StudyError: If there is no such number of processes.
+        SearchStopped: If the search ends itself, see `work`.
+        Stopped: If it was asked to end.
+    """
     if type(jobs) is not int or jobs < 1:
         raise StudyError(f"jobs: got {jobs!r}, expected a whole number from 1 on")
     with stopping_at_signals():
@@ -515,7 +535,6 @@ def optimize(
             from nemo_rl_ref.tune.workers import supervise
 
             supervise(search, jobs)
-    return search.study
 
 
 @contextmanager
@@ -538,12 +557,18 @@ def stopping_at_signals() -> Iterator[None]:
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Torch computes with so many threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    """Torch computes with so many threads, also if it is imported only now."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else None
+    if torch:
+        torch.set_num_threads(number)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+        if torch:
+            torch.set_num_threads(threads)

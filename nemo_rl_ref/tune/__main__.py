@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``python -m nemo_rl_ref.tune``; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+
+from nemo_rl_ref.tune.samplers import PRUNERS, SAMPLERS
+from nemo_rl_ref.tune.spec import ALGORITHMS
+
+DESCRIPTION = """\
+Search for hyperparameters over the keys of a NeMo RL configuration.
+
+The same command goes on with a study that was interrupted, also by SIGKILL, and several of them, on
+one machine or (with --storage) on many, work on one study."""
+
+EPILOG = """\
+All other arguments are overrides in Hydra's grammar that all trials share:
+  dpo.max_num_steps=60 ++policy.optimizer.kwargs.amsgrad=true
+
+example:
+  python -m nemo_rl_ref.tune dpo --config configs/dpo.yaml --space configs/spaces/dpo.yaml \\
+      --objective val:validation-default_accuracy --trials 30 --pruner successive-halving"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nemo_rl_ref.tune",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("algorithm", choices=ALGORITHMS, help="what is trained")
+    add("--config", required=True, metavar="FILE", help="a YAML file of NeMo RL's")
+    add("--space", required=True, metavar="FILE", help="which keys are searched, over what")
+    add(
+        "--objective",
+        required=True,
+        action="append",
+        metavar="METRIC[:DIRECTION]",
+        help="what is to be best, by its name in checkpointing.metric_name, at the end of a run; "
+        "the direction is maximize or minimize and may be left out of names that end in loss, "
+        "accuracy or reward. Several make a search for a Pareto front",
+    )
+    add("--trials", type=int, default=30, metavar="N", help="finished trials; default: 30")
+    add(
+        "--sampler",
+        choices=SAMPLERS,
+        default="tpe",
+        help="default: tpe. cmaes keeps its state in the study as a pickle: only go on with a "
+        "study whose origin you know",
+    )
+    add(
+        "--pruner",
+        choices=PRUNERS,
+        default="none",
+        help="ends trials that are behind the others at the same step of validation; default: none",
+    )
+    add(
+        "--folder",
+        metavar="FOLDER",
+        help="of the study: its storage, and the output of each trial; default: "
+        "results/tune_ALGORITHM",
+    )
+    add("--jobs", type=int, default=1, metavar="N", help="processes that train; default: 1")
+    add("--threads", type=int, default=1, metavar="N", help="torch's, of each; default: 1")
+    add("--seed", type=int, default=0, metavar="N", help="of the sampler; default: 0")
+    add(
+        "--vary-seed",
+        action="store_true",
+        help="train trial n with the configuration's seed + n. Without it all trials have one "
+        "seed: then two trials differ by their values and not by their luck, but the best one may "
+        "be best for this seed only, so train it again with others",
+    )
+    add(
+        "--max-failures",
+        type=int,
+        default=3,
+        metavar="N",
+        help="failures of one cause that end the search, 0 for never; default: 3",
+    )
+    add("--storage", metavar="URL", help="a database instead of the file study.db in the folder")
+    add("--name", metavar="NAME", help="of the study in the storage; default: the folder's")
+    add(
+        "--grace",
+        type=int,
+        default=60,
+        metavar="SECONDS",
+        help="without a sign of life, after which a trial is given to another process; default: 60",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, 1 after an error, 130 if interrupted."""
+    parser = make_parser()
+    options, overrides = parser.parse_known_args(argv)
+    if misspelt := [text for text in overrides if text.startswith("-")]:
+        parser.error(f"{misspelt[0]}: no such option")
+    again = [parser.prog, *(sys.argv[1:] if argv is None else argv)]
+    return search(options, overrides, shlex.join(again).replace("'python -m", "python -m", 1))
+
+
+def search(options: argparse.Namespace, overrides: Sequence[str], again: str) -> int:
+    """Run a search as the options say.
+
+    Args:
+        options: Of the command.
+        overrides: That all trials share.
+        again: The command, to say how to go on.
+
+    Returns:
+        The exit status.
+    """
+    from nemo_rl_ref.tune.spec import make_spec
+    from nemo_rl_ref.tune.study import (
+        SearchStopped,
+        Settings,
+        Stopped,
+        open_search,
+        run_search,
+    )
+    from nemo_rl_ref.tune.table import Display, describe_result
+    from nemo_rl_ref.utils.config import OverridesError
+
+    folder = options.folder or f"results/tune_{options.algorithm}"
+    names = ["trials", "sampler", "pruner", "seed", "vary_seed", "threads", "max_failures", "storage", "name", "grace"]
+    display = Display()
+    try:
+        spec = make_spec(
+            options.algorithm, options.config, options.space, options.objective, overrides
+        )
+        settings = Settings(**{name: getattr(options, name) for name in names})
+        opened = open_search(spec, settings, folder, listen=display)
+        print(describe_start(opened, options.jobs), flush=True)
+        try:
+            with display:
+                run_search(opened, options.jobs)
+        except Stopped:
+            done = f"{opened.finished()} of {opened.budget} trials are finished"
+            print(f"interrupted; {done}, and nothing is lost. To go on:\n  {again}")
+            return 130
+        except SearchStopped as error:
+            print(f"error: the search ended itself: {error}", file=sys.stderr)
+            print(f"{describe_result(opened)}\nTo go on after mending it:\n  {again}")
+            return 1
+        print(describe_result(opened))
+    except (OverridesError, OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def describe_start(opened: object, jobs: int) -> str:
+    """What is about to be done, in two lines."""
+    settings, spec = opened.settings, opened.spec
+    searched = len(spec.space.distributions())
+    where = settings.storage or opened.folder / "study.db"
+    lines = [
+        f"study {opened.study.study_name}: {searched} keys searched with {settings.sampler}, "
+        f"pruner {settings.pruner}, {jobs} process(es); in {where}"
+    ]
+    if done := opened.finished():
+        lines.append(f"goes on after {done} of {opened.budget} trials")
+    if opened.budget < settings.trials:
+        lines.append(f"the grid has {opened.budget} points, so there are {opened.budget} trials")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
