@@ -113,7 +113,7 @@ def history(
         axes.plot(*zip(*pruned, strict=True), ls="", marker="^", ms=4, mfc="none",
                   mec=LINES[3]["color"], mew=0.8, label="pruned: last value seen")  # fmt: skip
     if failed:
-        axes.plot(failed, [0.02] * len(failed), ls="", marker="x", ms=4.5, mec=LINES[1]["color"],
+        axes.plot(failed, [0.02] * len(failed), ls="", marker="x", ms=4.5, color=LINES[1]["color"],
                   transform=axes.get_xaxis_transform(), label="failed: no value")  # fmt: skip
     if best:
         axes.step(*zip(*best, strict=True), where="post", color=INK, lw=1.4, label="best so far")
@@ -354,7 +354,7 @@ def _svg(figure: Any, name: str) -> str:
     FigureCanvasSVG(figure).print_svg(buffer, metadata=none)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r' (xmlns(:xlink)?|version)="[^"]*"', "", text)
     text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', 'aria-hidden="true" focusable="false"',
                   text, count=1)  # fmt: skip
@@ -362,7 +362,7 @@ def _svg(figure: Any, name: str) -> str:
     text = re.sub(r"font: ([^';]*?)'[^;\"]*", r"font: \1var(--sans)", text)
     text = re.sub(r' id="(?![mpch][0-9a-f]{6,})[^"]*"', "", text)
     for color, variable in VARIABLES.items():
-        text = re.sub(re.escape(color), f"var(--{variable})", text, flags=re.I)
+        text = re.sub(re.escape(color), f"var(--{variable})", text, flags=re.IGNORECASE)
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), text)
     return re.sub(r"\s*\n\s*", "\n", text).strip()
 

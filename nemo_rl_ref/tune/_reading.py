@@ -21,6 +21,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from nemo_rl_ref.tune._figures import Axis
+from nemo_rl_ref.tune.runner import cause_of
 
 #: Below this number of complete trials importances are not shown: PED-ANOVA compares the best tenth
 #: with all, and a tenth of fewer is not a distribution.
@@ -130,11 +131,12 @@ class Reading:
 
     @cached_property
     def failures(self) -> dict[str, list[FrozenTrial]]:
-        """The failed trials by their reason, the most frequent first."""
-        by_reason: dict[str, list[FrozenTrial]] = {}
+        """The failed trials by cause, the most frequent first; the key is the first's reason."""
+        by_cause: dict[str, list[FrozenTrial]] = {}
         for trial in self.of(TrialState.FAIL):
-            by_reason.setdefault(reason(trial), []).append(trial)
-        return dict(sorted(by_reason.items(), key=lambda item: -len(item[1])))
+            by_cause.setdefault(cause_of(reason(trial)), []).append(trial)
+        found = sorted(by_cause.values(), key=len, reverse=True)
+        return {reason(trials[0]): trials for trials in found}
 
     @property
     def seconds(self) -> float | None:

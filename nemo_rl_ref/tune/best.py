@@ -196,6 +196,7 @@ def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> 
         )
     algorithm, path = reading.spec["algorithm"], reading.spec["config"]
     given = list(reading.spec["overrides"])
+    _check_unchanged(reading, path, given)
     values = values_of(trial)
     line = override_line(values, _keys_of_both(path, given, algorithm))
     config = resolved_config(path, [*given, *shlex.split(line)])
@@ -212,6 +213,24 @@ def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> 
     yaml = comment + _dump(config)
     _check_loads(yaml, config)
     return Best(trial.number, scores, values, line, config, yaml, how, command)
+
+
+def _check_unchanged(reading: Reading, path: str, given: Sequence[str]) -> None:
+    """Raise if the configuration is no longer what the study searched."""
+    from nemo_rl_ref.utils.config_keys import flatten_keys
+
+    now = flatten_keys(resolved_config(path, given))
+    then = reading.attributes.get("base") or {}
+    different = [
+        f"{key}: {value!r} then, {now.get(key, 'absent')!r} now"
+        for key, value in then.items()
+        if now.get(key, "absent") != value
+    ]
+    if different:
+        raise ValueError(
+            f"{path} has changed since the study began: {'; '.join(different[:5])}; expected the "
+            "configuration that was searched"
+        )
 
 
 def _keys_of_both(path: str, given: Sequence[str], algorithm: str) -> dict[str, Any]:
@@ -309,7 +328,10 @@ def check_with_nemo_rl(
     from omegaconf import OmegaConf
 
     from nemo_rl_ref.upstream import load_manifest
-    from nemo_rl_ref.utils.config import parse_hydra_overrides, register_omegaconf_resolvers
+    from nemo_rl_ref.utils.config import (
+        parse_hydra_overrides,
+        register_omegaconf_resolvers,
+    )
 
     if algorithm not in NEMO_RL_CONFIGS:
         raise ValueError(f"algorithm: got {algorithm!r}, expected one of {[*NEMO_RL_CONFIGS]}")

@@ -142,11 +142,12 @@ class Reevaluation:
 
     def sentences(self) -> list[str]:
         """What was found, in words."""
-        found = [
+        start = (
             f"{len(self.comparisons)} candidate{'s' * (len(self.comparisons) != 1)} and the "
             f"default, each on {len(self.seeds)} seed{'s' * (len(self.seeds) != 1)} that the "
             f"search did not use, compared by {self.metric} on the same seed."
-        ]
+        )
+        found = [start]
         winner = self.winner
         if winner.mean is None or winner.mean_difference is None:
             return [*found, f"{winner.name} and the default have no seed on which both finished."]

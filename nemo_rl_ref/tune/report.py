@@ -119,7 +119,7 @@ def render(study: Study, *, reevaluation: Any = None, rule: str | None = None) -
     ]
     environment = Environment(
         loader=PackageLoader("nemo_rl_ref.tune", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["breakable"] = _breakable
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -177,20 +177,26 @@ def _versions_here() -> str:
     return ", ".join(found)
 
 
-def _lead(reading: Reading, chosen: FrozenTrial | None) -> str:
+def _states(reading: Reading, noun: bool = False) -> str:
+    """How many trials ended how."""
+    names = {
+        TrialState.COMPLETE: "finished",
+        TrialState.PRUNED: "pruned",
+        TrialState.FAIL: "failed",
+        TrialState.RUNNING: "running",
+        TrialState.WAITING: "waiting",
+    }
     counts = reading.counts()
-    words = [
-        f"{_count(counts[state], 'trial')} {name}"
-        for state, name in (
-            (TrialState.COMPLETE, "finished"),
-            (TrialState.PRUNED, "pruned"),
-            (TrialState.FAIL, "failed"),
-            (TrialState.RUNNING, "running"),
-            (TrialState.WAITING, "waiting"),
-        )
-        if counts[state]
-    ]
-    state = ", ".join(words) + "." if words else "The study has no trials yet."
+    there = [(counts[state], name) for state, name in names.items() if counts[state]]
+    return ", ".join(
+        f"{_count(n, 'trial') if noun and not i else f'{n:,}'} {name}"
+        for i, (n, name) in enumerate(there)
+    )
+
+
+def _lead(reading: Reading, chosen: FrozenTrial | None) -> str:
+    words = _states(reading, noun=True)
+    state = f"{words}." if words else "The study has no trials yet."
     if chosen is None:
         return state
     found = ", ".join(
@@ -299,9 +305,7 @@ def _searched(reading: Reading) -> Section:
     for key in ("sampler", "pruner", "engine", "launcher", "seed"):
         if reading.attributes.get(key) is not None:
             facts.append((key, str(reading.attributes[key])))
-    facts.append(("trials", ", ".join(
-        f"{number:,} {state.name.lower()}" for state, number in sorted(reading.counts().items())
-    ) or "none"))  # fmt: skip
+    facts.append(("trials", _states(reading) or "none"))
     if reading.steps is not None:
         facts.append(("training steps", f"{reading.steps:,}"))
     if reading.seconds is not None:
@@ -383,7 +387,7 @@ def _pareto(reading: Reading, chosen: FrozenTrial | None) -> Section:
         f"{_count(len(front), 'trial')} of {_count(len(reading.finished), 'finished one')} "
         f"{'is' if len(front) == 1 else 'are'} beaten by no other in all objectives at once."
     )))  # fmt: skip
-    pairs = [(i, j) for j in range(len(reading.directions)) for i in range(j + 1, len(reading.directions))]  # fmt: skip  # noqa: E501
+    pairs = [(i, j) for j in range(len(reading.directions)) for i in range(j + 1, len(reading.directions))]  # fmt: skip
     pictures = []
     for i, j in pairs[:6]:
         x, y = reading.value_axis(i), reading.value_axis(j)
@@ -421,7 +425,8 @@ def _failed(reading: Reading) -> Section:
         for why, trials in failures.items()
     ]  # fmt: skip
     section.parts.append(("table", Table(
-        "Reasons", ("reason", "trials", "numbers"), rows, frozenset({1}))))  # fmt: skip
+        "Causes; where only numbers differ, the first reason stands for all",
+        ("reason", "trials", "numbers"), rows, frozenset({1}))))  # fmt: skip
     return section
 
 
@@ -507,19 +512,23 @@ def _importances(reading: Reading) -> Section:
                 "trial."
             )))  # fmt: skip
     if shown:
-        section.parts += [("note", text) for text in (
-            "PED-ANOVA (Watanabe et al. 2023) asks how far the distribution of a parameter in the "
-            "best tenth of the finished trials differs from its distribution in all of them. A "
-            "large share says: to be among the best, this parameter has to lie in a part of its "
-            "range. It does not say how much the value changes, nor in which direction; the "
-            "slices below show that.",
-            "It looks at one parameter at a time, so two that matter only together can both look "
-            "unimportant. A sampler that learns has already drawn most trials from the good part, "
-            "which makes an important parameter look less so than in a random search. A range "
-            "that is too narrow makes any parameter unimportant. Shares add up to 100 % whether or "
-            "not anything matters, so compare them with what chance gives.",
-        )]  # fmt: skip
+        section.parts += [("note", _WHAT_IT_MEANS), ("note", _WHEN_NOT_TO_RELY_ON_IT)]
     return section
+
+
+_WHAT_IT_MEANS = (
+    "PED-ANOVA (Watanabe et al. 2023) asks how far the distribution of a parameter in the best tenth "
+    "of the finished trials differs from its distribution in all of them. A large share says: to be "
+    "among the best, this parameter has to lie in a part of its range. It does not say how much the "
+    "value changes, nor in which direction; the slices below show that."
+)
+_WHEN_NOT_TO_RELY_ON_IT = (
+    "It looks at one parameter at a time, so two that matter only together can both look "
+    "unimportant. A sampler that learns has already drawn most trials from the good part, which "
+    "makes an important parameter look less so than in a random search. A range that is too narrow "
+    "makes any parameter unimportant. Shares add up to 100 % whether or not anything matters, so "
+    "compare them with what chance gives."
+)
 
 
 def _importance_caption(found: Importances) -> str:
@@ -643,12 +652,14 @@ def _trial_table(
     if with_state:
         columns += ["state", "seconds", "steps", "reason of a failure"]
         numbers |= {len(columns) - 3, len(columns) - 2}
-    missing: Callable[[Mapping[str, Any], str], str] = lambda values, name: (  # noqa: E731
+    missing: Callable[[Mapping[str, Any], str], str] = lambda values, name: (
         _value(values[name]) if name in values else "—"
     )
     rows = []
     for t in trials:
-        values = t.values or [None] * len(reading.objectives)
+        # Optuna keeps the last intermediate value of a pruned trial as its value.
+        done = t.state == TrialState.COMPLETE
+        values = t.values if done else [None] * len(reading.objectives)
         row = [str(t.number), *("—" if v is None else _n(v) for v in values)]
         row += [missing(t.params, name) for name in reading.parameters]
         if with_state:
