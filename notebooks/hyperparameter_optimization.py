@@ -671,13 +671,14 @@ values(pruned_reduction=REDUCTION, pruned_replays=400)
 #| label: methods
 METHODS = {
     "random": "random",
+    "tpe+pruning": "TPE, pruned",
     "tpe": "TPE",
     "gp": "Gaussian process",
     "cmaes": "CMA-ES",
-    "tpe+pruning": "TPE, pruned",
 }
 CONTENDERS = {"dpo": list(METHODS), "grpo": ["random", "tpe+pruning"]}
-SEEDS_OF_SEARCH = range(5)
+SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
+BUDGET, SMALL_BUDGET = 24, 16  # whole runs; all methods were given the small one
 
 
 def search_of(task, method, seed):
@@ -688,7 +689,7 @@ def search_of(task, method, seed):
 
 
 def best_so_far(task, runs):
-    """Steps spent and the best end of a whole run until then, after every run."""
+    """Whole runs spent, and the best end of a run that was not pruned, after every run."""
     spent, best, curve = 0, -np.inf, []
     for run in runs:
         spent += run["steps"]
@@ -697,117 +698,127 @@ def best_so_far(task, runs):
     return curve
 
 
+def best_at(curve, budget):
+    """The best when so many whole runs are spent."""
+    return max(best for spent, best in curve if spent <= budget + 1e-9)
+
+
 def when_as_good(curve, target):
     """Whole runs spent until a search was at least as good; infinite if it never was."""
     return next((spent for spent, best in curve if best >= target), np.inf)
 
 
-BUDGET = len(search_of("dpo", "random", 0))
 CURVES = {
-    (task, method): [best_so_far(task, search_of(task, method, seed)) for seed in SEEDS_OF_SEARCH]
+    (task, method): [best_so_far(task, search_of(task, method, seed)) for seed in SEARCHES]
     for task in CONTENDERS
     for method in CONTENDERS[task]
 }
 
 
-def fresh(task, method):
-    """For each search, the mean of its winner over fresh seeds."""
-    again = part(SEARCHED[task], f"again {method}")
-    return [
-        statistics.mean(final(run) for run in again if run["search"] == seed)
-        for seed in SEEDS_OF_SEARCH
-    ]
+def mean_interval(found):
+    """Mean and half its 95 % interval, Student's t over the searches."""
+    half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+    return statistics.mean(found), half
 
 
-RESULTS = {}
-for (task, method), curves in CURVES.items():
-    targets = [curve[-1][1] for curve in CURVES[task, "random"]]
-    shares = [
-        when_as_good(curve, target) / BUDGET for curve, target in zip(curves, targets, strict=True)
-    ]
-    RESULTS[task, method] = {
-        "best": [curve[-1][1] for curve in curves],
-        "fresh": fresh(task, method),
-        "share": shares,
-        "trials": [len(curve) for curve in curves],
-    }
+def shown_interval(found):
+    middle, half = mean_interval(found)
+    return f"{percent(middle)} ± {percent(half)}"
+
 
 # %%
 #| label: methods-table
-
-
-def interval_of(found):
-    """Mean and half the 95 % interval over the searches, in percentage points."""
-    half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
-    return f"{percent(statistics.mean(found))} ± {percent(half)}"
-
-
+SMALL = {key: [best_at(curve, SMALL_BUDGET) for curve in curves] for key, curves in CURVES.items()}
 rows = [
-    "| | | trials | best in the search (%) | its winner, fresh seeds (%) | share of the budget |",
-    "| --- " * 6 + "|",
+    "| DPO, 16 whole runs | best in the search (%) | more than random (points) |",
+    "| --- " * 3 + "|",
 ]
-for (task, method), found in RESULTS.items():
-    share = statistics.median(found["share"])
-    reached = "never" if share == np.inf else f"{share:.0%}"
+for method in CONTENDERS["dpo"]:
+    found = SMALL["dpo", method]
+    more = [a - b for a, b in zip(found, SMALL["dpo", "random"], strict=True)]
     rows.append(
-        f"| {NAMES[task]} | {METHODS[method]} | {statistics.median(found['trials']):.0f} "
-        f"| {interval_of(found['best'])} | {interval_of(found['fresh'])} "
-        f"| {'—' if method == 'random' else reached} |"
+        f"| {METHODS[method]} | {shown_interval(found)} "
+        f"| {'—' if method == 'random' else shown_interval(more)} |"
     )
 Markdown("\n".join(rows))
 
 # %%
 #| label: fig-methods
-#| alt: The best value found so far over the compute spent, a line for each search method, for DPO
-#|   and GRPO.
-#| caption: Medians of five searches. The unit of compute is a whole run.
+#| alt: The best value found so far over the compute spent, a line for each search method, above for
+#|   DPO and below for GRPO. All methods rise steeply in the first runs and then slowly.
+#| caption: Medians of five searches. The unit of compute is a whole run. The horizontal line is what
+#|   random search ends with; the dotted one marks half its budget.
 figure, axes = panels(2, height=3.0)
 places = np.arange(1, BUDGET + 1)
 for axis, task in zip(axes, CONTENDERS, strict=True):
     for line, method in enumerate(METHODS):
         if method not in CONTENDERS[task]:
             continue
-        steps = []
+        until = places if method in CONTENDERS["grpo"] else places[:SMALL_BUDGET]
+        found = []
         for curve in CURVES[task, method]:
             spent, best = np.array(curve).T
-            at = np.searchsorted(spent, places + 1e-9) - 1
-            steps.append(np.where(at >= 0, best[np.maximum(at, 0)], np.nan))
-        middle = np.array([np.median(column) for column in np.array(steps).T])
+            at = np.searchsorted(spent, until + 1e-9) - 1
+            found.append(np.where(at >= 0, best[np.maximum(at, 0)], -np.inf))
+        middle = np.median(found, axis=0)
         shown = np.isfinite(middle)
         axis.plot(
-            places[shown], 100 * middle[shown], label=METHODS[method], markevery=3, **LINES[line]
+            until[shown], 100 * middle[shown], label=METHODS[method], markevery=3, **LINES[line]
         )
-    target = 100 * statistics.median(RESULTS[task, "random"]["best"])
-    axis.axhline(target, color="#777777", linewidth=1)
+    target = statistics.median(best_at(curve, BUDGET) for curve in CURVES[task, "random"])
+    axis.axhline(100 * target, color="#777777", linewidth=1)
     axis.axvline(BUDGET / 2, color="#777777", linewidth=1, linestyle=":")
     axis.set_title(f"Best {POOL[task]['objective']} so far (%), {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
 axes[-1].set_xlabel("compute spent (whole runs)")
+
 # %%
-#| label: methods-numbers
+#| label: claim
+
+
+def fresh(task, method):
+    """For each search, the mean of its winner over fresh seeds."""
+    again = part(SEARCHED[task], f"again {method}")
+    return [
+        statistics.mean(final(run) for run in again if run["search"] == seed) for seed in SEARCHES
+    ]
+
+
+rows = [
+    "| | share of random's compute until as good, five searches | median | random's winner, in the "
+    "search (%) | and with fresh seeds (%) | the pruned search's winner, fresh seeds (%) |",
+    "| --- " * 6 + "|",
+]
+SHARES_SPENT = {}
 for task in CONTENDERS:
-    found, base = RESULTS[task, "tpe+pruning"], RESULTS[task, "random"]
-    share = statistics.median(found["share"])
-    gain = [a - b for a, b in zip(found["fresh"], base["fresh"], strict=True)]
-    half = stats.t.ppf(0.975, len(gain) - 1) * statistics.stdev(gain) / len(gain) ** 0.5
-    curse = [a - b for a, b in zip(base["best"], base["fresh"], strict=True)]
-    reached = sum(one <= 0.5 for one in found["share"])
+    targets = [best_at(curve, BUDGET) for curve in CURVES[task, "random"]]
+    shares = sorted(
+        when_as_good(curve, target) / BUDGET
+        for curve, target in zip(CURVES[task, "tpe+pruning"], targets, strict=True)
+    )
+    SHARES_SPENT[task] = shares
+    shown = ["never" if share == np.inf else f"{share:.0%}" for share in shares]
+    ours, theirs = fresh(task, "tpe+pruning"), fresh(task, "random")
+    gain, half = mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
+    curse, curse_half = mean_interval([a - b for a, b in zip(targets, theirs, strict=True)])
+    rows.append(
+        f"| {NAMES[task]} | {', '.join(shown)} | **{shown[len(shown) // 2]}** "
+        f"| {shown_interval(targets)} | {shown_interval(theirs)} | {shown_interval(ours)} |"
+    )
     values(
         **{
-            f"claim_{task}_share": "never" if share == np.inf else f"{share:.0%}",
-            f"claim_{task}_all": ", ".join(
-                "never" if one == np.inf else f"{one:.0%}" for one in sorted(found["share"])
+            f"claim_{task}_share": shown[len(shown) // 2],
+            f"claim_{task}_reached": sum(share <= 0.5 for share in shares),
+            f"claim_{task}_gain": f"{100 * gain:+.1f}",
+            f"claim_{task}_gain_interval": f"{100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}",
+            f"claim_{task}_curse": f"{100 * curse:+.1f}",
+            f"claim_{task}_curse_interval": (
+                f"{100 * (curse - curse_half):+.1f} to {100 * (curse + curse_half):+.1f}"
             ),
-            f"claim_{task}_reached": reached,
-            f"claim_{task}_gain": f"{100 * statistics.mean(gain):+.1f}",
-            f"claim_{task}_gain_interval": (
-                f"{100 * (statistics.mean(gain) - half):+.1f} to "
-                f"{100 * (statistics.mean(gain) + half):+.1f}"
-            ),
-            f"claim_{task}_curse": percent(statistics.mean(curse)),
         }
     )
-values(methods_budget=BUDGET, methods_searches=len(SEEDS_OF_SEARCH), methods_fresh=3)
+values(methods_budget=BUDGET, methods_small=SMALL_BUDGET, methods_searches=len(SEARCHES))
+Markdown("\n".join(rows))
 
 # %% [markdown]
 # ## KL against reward
@@ -825,58 +836,51 @@ def front_of(points):
     return kept
 
 
-def hypervolume(points, most_kl):
-    """Area that a front dominates, from accuracy 0 and KL `most_kl`; KL on its own scale."""
-    area, edge = 0.0, most_kl
-    for kl, value in reversed(front_of([p for p in points if p[0] <= most_kl])):
-        area += (edge - kl) * value
-        edge = kl
-    return area
-
-
-def points_of(runs):
-    return [(run["kl"], final(run)) for run in runs]
-
-
-random_points = points_of(part(POOL["grpo"], "random"))
-searched_points = points_of(part(GRIDS, "front"))
+random_points = [(run["kl"], final(run)) for run in part(POOL["grpo"], "random")]
 penalties = {}
 for run in part(GRIDS, "penalty"):
     penalties.setdefault(run["values"][PENALTY], []).append((run["kl"], final(run)))
-penalty_means = {penalty: np.mean(points, axis=0) for penalty, points in sorted(penalties.items())}
+penalties = dict(sorted(penalties.items()))
 
 # %%
 #| label: fig-front
-#| alt: Accuracy over the KL divergence to the reference. Above, GRPO runs of a random search and of
-#|   a two-objective search with their fronts. Below, runs that differ in the KL penalty alone; a
-#|   larger penalty lies further left and lower.
-#| caption: Above, every run is a dot and lines are the fronts. Below, squares are means over the
-#|   seeds, dots the runs, numbers the penalty.
+#| alt: Accuracy over the KL divergence to the reference, for GRPO. Above, the runs of the random
+#|   searches and their front, which rises and then ends; many runs with a large KL have an accuracy
+#|   near zero. Below, runs that differ in the KL penalty alone.
+#| caption: Above, every random run is a dot, the line is the front. Below, squares are means over
+#|   the seeds, dots the runs, numbers the penalty.
 figure, (above, below) = panels(2, height=2.9)
-for line, (name, points) in enumerate(
-    (("random", random_points), ("TPE, two objectives", searched_points))
-):
-    style = LINES[line]
-    kl, value = np.array(points).T
-    above.semilogx(kl, 100 * value, style["marker"], color=style["color"], alpha=0.35, markersize=4)
-    kl, value = np.array(front_of(points)).T
-    above.step(
-        kl, 100 * value, where="post", color=style["color"], linestyle=style["linestyle"],
-        label=name,
-    )  # fmt: skip
-above.set_title("val:accuracy (%), GRPO")
-above.legend(fontsize=8)
+kl, value = np.array(random_points).T
+above.semilogx(kl, 100 * value, "o", color=LINES[0]["color"], alpha=0.4, markersize=4)
+kl, value = np.array(front_of(random_points)).T
+above.step([*kl, max(random_points)[0]], [*100 * value, 100 * value[-1]], where="post", color="k")
+above.set_title("val:accuracy (%), 24 steps")
 for penalty, points in penalties.items():
     kl, value = np.array(points).T
     below.plot(kl, 100 * value, "o", color=LINES[0]["color"], alpha=0.5)
-means = np.array(list(penalty_means.values()))
-below.plot(means[:, 0], 100 * means[:, 1], **LINES[1])
-for penalty, (kl, value) in penalty_means.items():
+    kl, value = kl.mean(), 100 * value.mean()
+    below.plot(kl, value, LINES[1]["marker"], color=LINES[1]["color"])
     below.annotate(
-        f"{penalty:g}", (kl, 100 * value), textcoords="offset points", xytext=(6, -10), fontsize=8
+        f"{penalty:g}", (kl, value), textcoords="offset points", xytext=(6, -3), fontsize=9
     )
-below.set_title(f"The same, twice as long, by {PENALTY}", fontsize=9)
+below.set_title(f"val:accuracy (%), 48 steps, by {PENALTY}", fontsize=9)
 below.set_xlabel("KL to the reference (nats an answer)")
+# %%
+#| label: front-table
+BOUNDS = (0.03, 0.1, 0.3, 1.0)
+rows = [
+    "| KL at most (nats) | best accuracy (%) | " + f"`{PENALTY}` | `{RATE}` |",
+    "| --- " * 4 + "|",
+]
+for bound in BOUNDS:
+    allowed = [run for run in part(POOL["grpo"], "random") if run["kl"] <= bound]
+    best = max(allowed, key=final)
+    rows.append(
+        f"| {bound:g} | {percent(final(best))} | {best['values'][PENALTY]:.2g} "
+        f"| {best['values'][RATE]:.2g} |"
+    )
+Markdown("\n".join(rows))
+
 # %% [markdown]
 # ## The learning rate and the width
 
@@ -1119,3 +1123,13 @@ values(
     live_interval=f"{100 * winner.low:+.1f} to {100 * winner.high:+.1f}",
     live_seeds=winner.pairs,
 )
+
+# %%
+#| label: live-report
+from nemo_rl_ref.tune.best import write_yaml
+from nemo_rl_ref.tune.report import write_report
+
+report = write_report(study, folder / "report.html", reevaluation=again)
+config = write_yaml(best, folder / "best.yaml")
+print(f"{report.name}: {report.stat().st_size / 1024:.0f} KiB")
+print(f"{config.name}: {len(config.read_text().splitlines())} lines, loads as NeMo RL loads it")
