@@ -356,8 +356,8 @@ for axis, task in zip(axes, POOL, strict=True):
             axis.plot(found["chance"][key], at, "x", color="#666666", markersize=5)
     shown = [key.split("kwargs.")[-1].split("policy.")[-1] for key in keys]
     axis.set_yticks(range(len(keys)), shown, fontsize=8)
-    axis.set_xscale("symlog", linthresh=0.1)
-    axis.set_xlim(0)
+    most = max(max(IMPORTANCE[task, share]["found"].values()) for share in SHARES)
+    axis.set_xlim(0, 1.7 * most)
     axis.set_title(f"Importance, {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
 # %%
@@ -678,7 +678,8 @@ METHODS = {
 }
 CONTENDERS = {"dpo": list(METHODS), "grpo": ["random", "tpe+pruning"]}
 SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
-BUDGET, SMALL_BUDGET = 24, 16  # whole runs; all methods were given the small one
+BUDGET = 24  # whole runs of a random search
+LIMIT = {"dpo": 16, "grpo": 12}  # of the other searches
 
 
 def search_of(task, method, seed):
@@ -728,17 +729,20 @@ def shown_interval(found):
 
 # %%
 #| label: methods-table
-SMALL = {key: [best_at(curve, SMALL_BUDGET) for curve in curves] for key, curves in CURVES.items()}
-rows = [
-    "| DPO, 16 whole runs | best in the search (%) | more than random (points) |",
-    "| --- " * 3 + "|",
-]
-for method in CONTENDERS["dpo"]:
-    found = SMALL["dpo", method]
-    more = [a - b for a, b in zip(found, SMALL["dpo", "random"], strict=True)]
+rows = ["| | best in the search (%) | more than random (points) | trials |", "| --- " * 4 + "|"]
+SAME = {key: [best_at(curve, LIMIT[key[0]]) for curve in curves] for key, curves in CURVES.items()}
+MORE = {
+    (task, method): [a - b for a, b in zip(found, SAME[task, "random"], strict=True)]
+    for (task, method), found in SAME.items()
+}
+for task, method in SAME:
+    trials = [
+        sum(spent <= LIMIT[task] + 1e-9 for spent, _ in curve) for curve in CURVES[task, method]
+    ]
+    more = "—" if method == "random" else shown_interval(MORE[task, method])
     rows.append(
-        f"| {METHODS[method]} | {shown_interval(found)} "
-        f"| {'—' if method == 'random' else shown_interval(more)} |"
+        f"| {NAMES[task]}, {METHODS[method]} | {shown_interval(SAME[task, method])} | {more} "
+        f"| {statistics.median(trials):.0f} |"
     )
 Markdown("\n".join(rows))
 
@@ -754,7 +758,7 @@ for axis, task in zip(axes, CONTENDERS, strict=True):
     for line, method in enumerate(METHODS):
         if method not in CONTENDERS[task]:
             continue
-        until = places if method in CONTENDERS["grpo"] else places[:SMALL_BUDGET]
+        until = places if method == "random" else places[: LIMIT[task]]
         found = []
         for curve in CURVES[task, method]:
             spent, best = np.array(curve).T
@@ -797,7 +801,8 @@ for task in CONTENDERS:
         for curve, target in zip(CURVES[task, "tpe+pruning"], targets, strict=True)
     )
     SHARES_SPENT[task] = shares
-    shown = ["never" if share == np.inf else f"{share:.0%}" for share in shares]
+    over = f"over {LIMIT[task] / BUDGET:.0%}"
+    shown = [over if share == np.inf else f"{share:.0%}" for share in shares]
     ours, theirs = fresh(task, "tpe+pruning"), fresh(task, "random")
     gain, half = mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
     curse, curse_half = mean_interval([a - b for a, b in zip(targets, theirs, strict=True)])
@@ -817,7 +822,12 @@ for task in CONTENDERS:
             ),
         }
     )
-values(methods_budget=BUDGET, methods_small=SMALL_BUDGET, methods_searches=len(SEARCHES))
+values(
+    methods_budget=BUDGET,
+    methods_limit_dpo=LIMIT["dpo"],
+    methods_limit_grpo=LIMIT["grpo"],
+    methods_searches=len(SEARCHES),
+)
 Markdown("\n".join(rows))
 
 # %% [markdown]

@@ -404,6 +404,20 @@ def test_bench_runs_each_script_and_stops_at_a_failure(checkout):
     assert "ran a" not in output
 
 
+def test_studies_run_in_the_order_that_they_need(checkout):
+    studies = "studies", "-o", "venv", HERE
+    folder = checkout.folder / "tests" / "benchmarks"
+    folder.mkdir(parents=True)
+    for name in ("grids", "pool", "samplers"):
+        (folder / f"search_{name}.py").write_text(f"print('ran {name}')\n")
+    names = [f"tests/benchmarks/search_{name}.py\nran {name}\n" for name in ("pool", "samplers", "grids")]
+    assert checkout.succeed(*studies) == "".join(names)
+    (folder / "search_samplers.py").write_text("raise SystemExit(3)\n")
+    status, output = checkout.make(*studies)
+    assert status != 0
+    assert "ran pool" in output and "ran grids" not in output
+
+
 def test_clean_keeps_the_sources_and_the_environment(fake_tools):
     fake_tools.succeed("venv")
     kept = [".venv/lib/x/__pycache__/m.pyc", "notebooks/a.py", "docs/_static/b.css"]

@@ -4,9 +4,8 @@
     python tests/benchmarks/search_pool.py        # 12 minutes on one core; again to go on
 
 `noise` has one setting with many seeds, `random` five random searches of 24 runs each, every run
-with its validation curve, `long` the first sixteen of these settings again,
-trained three times as long.
-They are written to results/search-pool-dpo.json and results/search-pool-grpo.json.
+with its validation curve, `long` the first twelve of these settings again, trained three times as
+long. They are written to results/search-pool-dpo.json and results/search-pool-grpo.json.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import argparse
 import optuna
 from _search import PENALTY, RATE, SEEDS, TASKS, TRIALS, Store, Trainings, header, write
 
-NOISE_SEEDS, LONG, LONG_RUNS = 12, 3, 16
+NOISE_SEEDS, LONG, LONG_RUNS = 12, 3, 12
 USUAL = {  # settings of the noise measurement, two that a person would compare
     "dpo": ({RATE: 1e-4}, {RATE: 1.5e-4}),
     "grpo": ({RATE: 2e-4, PENALTY: 0.01}, {RATE: 3e-4, PENALTY: 0.01}),
