@@ -26,8 +26,8 @@ BATCH = "policy.train_global_batch_size"
 RATES, BETAS = (3e-5, 1e-4, 3e-4, 6e-4, 1e-3, 2e-3), (0.01, 0.1, 0.5, 1.0, 3.0)
 GRID_SEEDS = range(2)
 EPOCH, EPOCHS = 512, 4
-BATCHES, BATCH_RATES = (8, 32, 128), (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-PENALTIES, PENALTY_SEEDS = (0.0, 0.03, 0.1, 0.3, 1.0), range(2)
+BATCHES, BATCH_RATES = (8, 32, 128), (3e-5, 1e-4, 3e-4, 1e-3)
+PENALTIES = (0.0, 0.03, 0.1, 0.3, 1.0)
 WIDTHS, WIDTH_RATES = (24, 48, 96), (1e-3, 3e-3, 1e-2, 3e-2)
 
 
@@ -55,34 +55,33 @@ def main():
         record = store.get(key, lambda: trainings.run(task, values, seed, **options))
         runs.append({"part": part, **record})
 
-    for seed, rate, beta in itertools.product(GRID_SEEDS, RATES, BETAS):
-        add("rate and beta", DPO, {RATE: rate, BETA: beta}, seed, val_period=DPO.steps)
-
     rows = (WORK / "pairs.train.jsonl").read_text().splitlines(keepends=True)[:EPOCH]
     (WORK / "pairs.epoch.jsonl").write_text("".join(rows))
-    for seed, batch, rate in itertools.product(GRID_SEEDS, BATCHES, BATCH_RATES):
-        add(
-            "batch",
-            DPO,
-            {RATE: rate, BATCH: batch, WARM_UP: max(1, 80 // batch)},
-            seed,
-            steps=EPOCHS * EPOCH // batch,
-            val_period=EPOCH // batch,
-            overrides=[f"data.train.data_path={WORK}/pairs.epoch.jsonl"],
-        )
-    for seed, penalty in itertools.product(PENALTY_SEEDS, PENALTIES):
-        add("penalty", GRPO, {RATE: 2e-4, PENALTY: penalty}, seed, steps=2 * GRPO.steps)
-    for seed, rate, width in itertools.product(GRID_SEEDS, WIDTH_RATES, WIDTHS):
-        override = f"policy.model_name={make_model(width)}"
-        values = {RATE: rate, "width": width}
-        key = f"width {values} {seed}"
-        record = store.get(
-            key,
-            lambda rate=rate, override=override, seed=seed: trainings.run(
-                SFT, {RATE: rate}, seed, overrides=[override]
-            ),
-        )
-        runs.append({"part": "width", **record, "values": values})
+    for seed in GRID_SEEDS:
+        for rate, beta in itertools.product(RATES, BETAS):
+            add("rate and beta", DPO, {RATE: rate, BETA: beta}, seed, val_period=DPO.steps)
+        for batch, rate in itertools.product(BATCHES, BATCH_RATES):
+            add(
+                "batch",
+                DPO,
+                {RATE: rate, BATCH: batch, WARM_UP: max(1, 80 // batch)},
+                seed,
+                steps=EPOCHS * EPOCH // batch,
+                val_period=EPOCH // batch,
+                overrides=[f"data.train.data_path={WORK}/pairs.epoch.jsonl"],
+            )
+        for penalty in PENALTIES:
+            add("penalty", GRPO, {RATE: 2e-4, PENALTY: penalty}, seed, steps=2 * GRPO.steps)
+        for rate, width in itertools.product(WIDTH_RATES, WIDTHS):
+            override = f"policy.model_name={make_model(width)}"
+            values = {RATE: rate, "width": width}
+            record = store.get(
+                f"width {values} {seed}",
+                lambda rate=rate, override=override, seed=seed: trainings.run(
+                    SFT, {RATE: rate}, seed, overrides=[override]
+                ),
+            )
+            runs.append({"part": "width", **record, "values": values})
     columns = {task.name: [task.objective, *task.kept] for task in (DPO, GRPO, SFT)}
     write("grids", {**header(), "columns": columns, "epoch": EPOCH, "runs": runs})
 
