@@ -24,6 +24,7 @@
 #| label: noise-runs
 import itertools
 import statistics
+import warnings
 
 import torch
 from accelerate import Accelerator
@@ -295,6 +296,7 @@ axis.legend()
 import optuna
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 SHARES = {"best half": 0.5, "best fifth": 0.2}  # that PED-ANOVA compares with all runs
 BOOTSTRAPS, SHUFFLES = 40, 25
 
@@ -362,10 +364,26 @@ for axis, task in zip(axes, POOL, strict=True):
 axes[0].legend(fontsize=8, loc="lower right")
 # %%
 #| label: importance-numbers
-for task, share in IMPORTANCE:
-    found = IMPORTANCE[task, share]
-    above = [key for key in found["found"] if found["found"][key] > found["chance"][key]]
-    print(task, share, {key: f"{found['found'][key]:.2f}" for key in above})
+rows = [
+    "| | what sets apart | keys clear of chance | importance, 90 % interval |",
+    "| --- " * 4 + "|",
+]
+CLEAR = {}
+for (task, share), found in IMPORTANCE.items():
+    CLEAR[task, share] = [
+        key for key in found["found"] if found["interval"][key][0] > found["chance"][key]
+    ]
+    shown = [
+        "{:.3f}, {:.3f} to {:.3f}".format(found["found"][key], *found["interval"][key])
+        for key in CLEAR[task, share]
+    ]
+    keys = "<br>".join(f"`{key}`" for key in CLEAR[task, share])
+    rows.append(f"| {NAMES[task]} | the {share} | {keys or 'none'} | {'<br>'.join(shown)} |")
+# What the page says of them.
+assert CLEAR["dpo", "best half"] == [RATE, "dpo.sft_loss_weight"]
+assert set(CLEAR["dpo", "best fifth"]) == {RATE, BETA}
+assert all(CLEAR["grpo", s] == [RATE, "grpo.num_generations_per_prompt"] for s in SHARES)
+Markdown("\n".join(rows))
 
 # %%
 #| label: fig-slices
@@ -390,6 +408,52 @@ for axis, task in zip(axes, POOL, strict=True):
     )
     values(**{f"slice_{task}_low": f"{low:.1g}", f"slice_{task}_high": f"{high:.1g}"})
 axes[-1].set_xlabel(RATE)
+
+# %%
+#| label: fig-other-slices
+#| alt: The objective over the SFT weight and over β for DPO, and over the group size for GRPO, for
+#|   runs with a learning rate that is not too large. DPO's accuracy falls with the SFT weight and
+#|   rises with β; GRPO's falls with the group size.
+#| caption: Random runs with a learning rate below 3e-4. Squares are means of a third of the runs, or
+#|   of a group size, with 95 % intervals.
+SLICES = (
+    ("dpo", "dpo.sft_loss_weight"),
+    ("dpo", BETA),
+    ("grpo", "grpo.num_generations_per_prompt"),
+)
+MEANS = {}
+figure, axes = panels(3, height=2.1)
+for axis, (task, key) in zip(axes, SLICES, strict=True):
+    runs = [run for run in part(POOL[task], "random") if run["values"][RATE] < 3e-4]
+    runs.sort(key=lambda run: run["values"][key])
+    x, y = np.array([(run["values"][key], 100 * final(run)) for run in runs]).T
+    axis.semilogx(x, y, "o", color=LINES[0]["color"], alpha=0.5, markersize=3.5)
+    groups = (
+        [x == one for one in sorted(set(x))]
+        if len(set(x)) < 6
+        else [np.isin(np.arange(len(x)), third) for third in np.array_split(np.arange(len(x)), 3)]
+    )
+    MEANS[key] = []
+    for group in groups:
+        middle, half = y[group].mean(), stats.sem(y[group]) * stats.t.ppf(0.975, group.sum() - 1)
+        MEANS[key].append((middle, half))
+        at = np.exp(np.log(x[group]).mean())
+        axis.errorbar(at, middle, half, capsize=4, color=LINES[1]["color"], marker="s")
+    if len(groups) == 4:
+        axis.set_xticks(sorted(set(x)), [f"{one:.0f}" for one in sorted(set(x))])
+        axis.minorticks_off()
+    axis.set_title(f"{NAMES[task]} (%) over {key}", fontsize=9)
+
+# %%
+#| label: slice-numbers
+for (task, key), name in zip(SLICES, ("sft", "beta", "groups"), strict=True):
+    (first, first_half), (last, last_half) = MEANS[key][0], MEANS[key][-1]
+    values(
+        **{
+            f"slice_{name}_first": f"{first:.1f} ± {first_half:.1f}",
+            f"slice_{name}_last": f"{last:.1f} ± {last_half:.1f}",
+        }
+    )
 
 # %% [markdown]
 # ## Learning rate and β

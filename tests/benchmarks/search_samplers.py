@@ -5,8 +5,8 @@
 
 A search may spend as many optimizer steps as 16 whole runs for DPO: TPE, TPE with successive halving,
 a Gaussian process, CMA-ES; and as 12 for GRPO: TPE with successive halving. Random search, with 24
-runs, is the part `random` of search_pool.py. The best settings of the random and of the pruned
-searches are trained again with three fresh seeds.
+runs, is the part `random` of search_pool.py. The best settings of DPO's random and pruned searches are
+trained again with three fresh seeds.
 They are written to results/search-samplers-dpo.json and results/search-samplers-grpo.json.
 """
 
@@ -125,7 +125,7 @@ def main():
         for seed in SEEDS:
             found = search(task, method, trials, seed, trainings, store)
             runs[task.name] += found
-            if method == "tpe+pruning":
+            if task is DPO and method == "tpe+pruning":
                 again(task, method, seed, found)
                 again(task, "random", seed, random_search(task, seed))
     for task in TASKS.values() if only is None else ():
