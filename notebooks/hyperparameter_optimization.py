@@ -411,49 +411,50 @@ axes[-1].set_xlabel(RATE)
 
 # %%
 #| label: fig-other-slices
-#| alt: The objective over the SFT weight and over β for DPO, and over the group size for GRPO, for
-#|   runs with a learning rate that is not too large. DPO's accuracy falls with the SFT weight and
-#|   rises with β; GRPO's falls with the group size.
-#| caption: Random runs with a learning rate below 3e-4. Squares are means of a third of the runs, or
+#| alt: The objective over the ratio of SFT weight and β, and over β, for DPO, and over the group size
+#|   for GRPO, for runs with a learning rate that is not too large. DPO's accuracy falls where the
+#|   ratio is above eight and rises with β; GRPO's falls with the group size.
+#| caption: Random runs with a learning rate below 3e-4. Squares are means of a fifth of the runs, or
 #|   of a group size, with 95 % intervals.
-SLICES = (
-    ("dpo", "dpo.sft_loss_weight"),
-    ("dpo", BETA),
-    ("grpo", "grpo.num_generations_per_prompt"),
-)
-MEANS = {}
+SFT, GROUPS = "dpo.sft_loss_weight", "grpo.num_generations_per_prompt"
+SLICES = {
+    "DPO (%) over sft_loss_weight / reference_policy_kl_penalty": (
+        "dpo", lambda run: run["values"][SFT] / run["values"][BETA]
+    ),
+    "DPO (%) over reference_policy_kl_penalty": ("dpo", lambda run: run["values"][BETA]),
+    "GRPO (%) over num_generations_per_prompt": ("grpo", lambda run: run["values"][GROUPS]),
+}  # fmt: skip
+MEANS = []
 figure, axes = panels(3, height=2.1)
-for axis, (task, key) in zip(axes, SLICES, strict=True):
+for axis, (title, (task, value)) in zip(axes, SLICES.items(), strict=True):
     runs = [run for run in part(POOL[task], "random") if run["values"][RATE] < 3e-4]
-    runs.sort(key=lambda run: run["values"][key])
-    x, y = np.array([(run["values"][key], 100 * final(run)) for run in runs]).T
+    runs.sort(key=value)
+    x, y = np.array([(value(run), 100 * final(run)) for run in runs]).T
     axis.semilogx(x, y, "o", color=LINES[0]["color"], alpha=0.5, markersize=3.5)
-    groups = (
-        [x == one for one in sorted(set(x))]
-        if len(set(x)) < 6
-        else [np.isin(np.arange(len(x)), third) for third in np.array_split(np.arange(len(x)), 3)]
-    )
-    MEANS[key] = []
-    for group in groups:
-        middle, half = y[group].mean(), stats.sem(y[group]) * stats.t.ppf(0.975, group.sum() - 1)
-        MEANS[key].append((middle, half))
-        at = np.exp(np.log(x[group]).mean())
-        axis.errorbar(at, middle, half, capsize=4, color=LINES[1]["color"], marker="s")
-    if len(groups) == 4:
+    if task == "grpo":
+        groups = [np.flatnonzero(x == one) for one in sorted(set(x))]
         axis.set_xticks(sorted(set(x)), [f"{one:.0f}" for one in sorted(set(x))])
         axis.minorticks_off()
-    axis.set_title(f"{NAMES[task]} (%) over {key}", fontsize=9)
+    else:
+        groups = np.array_split(np.arange(len(x)), 5)
+    MEANS.append([])
+    for group in groups:
+        middle = y[group].mean()
+        half = stats.sem(y[group]) * stats.t.ppf(0.975, len(group) - 1)
+        MEANS[-1].append(f"{middle:.1f} ± {half:.1f}")
+        at = np.exp(np.log(x[group]).mean())
+        axis.errorbar(at, middle, half, capsize=4, color=LINES[1]["color"], marker="s")
+    axis.set_title(title, fontsize=9)
 
 # %%
 #| label: slice-numbers
-for (task, key), name in zip(SLICES, ("sft", "beta", "groups"), strict=True):
-    (first, first_half), (last, last_half) = MEANS[key][0], MEANS[key][-1]
-    values(
-        **{
-            f"slice_{name}_first": f"{first:.1f} ± {first_half:.1f}",
-            f"slice_{name}_last": f"{last:.1f} ± {last_half:.1f}",
-        }
-    )
+values(
+    **{
+        f"slice_{name}_{end}": means[at]
+        for name, means in zip(("ratio", "beta", "groups"), MEANS, strict=True)
+        for end, at in (("first", 0), ("last", -1))
+    }
+)
 
 # %% [markdown]
 # ## Learning rate and β
