@@ -4,7 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help html test serve notebooks bench studies clean distclean venv
+.PHONY: help html test serve notebooks bench studies gpu clean distclean venv
 
 # Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
 #   PYTHON        the interpreter that makes .venv
@@ -12,6 +12,7 @@ SHELL := /bin/sh
 SPHINXOPTS ?=
 PYTESTARGS ?=
 PORT ?= 8000
+GPUSTEPS ?=
 
 # What another active environment would bring in. IPython, for one, puts VIRTUAL_ENV on its path.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX JUPYTER_PATH
@@ -61,6 +62,9 @@ studies: venv ## run the searches that the site shows, about an hour; goes on wh
 		echo "tests/benchmarks/search_$$script.py"; \
 		OMP_NUM_THREADS=1 $(PY) "tests/benchmarks/search_$$script.py" || exit 1; \
 	done
+
+gpu: venv ## on a GPU: test the kernels, execute the notebooks, run the benchmarks
+	@$(PY) .ci/gpu.py $(GPUSTEPS)
 
 clean: ## remove what was built; .venv stays
 	@rm -rf _build build .pytest_cache .hypothesis .coverage htmlcov ./*.egg-info

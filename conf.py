@@ -96,6 +96,7 @@ equation_chapters = {
     f"{THEORY}/scaling": "7",
     "advanced/algorithm-development/custom-dpo": "8",
     "core-design/design-principles/loss-functions": "9",
+    "advanced/performance/fused-kernels": "10",
 }
 
 bibtex_bibfiles = ["docs/references.bib"]

@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of given tokens, and entropies, without a float32 copy of the logits."""
+"""Log-probabilities of given tokens, and entropies, without a float32 copy of the logits.
+
+:func:`token_logprobs` starts from logits, :func:`linear_token_logprobs` from hidden states and the
+language-model head, and never holds all logits. Where the tensors are on CUDA they run the CUDA
+kernels of :mod:`nemo_rl_ref.kernels`, elsewhere plain PyTorch; the argument ``backend`` and the
+environment variable ``NEMO_RL_REF_BACKEND`` choose otherwise.
+"""
 
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from nemo_rl_ref import _linear_logprobs as _linear
+from nemo_rl_ref.kernels import _token_logprobs as _kernel
+from nemo_rl_ref.kernels.backend import use_kernels
 
 #: Targets with this value are left out: log-probability 0, entropy 0, no gradient.
 IGNORE_INDEX = -100
@@ -25,6 +35,8 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    inplace_backward: bool = False,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Log-probability of each target under softmax(logits / temperature), in nats.
 
@@ -32,10 +44,12 @@ def token_logprobs(
         \log p_y = z_y - \log \sum_v e^{z_v}, \qquad H = -\sum_v p_v \log p_v,
         \qquad z = \text{logits} / T
 
-    The logits are worked on in pieces, in float32, forward and backward. Beyond inputs, outputs
-    and the gradient of the logits, the memory is that of a few pieces, whatever the number of
-    rows. Nothing of the size of the logits is saved for backward but the logits themselves, so do
-    not change them in place before it. First derivatives only.
+    On CUDA one kernel reads every logit once, forward, with the entropy in the same pass, and
+    another reads it once and writes its gradient once, backward. Plain PyTorch works on the logits
+    in pieces. Both compute in float32. Beyond inputs, outputs and the gradient of the logits, the
+    memory is that of a few pieces, whatever the number of rows. Nothing of the size of the logits
+    is saved for backward but the logits themselves, so do not change them in place before it.
+    First derivatives only.
 
     To score ``input_ids`` with the model's own ``logits`` (B, S, V), pass ``logits[:, :-1]``,
     which is not copied, and ``input_ids[:, 1:]``. Or pass all logits and ``input_ids`` shifted to
@@ -53,6 +67,14 @@ def token_logprobs(
         temperature: T, finite and positive. The logits are divided by it in
             the precision of the result.
         return_entropy: also return the entropy of softmax(logits / T), differentiable.
+        inplace_backward: the gradient of the logits overwrites the logits, which saves memory of
+            their size. For logits that nothing reads after this call; PyTorch raises an error if
+            a backward pass needs what was overwritten. Logits that share memory among themselves
+            (expanded ones) are not overwritten.
+        backend: "cuda" for the CUDA kernels, "torch" for plain PyTorch, None for what the
+            environment variable ``NEMO_RL_REF_BACKEND`` says, and without it for the kernels
+            where the tensors are on CUDA. Logits whose columns do not lie side by side are slow
+            in the kernels.
 
     Returns:
         (...), float32, or float64 for float64 logits: the log-probabilities, or a pair of them
@@ -61,44 +83,142 @@ def token_logprobs(
     Raises:
         TypeError: if `logits` is not of a dtype above or `targets` is not int64.
         ValueError: if the shapes do not fit, the devices differ, a target is out of range or
-            the temperature is not finite and positive.
+            the temperature is not finite and positive, or `backend` is unknown or does not fit
+            the tensors.
+        nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
+            compiles them is missing.
     """
     _check(logits, targets, temperature)
+    kernels = use_kernels(backend, logits.device)
+    if kernels or torch.compiler.is_compiling():
+        options = (temperature, return_entropy, inplace_backward, kernels)
+        outputs = _token_logprobs_op(logits, targets, *options)
+        return outputs[:2] if return_entropy else outputs[0]
+
     # On CPU one pass over the targets says whether they are legal and whether -100 occurs.
     has_ignored = True
     if targets.device.type == "cpu":
         has_ignored = _check_targets(targets, logits.shape[-1])
 
     if torch.is_grad_enabled() and logits.requires_grad:
-        outputs = _TokenLogprobs.apply(logits, targets, temperature, return_entropy, has_ignored)
+        options = (temperature, return_entropy, has_ignored, inplace_backward)
+        outputs = _TokenLogprobs.apply(logits, targets, *options)
     else:
         outputs = _forward(logits, targets, temperature, return_entropy, has_ignored)
     return outputs if return_entropy else outputs[0]
 
 
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    max_extra_bytes: int = 512 << 20,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-probability of each target from hidden states and the language-model head, in nats.
+
+    What ``token_logprobs(hidden @ weight.T + bias, targets)`` computes, in the same precision,
+    without holding the logits of all rows and tokens, neither forward nor backward:
+
+    .. math::
+        \log p_y = z_y - \log \sum_v e^{z_v}, \qquad
+        z = \tfrac{1}{T}\, c \tanh\!\left(\tfrac{1}{c} (W h + b)\right)
+
+    (without a cap c, z is (W h + b) / T). The logits are made in tiles by PyTorch's matrix
+    products and used up at once. Two numbers a row are kept for backward, which makes the logits
+    again, so that forward and backward take four matrix products instead of three. The gradient
+    of the weight is summed in float32 inside a matrix product and rounded once; there is no float32
+    copy of it. First derivatives only.
+
+    Args:
+        hidden: (..., H), float32, bfloat16, float16 or float64. Leading dimensions that cannot be
+            seen as one, such as those of ``hidden[:, :-1]``, cost a copy; pass all positions and
+            targets of -100 instead.
+        weight: (V, H), of the same dtype: the head's weight, as in `torch.nn.Linear`.
+        targets: (...), int64, in [0, V), or -100 to leave a position out, as for
+            :func:`token_logprobs`.
+        bias: (V,), of the same dtype, or None.
+        temperature: T, finite and positive.
+        logit_softcap: c, finite and positive, as Gemma 2 caps its logits; or None for no cap.
+        max_extra_bytes: how much memory forward and backward may each take at once beyond the
+            inputs, what is returned and what is kept for backward: tiles of logits, the
+            float32 sum of the gradient of the hidden states where they are in 16 bits, and 128
+            bytes a row. Workspaces of the matrix products are not in it. More memory than needed
+            is not taken, and on a CPU only what fits the cache.
+        return_entropy: also return the entropy of the softmax, differentiable.
+        backend: as for :func:`token_logprobs`.
+
+    Under autocast, hidden states, weight and bias are converted to its dtype first, as
+    `torch.nn.Linear` does.
+
+    Returns:
+        (...), float32, or float64 for float64 inputs: the log-probabilities, or a pair of them
+        and the entropies.
+
+    Raises:
+        TypeError: if `hidden` is not of a dtype above, `weight` or `bias` is of another one, or
+            `targets` is not int64.
+        ValueError: if shapes or devices do not fit, a target is out of range (on CPU), the
+            temperature or the cap is not finite and positive, `max_extra_bytes` is too small (the
+            message says for how much it would be enough), or `backend` is unknown or does not fit
+            the tensors.
+        nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
+            compiles them is missing.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    _check_linear(hidden, weight, targets, bias, temperature, logit_softcap)
+    kernels = use_kernels(backend, hidden.device)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    _linear.check_extra_bytes(rows, weight, logit_softcap, max_extra_bytes, return_entropy, kernels)
+    logprobs, entropy, _ = _linear.linear_token_logprobs_op(
+        rows,
+        weight,
+        targets.reshape(-1),
+        bias,
+        temperature,
+        logit_softcap,
+        max_extra_bytes,
+        return_entropy,
+        kernels,
+    )
+    logprobs = logprobs.view(targets.shape)
+    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, targets, temperature, return_entropy, has_ignored):
+    def forward(ctx, logits, targets, temperature, return_entropy, has_ignored, inplace):
         logprobs, entropy = _forward(logits, targets, temperature, return_entropy, has_ignored)
         ctx.save_for_backward(logits, targets, entropy)
         ctx.temperature = temperature
         ctx.has_ignored = has_ignored
+        ctx.inplace = inplace
         ctx.set_materialize_grads(False)  # an output that the loss does not use stays None
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
         if grad_logprobs is None and grad_entropy is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         logits, targets, entropy = ctx.saved_tensors
         if grad_entropy is None:
             entropy = None
         tensors = (logits, targets, grad_logprobs, entropy, grad_entropy)
         with torch.no_grad():
-            grad = _backward(tensors, ctx.temperature, ctx.has_ignored)
+            out = logits.detach() if ctx.inplace and not _overlaps(logits) else None
+            grad = _backward(tensors, ctx.temperature, ctx.has_ignored, out)
         if torch.is_grad_enabled():  # with create_graph=True
             grad = _NoSecondDerivative.apply(grad, logits)
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -145,13 +265,19 @@ def _forward_piece(
     return logprobs, entropy
 
 
-def _backward(tensors: tuple[Tensor | None, ...], temperature: float, has_ignored: bool) -> Tensor:
+def _backward(
+    tensors: tuple[Tensor | None, ...],
+    temperature: float,
+    has_ignored: bool,
+    out: Tensor | None = None,
+) -> Tensor:
     """Gradient of the logits, `tensors[0]`, from the arguments of `_backward_piece`."""
     logits = tensors[0]
     pieces = _pieces(logits)
     if len(pieces) == 1:
-        return _backward_piece(*tensors, temperature, has_ignored).to(logits.dtype)
-    grad = torch.empty_like(logits)
+        grad = _backward_piece(*tensors, temperature, has_ignored).to(logits.dtype)
+        return grad if out is None else out.copy_(grad)
+    grad = torch.empty_like(logits) if out is None else out
     for piece in pieces:
         part = (None if tensor is None else tensor[piece] for tensor in tensors)
         grad[piece] = _backward_piece(*part, temperature, has_ignored)
@@ -192,6 +318,140 @@ def _backward_piece(
     if has_ignored:
         grad.masked_fill_(ignored, 0.0)  # a fill, because a NaN times 0 would stay
     return grad
+
+
+# ---- The same as operators, for the CUDA kernels and for torch.compile ----
+
+
+@torch.library.custom_op("nemo_rl_ref::token_logprobs", mutates_args=())
+def _token_logprobs_op(
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    return_entropy: bool,
+    inplace_backward: bool,
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies, and what the backward kernel needs of the softmax.
+
+    The second is empty if it is not asked for. The third is (2, ...), the largest logit and the
+    sum of the exponentials relative to it, or empty without kernels.
+    """
+    logprobs, entropy, state = _empty_outputs(logits, targets, return_entropy, kernels)
+    if kernels:
+        outputs = (logprobs, entropy if return_entropy else None, *state)
+        _kernel.forward(logits, targets, outputs, temperature=temperature)
+        return logprobs, entropy, state
+    has_ignored = targets.device.type != "cpu" or _check_targets(targets, logits.shape[-1])
+    logprobs, values = _forward(logits, targets, temperature, return_entropy, has_ignored)
+    return logprobs, entropy if values is None else values, state
+
+
+def _empty_outputs(
+    logits: Tensor, targets: Tensor, return_entropy: bool, kernels: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, shape = _work_dtype(logits), targets.shape
+    logprobs = torch.empty(shape, dtype=dtype, device=logits.device)
+    entropy = torch.empty(shape if return_entropy else (0,), dtype=dtype, device=logits.device)
+    state = torch.empty((2, *shape) if kernels else (0,), dtype=dtype, device=logits.device)
+    return logprobs, entropy, state
+
+
+@_token_logprobs_op.register_fake
+def _(logits, targets, temperature, return_entropy, inplace_backward, kernels):
+    return _empty_outputs(logits, targets, return_entropy, kernels)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, targets, ctx.temperature, ctx.return_entropy, ctx.inplace, ctx.kernels = inputs
+    _, entropy, state = output
+    ctx.save_for_backward(logits, targets, entropy, state)
+    ctx.mark_non_differentiable(state)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_logprobs, grad_entropy, _):
+    if not ctx.return_entropy:
+        grad_entropy = None
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, None, None, None, None
+    logits, targets, entropy, state = ctx.saved_tensors
+    others = (targets, entropy, state, grad_logprobs, grad_entropy, ctx.temperature, ctx.kernels)
+    if ctx.inplace and not _overlaps(logits):
+        grad = logits.detach()
+        _token_logprobs_backward_inplace_op(grad, *others)
+    else:
+        grad = _token_logprobs_backward_op(logits, *others)
+    return grad, None, None, None, None, None
+
+
+_token_logprobs_op.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+@torch.library.custom_op("nemo_rl_ref::token_logprobs_backward", mutates_args=())
+def _token_logprobs_backward_op(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    kernels: bool,
+) -> Tensor:
+    """The gradient of the logits."""
+    grad = torch.empty_like(logits)
+    _gradient_into(
+        grad, logits, targets, entropy, state, grad_logprobs, grad_entropy, temperature, kernels
+    )
+    return grad
+
+
+@_token_logprobs_backward_op.register_fake
+def _(logits, *_):
+    return torch.empty_like(logits)
+
+
+def _raise_at_second_derivative(ctx, grad):
+    raise RuntimeError("token_logprobs has no second derivative: it was differentiated twice")
+
+
+_token_logprobs_backward_op.register_autograd(_raise_at_second_derivative)
+
+
+@torch.library.custom_op("nemo_rl_ref::token_logprobs_backward_inplace", mutates_args=("logits",))
+def _token_logprobs_backward_inplace_op(
+    logits: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    state: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    kernels: bool,
+) -> None:
+    """The gradient of the logits, written over them."""
+    _gradient_into(
+        logits, logits, targets, entropy, state, grad_logprobs, grad_entropy, temperature, kernels
+    )
+
+
+def _gradient_into(
+    grad, logits, targets, entropy, state, grad_logprobs, grad_entropy, temperature, kernels
+):
+    if kernels:
+        results, grads = (*state, entropy), (grad_logprobs, grad_entropy)
+        _kernel.backward(logits, targets, results, grads, grad, temperature=temperature)
+        return
+    tensors = (logits, targets, grad_logprobs, entropy, grad_entropy)
+    _backward(tensors, temperature, has_ignored=True, out=grad)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as those of an expanded tensor do."""
+    return any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _finite(logp: Tensor) -> Tensor:
@@ -251,6 +511,46 @@ def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
         raise ValueError(f"targets is on {targets.device}, expected the logits' {logits.device}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
+
+
+def _check_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+) -> None:
+    if hidden.dtype not in _DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise TypeError(f"hidden has dtype {hidden.dtype}, expected one of {names}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets has dtype {targets.dtype}, expected torch.int64")
+    if not hidden.ndim:
+        raise ValueError("hidden has shape (), expected (..., H)")
+    size = hidden.shape[-1]
+    if weight.ndim != 2 or weight.shape[1] != size or not weight.shape[0]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, {size}) with V > 0")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, expected that of hidden without its last "
+            f"dimension, {tuple(hidden.shape[:-1])}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    for name, tensor in (("weight", weight), ("bias", bias), ("targets", targets)):
+        if tensor is None:
+            continue
+        if name != "targets" and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected hidden's {hidden.dtype}")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected hidden's {hidden.device}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
+    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
+        raise ValueError(
+            f"logit_softcap is {logit_softcap}, expected a finite number above 0 or None"
+        )
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> bool:

@@ -341,7 +341,8 @@ def estimate(model: Model, step: Step) -> Estimate:
 
     - forward, log-probabilities: all activations, and what forward holds of the logits;
     - backward, log-probabilities: the same with what backward holds;
-    - backward, LM head: activations, the logits' gradient `b T V`, the head's new gradient `V H`;
+    - backward, LM head: activations, the logits' gradient `b T V` or what ``linear_token_logprobs``
+      uses, the new gradients of the head `V H` and of the hidden states `T H`;
     - backward, last layer: activations of the layers; with checkpointing what is built again; the
       gradients of gate, up and their product less the product itself, `2 b T F`, of the layer's
       output and of one weight. FSDP2 holds the layer's weights in ``precision``;
@@ -470,7 +471,7 @@ def _logit_bytes(step: Step, tokens: int, V: int, b: int) -> tuple[int, int, int
         forward = max(convert, all_logits + pieces)
         return forward, max(all_logits + logits + pieces, cut, convert), product
     extra = min(step.max_extra_bytes, 3 * logits)
-    return extra, extra, 0
+    return extra, 0, extra  # backward makes the gradients of hidden states and head beside it
 
 
 def measure_peak(run: Callable[[], Any], device: str | torch.device = "cpu") -> int:

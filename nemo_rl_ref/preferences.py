@@ -98,9 +98,7 @@ def preference_batches(
         )
     order = list(range(len(pairs)))
     if seed is not None:
-        order = torch.randperm(
-            len(pairs), generator=torch.Generator().manual_seed(seed)
-        ).tolist()
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         if drop_last and len(rows) < batch_size:

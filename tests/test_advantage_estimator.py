@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_rl_ref.algorithms._gae import discounted_suffix_sums, masked_gae
+from nemo_rl_ref.algorithms._recurrence import discounted_suffix_sums, masked_gae
 from nemo_rl_ref.algorithms.advantage_estimator import (
     AdvEstimatorConfig,
     GDPOAdvantageEstimator,

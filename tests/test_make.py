@@ -278,7 +278,9 @@ def test_a_foreign_venv_is_left_alone(fake_tools):
 
 
 def test_missing_requirements_file(fake_tools):
-    assert fake_tools.fail("venv", "REQUIREMENTS=x.txt") == "error: REQUIREMENTS=x.txt is not a file"
+    assert (
+        fake_tools.fail("venv", "REQUIREMENTS=x.txt") == "error: REQUIREMENTS=x.txt is not a file"
+    )
 
 
 def test_another_active_environment_does_not_reach_python(fake_tools):
@@ -293,8 +295,13 @@ def test_real_pip_installs_here_whatever_the_users_settings(checkout):
     wheel = checkout.folder / "tiny-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("tiny.py", "value = 7\n")
-        archive.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
-        archive.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(
+            "tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n"
+        )
+        archive.writestr(
+            "tiny-1.0.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         archive.writestr("tiny-1.0.dist-info/RECORD", "")
     (checkout.folder / "requirements.txt").write_text("--no-index\n./tiny-1.0-py3-none-any.whl\n")
     (checkout.folder / "nemo_rl_ref.py").touch()
@@ -343,11 +350,15 @@ def test_the_first_python_that_fits_is_taken(fake_tools):
     path = bare_path(fake_tools)
     python = fake_tools.env.pop("PYTHON")
     fake_tools.env["PATH"] = str(path)
-    assert fake_tools.fail("venv") == f"error: no Python found; {NEEDS}: install one, or name it " \
+    assert (
+        fake_tools.fail("venv") == f"error: no Python found; {NEEDS}: install one, or name it "
         "with PYTHON=/path/to/python"
+    )
     disguised(path / "python3", version("3.9.6"))
     disguised(path / "python", version("2.7.18"))
-    assert "error: python3 is Python 3.9.6; python is Python 2.7.18; this" in fake_tools.fail("venv")
+    assert "error: python3 is Python 3.9.6; python is Python 2.7.18; this" in fake_tools.fail(
+        "venv"
+    )
     (path / "python3.12").symlink_to(python)
     assert "Making .venv" in fake_tools.succeed("venv")
 
@@ -382,7 +393,9 @@ def test_notebooks_are_written_without_outputs(checkout):
     source.write_text("# %% [markdown]\n# Text\n\n# %%\n#| label: one\n1 + 1\n")
     output = checkout.succeed("notebooks", "-o", "venv", HERE)
     assert output == "_build/ipynb/two words.ipynb\n"
-    cells = json.loads((checkout.folder / "_build" / "ipynb" / "two words.ipynb").read_text())["cells"]
+    cells = json.loads((checkout.folder / "_build" / "ipynb" / "two words.ipynb").read_text())[
+        "cells"
+    ]
     assert [cell["cell_type"] for cell in cells] == ["markdown", "code"]
     assert "".join(cells[1]["source"]) == "#| label: one\n1 + 1"
     assert cells[1]["outputs"] == []
@@ -410,12 +423,85 @@ def test_studies_run_in_the_order_that_they_need(checkout):
     folder.mkdir(parents=True)
     for name in ("grids", "pool", "samplers"):
         (folder / f"search_{name}.py").write_text(f"print('ran {name}')\n")
-    names = [f"tests/benchmarks/search_{name}.py\nran {name}\n" for name in ("pool", "samplers", "grids")]
+    names = [
+        f"tests/benchmarks/search_{name}.py\nran {name}\n" for name in ("pool", "samplers", "grids")
+    ]
     assert checkout.succeed(*studies) == "".join(names)
     (folder / "search_samplers.py").write_text("raise SystemExit(3)\n")
     status, output = checkout.make(*studies)
     assert status != 0
     assert "ran pool" in output and "ran grids" not in output
+
+
+@pytest.fixture
+def gpu_checkout(checkout: Checkout) -> Checkout:
+    """A checkout in which PyTorch and the kernels' loader are stand-ins that report a GPU."""
+    files = {
+        "torch.py": "import types\n__version__ = '9.9'\ndevice = str\n"
+        "version = types.SimpleNamespace(cuda='13.0')\n"
+        "cuda = types.SimpleNamespace(is_available=lambda: True)\n",
+        "nemo_rl_ref/__init__.py": "",
+        "nemo_rl_ref/kernels/__init__.py": "",
+        "nemo_rl_ref/kernels/loader.py": "def unavailable(device): return None\n",
+        "requirements-gpu.txt": "# peers\nno-such-peer==1.0  # a peer\n",
+        "tests/kernels/test_one.py": "def test_one(): pass\n",
+        "tests/kernels/sanitized_calls.py": "",
+        "tests/benchmarks/bench_one.py": "import sys; print('bench', *sys.argv[1:])\n",
+        "notebooks/one.py": "print('notebook one')\n",
+        "notebooks/two.py": "print('notebook two')\n",
+    }
+    for name, text in files.items():
+        path = checkout.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    checkout.path = bare_path(checkout)
+    checkout.env["PATH"] = str(checkout.path)
+    return checkout
+
+
+GPU = "gpu", "-o", "venv", HERE
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("torch.py", ("cuda='13.0'", "cuda=None"), "PyTorch 9.9 was built without CUDA"),
+        ("torch.py", ("True", "False"), "PyTorch 9.9 sees no GPU; does nvidia-smi list one?"),
+        ("nemo_rl_ref/kernels/loader.py", ("None", "'it is too old'"), "it is too old"),
+    ],
+)
+def test_gpu_says_in_one_line_what_is_missing(gpu_checkout, file, text, reason):
+    path = gpu_checkout.folder / file
+    path.write_text(path.read_text().replace(*text))
+    assert gpu_checkout.fail(*GPU) == f"error: no GPU to run on: {reason}"
+    assert "notebook" not in gpu_checkout.make(*GPU)[1]
+
+
+def test_gpu_runs_all_steps_and_names_what_failed(gpu_checkout):
+    output = gpu_checkout.succeed(*GPU)
+    assert "1 passed" in output
+    assert "left out: compute-sanitizer is not on the path" in output
+    assert "absent peers: no-such-peer 1.0: pip install -r requirements-gpu.txt" in output
+    assert "notebook one\n" in output
+    assert "bench --write\n" in output
+    report = 'echo "sanitizer $*"; case $* in *racecheck*) exit 1;; esac'
+    program(gpu_checkout.path / "compute-sanitizer", report)
+    (gpu_checkout.folder / "notebooks" / "one.py").write_text("raise SystemExit(3)\n")
+    status, output = gpu_checkout.make(*GPU)
+    assert status != 0
+    assert "sanitizer --error-exitcode 1 --tool memcheck" in output
+    assert "notebook two\n" in output
+    summary = [line.split("s  ")[-1] for line in output.splitlines() if line.startswith("failed")]
+    assert summary == ["compute-sanitizer racecheck", "notebooks/one.py"]
+
+
+def test_gpu_runs_the_steps_that_are_named(gpu_checkout):
+    output = gpu_checkout.succeed(*GPU, "GPUSTEPS=notebooks")
+    assert "notebook one\n" in output
+    assert "bench" not in output
+    status, output = gpu_checkout.make(*GPU, "GPUSTEPS=nonsense")
+    assert status != 0
+    assert "nonsense: no such step; there are tests, sanitizers, notebooks, benchmarks" in output
 
 
 def test_clean_keeps_the_sources_and_the_environment(fake_tools):
@@ -466,7 +552,24 @@ def test_workflow():
     assert {"push", "pull_request"} <= set(workflow["on"])
     (upload,) = [s for s in steps["html"] if "upload-pages-artifact" in s.get("uses", "")]
     assert upload["with"]["path"] == "_build/html"
-    assert all(re.search(r"@v\d+$", s["uses"]) for job in steps.values() for s in job if "uses" in s)
+    assert all(
+        re.search(r"@v\d+$", s["uses"]) for job in steps.values() for s in job if "uses" in s
+    )
+
+
+def test_gpu_workflow():
+    text = (ROOT / ".github" / "workflows" / "gpu.yml").read_text(encoding="utf-8")
+    workflow = yaml.load(text, yaml.BaseLoader)
+    (job,) = workflow["jobs"].values()
+    assert set(workflow["on"]) == {"workflow_dispatch", "schedule"}  # never for a pull request
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "self-hosted" in job["runs-on"]
+    steps = job["steps"]
+    assert make_commands("\n".join(s["run"] for s in steps if "run" in s)) == ["venv", "gpu"]
+    assert any("requirements-gpu.txt" in s.get("run", "") for s in steps)
+    (upload,) = [s for s in steps if "upload-artifact" in s.get("uses", "")]
+    assert upload["with"]["path"] == "tests/benchmarks/results"
+    assert all(re.search(r"@v\d+$", s["uses"]) for s in steps if "uses" in s)
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

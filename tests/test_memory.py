@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from nemo_rl_ref import memory
-from nemo_rl_ref.logprobs import token_logprobs
+from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
 from nemo_rl_ref.memory import Model, Step, estimate, measure_peak
 from nemo_rl_ref.utils.config_keys import key_exists
 
@@ -86,7 +86,15 @@ def measure(config, step, mesh):
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     ids = torch.randint(0, config.vocab_size, (step.rows, step.sequence_length))
 
-    def micro_batch():
+    def from_hidden_states():
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        found = linear_token_logprobs(
+            hidden, model.lm_head.weight, targets, max_extra_bytes=step.max_extra_bytes
+        )
+        found.sum().backward()
+
+    def from_logits():
         with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bfloat16"):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
         if step.logprobs == "log_softmax":
@@ -96,6 +104,8 @@ def measure(config, step, mesh):
         del logits
         found.sum().backward()
 
+    fused = step.logprobs == "linear_token_logprobs"
+    micro_batch = from_hidden_states if fused else from_logits
     micro_batch()
     optimizer.step()
     optimizer.zero_grad()
@@ -112,6 +122,11 @@ CASES = {
     "logits, bfloat16": (LOGITS, BF16),
     "logits, bfloat16, our function": (HEAD, replace(BF16, logprobs="token_logprobs")),
     "logits of one row": (LOGITS, replace(F32, rows=1, sequence_length=256)),
+    # On one CPU thread its tiles have 1 MiB, and 128 bytes a row are allowed beside them.
+    "no logits": (
+        LOGITS,
+        replace(F32, logprobs="linear_token_logprobs", max_extra_bytes=(1 << 20) + 128 * 256),
+    ),
     "layers": (LAYERS, F32),
     "layers, one micro-batch": (LAYERS, replace(F32, accumulates=False)),
     "layers, bfloat16": (LAYERS, BF16),

@@ -111,9 +111,27 @@ def imported_modules() -> dict[str, str]:
     return {module: file for module, file in found.items() if module not in known}
 
 
+#: What only the GPU benchmarks import, where it is installed, and the distribution it is part of.
+PEERS = {
+    "liger_kernel": "liger-kernel",
+    "cut_cross_entropy": "cut-cross-entropy",
+    "quack": "quack-kernels",
+}
+
+
+def test_peers_are_pinned_exactly_and_imported_by_the_benchmarks_alone():
+    text = (ROOT / "requirements-gpu.txt").read_text(encoding="utf-8")
+    assert set(pins(text)) == set(PEERS.values())
+    assert all(str(r.specifier).startswith("==") for r in pins(text).values())
+    found = {m: file for m, file in imported_modules().items() if m in PEERS}
+    assert found == dict.fromkeys(PEERS, "tests/benchmarks/_peers.py")
+
+
 def test_what_is_imported_is_chosen_by_hand():
     distributions = importlib.metadata.packages_distributions()
     for module, file in imported_modules().items():
+        if module in PEERS:
+            continue
         names = {canonicalize_name(name) for name in distributions.get(module, [])}
         assert names & set(pins(DIRECT)), f"{file} imports {module}: not in requirements.txt"
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from nemo_rl_ref.algorithms._advantage_checks import (
     check_kl_logprobs,
@@ -15,6 +14,7 @@ from nemo_rl_ref.algorithms._advantage_checks import (
 )
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
 from nemo_rl_ref.algorithms.utils import calculate_kl, masked_mean, masked_var
+from nemo_rl_ref.kernels import gae
 
 
 class GeneralizedAdvantageEstimator:
@@ -38,7 +38,7 @@ class GeneralizedAdvantageEstimator:
     (``gae_lambda_policy``), which can depend on the length l of the response,
     λ = 1 - 1/(α l), so that the reward is felt as far as the response is long.
 
-    The recurrence is solved in log2(S) steps instead of S, see `discounted_suffix_sums`.
+    The recurrence is solved without a loop over time, see `nemo_rl_ref.kernels.gae`.
 
     Source: Schulman et al. (2016), https://arxiv.org/abs/1506.02438, Eq. 16; Yue et al. (2025),
     https://arxiv.org/abs/2504.05118 (VAPO), Section 4.
@@ -109,11 +109,10 @@ class GeneralizedAdvantageEstimator:
         token_rewards = self._token_rewards(rewards, mask, logprobs, reference_logprobs)
 
         lambda_value, lambda_policy = self._lambdas(mask)
-        advantages = masked_gae(token_rewards, values, mask, self.gae_gamma, lambda_policy)
-        if lambda_value is lambda_policy:
-            returns = advantages + values
-        else:
-            returns = values + masked_gae(token_rewards, values, mask, self.gae_gamma, lambda_value)
+        arguments, gamma = (token_rewards, values, mask), self.gae_gamma
+        advantages, returns = gae(*arguments, gamma=gamma, lam=lambda_policy)
+        if lambda_value is not lambda_policy:
+            _, returns = gae(*arguments, gamma=gamma, lam=lambda_value)
         if self.normalize_advantages:
             mean = masked_mean(advantages, mask)
             variance = masked_var(advantages, mask, mean)
@@ -147,63 +146,3 @@ class GeneralizedAdvantageEstimator:
             lengths = mask.sum(1).float()
             of_policy = 1 - 1 / (self.length_adaptive_alpha * lengths).clamp(min=1)
         return of_value, of_policy
-
-
-def masked_gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
-) -> Tensor:
-    """The advantages A of `GeneralizedAdvantageEstimator`, without normalisation.
-
-    Args:
-        rewards: (B, S), one a token.
-        values: (B, S).
-        mask: (B, S), 0 and 1.
-        gamma: γ.
-        lam: λ, a number or one a row, (B,).
-
-    Returns:
-        (B, S). At a masked token, the advantage of the next unmasked one, 0 after the last.
-    """
-    valid = mask.bool()
-    steps = valid.shape[1]
-    dtype = torch.promote_types(rewards.dtype, values.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-
-    # The unmasked tokens of a row, pushed to the right end of it, so that the next unmasked token
-    # is the next column. After them one column of zeros, and one that takes the masked tokens and
-    # is not read. `place` is where a token goes, for a masked one where the next unmasked goes.
-    tokens_from_here = valid.flip(1).cumsum(1, dtype=torch.int32).flip(1)
-    place = (steps - tokens_from_here).long()
-    to = torch.where(valid, place, steps + 1)
-    empty = torch.zeros(len(valid), steps + 2, dtype=wide, device=values.device)
-    r = empty.scatter(1, to, rewards.to(wide))[:, :steps]
-    v = empty.scatter(1, to, values.to(wide))
-    v, next_v = v[:, :steps], v[:, 1 : steps + 1]
-
-    # A + V has the recurrence y_t = r_t + γ (1 - λ) V_t' + γ λ y_t', with fewer terms that cancel.
-    lam = torch.as_tensor(lam, dtype=torch.float64, device=values.device).reshape(-1, 1)
-    rest = (gamma * (1 - lam)).to(wide)
-    advantages = discounted_suffix_sums(r + rest * next_v, gamma * lam) - v
-    return pad(advantages, (0, 1)).gather(1, place).to(dtype)
-
-
-def discounted_suffix_sums(x: Tensor, decay: Tensor) -> Tensor:
-    r"""Solves y_t = x_t + c y_{t+1} for all t at once: y_t is the sum over l of c^l x_{t+l}.
-
-    After the round with span n, y_t holds the first 2n terms: the n it had, and the n of y_{t+n}
-    times c^n. So log2(S) rounds are enough. Rounding errors grow with the number of rounds, not
-    of steps: near c = 1 it is at least as accurate as the loop.
-
-    Args:
-        x: (B, S) floating.
-        decay: c, (B, 1) or (1, 1), float64, so that its powers are right.
-
-    Returns:
-        y, (B, S).
-    """
-    span = 1
-    while span < x.shape[1]:
-        longer = x.clone()
-        longer[:, :-span].addcmul_(x[:, span:], (decay**span).to(x.dtype))
-        x, span = longer, 2 * span
-    return x

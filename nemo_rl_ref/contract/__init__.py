@@ -11,4 +11,13 @@ from nemo_rl_ref.contract._batches import Batch
 from nemo_rl_ref.contract._check import PROMISES, BatchMaker, check_loss, check_losses
 from nemo_rl_ref.contract._report import Entry, Failure, Report
 
-__all__ = ["PROMISES", "Batch", "BatchMaker", "Entry", "Failure", "Report", "check_loss", "check_losses"]
+__all__ = [
+    "PROMISES",
+    "Batch",
+    "BatchMaker",
+    "Entry",
+    "Failure",
+    "Report",
+    "check_loss",
+    "check_losses",
+]

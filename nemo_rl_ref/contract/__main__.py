@@ -246,7 +246,8 @@ def _fields(config: Any) -> dict[str, Any]:
         return {}
     if issubclass(config, BaseModel):
         return {
-            name: typing.Annotated[field.annotation, *field.metadata] if field.metadata
+            name: typing.Annotated[field.annotation, *field.metadata]
+            if field.metadata
             else field.annotation
             for name, field in config.model_fields.items()
         }

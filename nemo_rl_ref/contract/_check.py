@@ -287,9 +287,7 @@ def _examine(probe: Probe, subject: Subject, batch: Batch) -> Finding:
         return Finding(f"{what}: raises", float("inf"), problem, raised=type(error).__name__)
 
 
-def _smallest(
-    probe: Probe, subject: Subject, batch: Batch, first: Finding, exact: bool
-) -> Finding:
+def _smallest(probe: Probe, subject: Subject, batch: Batch, first: Finding, exact: bool) -> Finding:
     """Returns the finding on the smallest batch that shows the same problem."""
     latest, smallest = first, batch
 

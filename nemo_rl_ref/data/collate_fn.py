@@ -38,9 +38,7 @@ def preference_collate_fn(
     """
     if not data_batch:
         raise ValueError("data_batch: got no pairs, expected at least one")
-    logs = [
-        datum[f"message_log_{side}"] for datum in data_batch for side in ("chosen", "rejected")
-    ]
+    logs = [datum[f"message_log_{side}"] for datum in data_batch for side in ("chosen", "rejected")]
     rows = [torch.cat([message["token_ids"] for message in log]) for log in logs]
     lengths = torch.tensor([len(row) for row in rows])
     multiple = make_sequence_length_divisible_by

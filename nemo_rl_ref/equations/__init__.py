@@ -57,6 +57,7 @@ def _modules() -> tuple[ModuleType, ...]:
         kl_regularised,
         likelihood,
         off_policy,
+        online_softmax,
         policy_gradient,
         ppo,
         preferences,
@@ -77,6 +78,7 @@ def _modules() -> tuple[ModuleType, ...]:
         kl_estimators,
         distillation,
         scaling,
+        online_softmax,
     )
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 
 import torch
-from torch import Tensor
 
 from nemo_rl_ref.kernels import loader
 
@@ -18,7 +17,7 @@ _logger = logging.getLogger("nemo_rl_ref.kernels")
 _logged: set[str] = set()
 
 
-def use_kernels(backend: str | None, tensor: Tensor) -> bool:
+def use_kernels(backend: str | None, device: torch.device) -> bool:
     """Whether a function should run its CUDA kernels.
 
     The argument counts, then the environment variable ``NEMO_RL_REF_BACKEND``, then "auto": the
@@ -28,7 +27,7 @@ def use_kernels(backend: str | None, tensor: Tensor) -> bool:
 
     Args:
         backend: The function's argument: ``"cuda"``, ``"torch"``, or None.
-        tensor: One of the tensors it works on.
+        device: Where the tensors are that it works on.
 
     Returns:
         True for the kernels, False for plain PyTorch.
@@ -48,16 +47,16 @@ def use_kernels(backend: str | None, tensor: Tensor) -> bool:
     if wanted == "torch":
         _log(logging.INFO, f"plain PyTorch, chosen by {by}")
         return False
-    reason = loader.unavailable(tensor.device)
+    reason = loader.unavailable(device)
     if wanted == "cuda":
-        if reason and tensor.device.type != "cuda":
+        if reason and device.type != "cuda":
             raise ValueError(f"{by} asks for the CUDA kernels, but {reason}")
         if reason:
             raise loader.KernelsUnavailable(reason)
         _log(logging.INFO, f"CUDA kernels, chosen by {by}")
     elif reason is None:
         _log(logging.INFO, "CUDA kernels, because the tensors are on CUDA")
-    elif tensor.device.type == "cuda":
+    elif device.type == "cuda":
         _log(logging.WARNING, f"plain PyTorch, because {reason}")
     else:
         _log(logging.INFO, f"plain PyTorch, because {reason}")

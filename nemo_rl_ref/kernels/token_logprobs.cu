@@ -9,6 +9,10 @@
 
 // 16-byte loads that a thread has under way at once.
 template <class T> constexpr int kUnroll = sizeof(T) == 8 ? 2 : 4;
+
+// Blocks that a multiprocessor shall hold: 1024 threads, which leaves each 64 registers, and loads
+// of 64 KiB under way, four times what keeps an H100's memory busy. Doubles take twice the registers.
+template <class T, int BLOCK> constexpr int kBlocks = (sizeof(T) == 8 ? 512 : 1024) / BLOCK;
 constexpr long long kIgnored = -100;  // targets with this value are left out
 constexpr int kFirst = 1, kLast = 2;  // bits of `piece`: holds the row's first, its last column
 
@@ -23,11 +27,15 @@ __device__ inline long long row_offset(long long row, long long inner, long long
   return row / inner * outer_stride + row % inner * inner_stride;
 }
 
-// z before division by the temperature: the logit, or cap tanh(logit / cap).
-template <bool SOFTCAP, class A> __device__ inline A capped(A x, A cap) {
-  if constexpr (SOFTCAP) return cap * tanh_of(x / cap);
-  else return x;
-}
+// Bounds a logit: cap tanh(x / cap). Without SOFTCAP the logit stays as it is.
+template <bool SOFTCAP, class A> struct Cap {
+  A cap, inverse;
+  __device__ explicit Cap(double value) : cap((A)value), inverse((A)(1 / value)) {}
+  __device__ A operator()(A x) const {
+    if constexpr (SOFTCAP) return cap * tanh_of(x * inverse);
+    else return x;
+  }
+};
 
 // ---- online softmax -----------------------------------------------------------------------------
 
@@ -90,10 +98,34 @@ template <int BLOCK, class A> __device__ inline void merge_block(Softmax<A>& row
 
 // ---- forward ------------------------------------------------------------------------------------
 
+// Takes in vectors start, start + BLOCK, ... of a row, one more for each of kUnroll; those beyond
+// the end, which only happens where not all are INSIDE, count as -infinity.
+template <class T, int BLOCK, bool ENTROPY, bool INSIDE, bool SOFTCAP, class A>
+__device__ inline void add_vectors(Softmax<A>& row, const T* body, int start, int vectors,
+                                   const Cap<SOFTCAP, A>& cap, A scale) {
+  constexpr int W = kPerVector<T>;
+  uint4 raw[kUnroll<T>];
+#pragma unroll
+  for (int u = 0; u < kUnroll<T>; ++u) {  // all loads first, so that they are under way together
+    const int i = start + u * BLOCK;
+    raw[u] = load_vector(body + (long long)(INSIDE || i < vectors ? i : 0) * W);
+  }
+  A z[kUnroll<T> * W];
+#pragma unroll
+  for (int u = 0; u < kUnroll<T>; ++u) {
+    A x[W];
+    unpack(raw[u], x, T{});
+#pragma unroll
+    for (int j = 0; j < W; ++j)
+      z[u * W + j] = INSIDE || start + u * BLOCK < vectors ? cap(x[j]) : minus_infinity<A>();
+  }
+  add<ENTROPY>(row, z, scale);
+}
+
 // Grid: one block a row. Row r of the logits starts at row_offset(r, ...); its columns are
 // `element_stride` apart and stand for tokens first_column, first_column + 1, ...
 template <class T, int BLOCK, bool ENTROPY, bool SOFTCAP>
-__global__ void __launch_bounds__(BLOCK, 1024 / BLOCK)
+__global__ void __launch_bounds__(BLOCK, (kBlocks<T, BLOCK>))
 token_logprobs_forward(const T* logits, long long inner, long long outer_stride,
                        long long inner_stride, long long element_stride, const long long* targets,
                        long long first_column, long long columns, long long vocabulary,
@@ -105,7 +137,7 @@ token_logprobs_forward(const T* logits, long long inner, long long outer_stride,
   const long long target = targets[row];
   if (target == kIgnored) {  // the whole block leaves: nothing of this row is read
     if (threadIdx.x == 0) {
-      logprobs[row] = 0;
+      logprobs[row] = 0, maximum[row] = 0, total[row] = 1;
       if constexpr (ENTROPY) entropy[row] = 0;
     }
     return;
@@ -114,7 +146,8 @@ token_logprobs_forward(const T* logits, long long inner, long long outer_stride,
     __assertfail("a target is -100 or in [0, V)", "token_logprobs.cu", __LINE__,
                  "token_logprobs_forward", 1);
 
-  const A scale = (A)scale_, cap = (A)cap_;
+  const A scale = (A)scale_;
+  const Cap<SOFTCAP, A> cap(cap_);
   const T* x = logits + row_offset(row, inner, outer_stride, inner_stride);
   const int count = (int)columns;
   // x[0 .. head) one by one up to an address divisible by 16, then vectors of W, then the rest.
@@ -124,28 +157,15 @@ token_logprobs_forward(const T* logits, long long inner, long long outer_stride,
   const T* body = x + head;
 
   Softmax<A> seen = {minus_infinity<A>(), 0, 0};
-  for (int start = threadIdx.x; start < vectors; start += kUnroll<T> * BLOCK) {
-    uint4 raw[kUnroll<T>];
-    A z[kUnroll<T> * W];
-#pragma unroll
-    for (int u = 0; u < kUnroll<T>; ++u) {  // all loads first, so that they are under way together
-      const int i = start + u * BLOCK;
-      raw[u] = load_vector(body + (long long)(i < vectors ? i : start) * W);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll<T>; ++u) {
-      const bool inside = start + u * BLOCK < vectors;
-      A part[W];
-      unpack(raw[u], part, T{});
-#pragma unroll
-      for (int j = 0; j < W; ++j)
-        z[u * W + j] = inside ? capped<SOFTCAP>(part[j], cap) : minus_infinity<A>();
-    }
-    add<ENTROPY>(seen, z, scale);
+  for (int start = 0; start < vectors; start += kUnroll<T> * BLOCK) {
+    if (start + kUnroll<T> * BLOCK <= vectors)
+      add_vectors<T, BLOCK, ENTROPY, true>(seen, body, start + threadIdx.x, vectors, cap, scale);
+    else
+      add_vectors<T, BLOCK, ENTROPY, false>(seen, body, start + threadIdx.x, vectors, cap, scale);
   }
   for (int i = threadIdx.x; i < scalars; i += BLOCK) {
     const long long column = i < head ? i : i + vectors * W;
-    const A z[1] = {capped<SOFTCAP>(to_acc(x[column * element_stride]), cap)};
+    const A z[1] = {cap(to_acc(x[column * element_stride]))};
     add<ENTROPY>(seen, z, scale);
   }
   merge_block<BLOCK>(seen, scale);
@@ -154,7 +174,7 @@ token_logprobs_forward(const T* logits, long long inner, long long outer_stride,
   const long long column = target - first_column;
   A chosen = 0;
   const bool here = column >= 0 && column < columns;
-  if (here) chosen = capped<SOFTCAP>(to_acc(x[column * element_stride]), cap);
+  if (here) chosen = cap(to_acc(x[column * element_stride]));
   if (!(piece & kFirst)) {
     Softmax<A> before = {maximum[row], total[row], 0};
     if constexpr (ENTROPY) before.weighted = entropy[row];
@@ -178,16 +198,17 @@ token_logprobs_forward(const T* logits, long long inner, long long outer_stride,
 // gradients of the log-probability and of the entropy H. With p = 2^d / total it is
 // 2^d (constant + slope d), plus `at_target` for the target. With a cap it is multiplied by the
 // derivative of cap tanh(x / cap), 1 - (z / cap)^2.
-template <class A> struct Gradient {
-  A maximum, scale, cap, constant, slope, at_target;
-  template <bool ENTROPY, bool SOFTCAP> __device__ A operator()(A x, bool is_target) const {
-    const A z = capped<SOFTCAP>(x, cap);
+template <bool ENTROPY, bool SOFTCAP, class A> struct Gradient {
+  Cap<SOFTCAP, A> cap;
+  A maximum, scale, constant, slope, at_target;
+  __device__ A operator()(A x, bool is_target) const {
+    const A z = cap(x);
     const A d = (z - maximum) * scale;
     A factor = constant;
     if constexpr (ENTROPY) factor = multiply_add(slope, larger(d, (A)kLowest), constant);
     A result = exp2_fast(d) * factor;
     if (is_target) result += at_target;
-    if constexpr (SOFTCAP) result *= 1 - z / cap * (z / cap);
+    if constexpr (SOFTCAP) result *= 1 - z * cap.inverse * (z * cap.inverse);
     return result;
   }
 };
@@ -195,7 +216,7 @@ template <class A> struct Gradient {
 // Grid and rows as in the forward kernel. `grad` may be `logits`. `grad_logprobs` and
 // `grad_entropy` may be null; the second is not looked at without ENTROPY.
 template <class T, int BLOCK, bool ENTROPY, bool SOFTCAP>
-__global__ void __launch_bounds__(BLOCK, 1024 / BLOCK)
+__global__ void __launch_bounds__(BLOCK, (kBlocks<T, BLOCK>))
 token_logprobs_backward(const T* logits, long long inner, long long outer_stride,
                         long long inner_stride, long long element_stride, T* grad,
                         long long grad_outer_stride, long long grad_inner_stride,
@@ -223,17 +244,16 @@ token_logprobs_backward(const T* logits, long long inner, long long outer_stride
     return;
   }
 
-  Gradient<A> gradient;
-  gradient.maximum = maximum[row];
-  gradient.scale = (A)scale_, gradient.cap = (A)cap_;
-  const A inverse_temperature = gradient.scale * (A)kLn2;
+  const A scale = (A)scale_, inverse_temperature = scale * (A)kLn2, inverse_total = 1 / total[row];
   const A a = grad_logprobs ? grad_logprobs[row] * inverse_temperature : (A)0;
-  gradient.at_target = a, gradient.constant = -a / total[row], gradient.slope = 0;
+  A constant = -a * inverse_total, slope = 0;
   if constexpr (ENTROPY) {
     const A b = grad_entropy[row] * inverse_temperature;
-    gradient.slope = -b * (A)kLn2 / total[row];
-    gradient.constant -= b * (entropy[row] - log2_of(total[row]) * (A)kLn2) / total[row];
+    constant -= b * inverse_total * (entropy[row] - log2_of(total[row]) * (A)kLn2);
+    slope = -b * inverse_total * (A)kLn2;
   }
+  const Gradient<ENTROPY, SOFTCAP, A> gradient = {
+      Cap<SOFTCAP, A>(cap_), maximum[row], scale, constant, slope, a};
   const long long target_column = target - first_column;
   const int in_body = target_column >= 0 && target_column < columns ? (int)target_column - head : -1;
   const bool aligned = ((unsigned long long)(x + head) & 15) == 0;
@@ -253,13 +273,13 @@ token_logprobs_backward(const T* logits, long long inner, long long outer_stride
       unpack(raw[u], z, T{});
 #pragma unroll
       for (int j = 0; j < W; ++j)
-        z[j] = gradient.template operator()<ENTROPY, SOFTCAP>(z[j], i * W + j == in_body);
+        z[j] = gradient(z[j], i * W + j == in_body);
       store_vector(g + head + (long long)i * W, repack(z, T{}));
     }
   }
   for (int i = threadIdx.x; i < scalars; i += BLOCK) {
     const long long column = i < head ? i : i + vectors * W;
-    g[column * grad_element_stride] = from_acc<T>(gradient.template operator()<ENTROPY, SOFTCAP>(
-        to_acc(x[column * element_stride]), column == target_column));
+    g[column * grad_element_stride] = from_acc<T>(
+        gradient(to_acc(x[column * element_stride]), column == target_column));
   }
 }

@@ -19,6 +19,8 @@ from nemo_rl_ref.algorithms.utils import (
 from nemo_rl_ref.upstream import GoldenCase, load_golden
 
 COUNTS = ("global_valid_seqs", "global_valid_toks")
+
+
 def _call_loss(
     loss_fn: Callable, model_output: str, case: GoldenCase, more: tuple[str, ...] = ()
 ) -> dict[str, Any]:

@@ -16,9 +16,13 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-def device_name():
-    """The GPU if there is one, else the processor."""
-    if torch.cuda.is_available():
+def _on_cuda(device):
+    return torch.cuda.is_available() if device is None else device == "cuda"
+
+
+def device_name(device=None):
+    """The name of the GPU if there is one, else of the processor; or of "cuda" or "cpu"."""
+    if _on_cuda(device):
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     names = [
@@ -29,14 +33,22 @@ def device_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def write_result(script, numbers):
-    """Put a script's numbers into its device's file, with date, commit and versions."""
-    device = device_name()
+def write_result(script, numbers, device=None, folder=None):
+    """Put a script's numbers into its device's file, with date, commit and versions.
+
+    Args:
+        script: the name of the entry; other entries of the file stay.
+        numbers: the entry.
+        device: "cuda" or "cpu"; what there is if not given.
+        folder: where the file is; results/ if not given.
+    """
+    on_cuda = _on_cuda(device)
+    device = device_name(device)
     slug = "-".join(re.findall(r"[a-z0-9]+", device.lower().replace("(r)", "")))
-    if not torch.cuda.is_available():
+    if not on_cuda:
         slug += f"-{os.cpu_count()}-cores"
-    path = Path(__file__).parent / "results" / f"{slug}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = Path(folder or Path(__file__).parent / "results") / f"{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results[script] = {
         "device": device,
@@ -55,4 +67,4 @@ def write_result(script, numbers):
         file.write(json.dumps(results, indent=2) + "\n")
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
-    print(path.relative_to(ROOT))
+    print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

@@ -183,9 +183,7 @@ def main():
                 "seconds_per_step": {
                     kind: round(value, 6) for (of, kind), value in medians.items() if of == section
                 },
-                "step over floor": round(
-                    medians[section, "runner"] / medians[section, "floor"], 3
-                ),
+                "step over floor": round(medians[section, "runner"] / medians[section, "floor"], 3),
             }
             for section in SAMPLES
         }

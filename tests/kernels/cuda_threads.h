@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cmath>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -36,42 +35,36 @@ inline std::atomic<bool> faulted;
   throw Fault(text);
 }
 
-// Waits for a number of threads. A thread that will not come any more makes the others fail.
+// Waits for a number of threads. A thread that will not come any more makes the others fail. Those
+// who wait only look at the generation: taking a mutex on the way out would order them after threads
+// that are already further on, and hide races from ThreadSanitizer.
 class Barrier {
  public:
   explicit Barrier(int count) : count_(count) {}
   void wait(const char* what) {
-    std::unique_lock lock(mutex_);
-    const long generation = generation_;
-    if (++arrived_ == count_) {
-      arrived_ = 0, ++generation_;
-      changed_.notify_all();
+    const long generation = generation_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      generation_.store(generation + 1, std::memory_order_release);
       return;
     }
-    while (generation == generation_ && !faulted) {
-      if (arrived_ + left_ == count_ && left_) {
-        changed_.notify_all();
-        fail(std::string(what) + ": " + std::to_string(left_) + " threads have returned");
-      }
-      changed_.wait_for(lock, std::chrono::milliseconds(200));
+    for (int turn = 0; generation_.load(std::memory_order_acquire) == generation; ++turn) {
+      if (faulted) throw Fault("stopped");
+      const int left = left_.load(std::memory_order_relaxed);
+      if (left && arrived_.load(std::memory_order_relaxed) + left == count_ &&
+          generation_.load(std::memory_order_acquire) == generation)
+        fail(std::string(what) + ": " + std::to_string(left) + " threads have returned");
+      if (turn < 50) std::this_thread::yield();
+      else std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
-    if (generation == generation_) throw Fault("stopped");
   }
-  void leave() {
-    std::lock_guard lock(mutex_);
-    ++left_;
-    changed_.notify_all();
-  }
-  void reset() {
-    std::lock_guard lock(mutex_);
-    left_ = 0;
-  }
+  void leave() { left_.fetch_add(1, std::memory_order_relaxed); }
+  void reset() { left_.store(0, std::memory_order_relaxed); }
 
  private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  int count_, arrived_ = 0, left_ = 0;
-  long generation_ = 0;
+  const int count_;
+  std::atomic<int> arrived_ = 0, left_ = 0;
+  std::atomic<long> generation_ = 0;
 };
 
 // The lanes that shuffle together under one mask. Two sets of slots take turns, so that one barrier
@@ -119,10 +112,11 @@ inline thread_local int thread;
 // Shared memory, found when the first thread comes by, and filled with NaN before every block.
 inline std::mutex shared_mutex;
 inline std::map<void*, std::size_t> shared;
-inline void* share(void* address, std::size_t bytes) {
+inline bool share(void* address, std::size_t bytes) {
   std::lock_guard lock(shared_mutex);
-  if (shared.try_emplace(address, bytes).second) std::memset(address, 0xff, bytes);
-  return address;
+  shared[address] = bytes;
+  std::memset(address, 0xff, bytes);
+  return true;
 }
 
 template <class V, class Choose> V exchange(unsigned mask, V value, Choose choose) {
@@ -153,9 +147,11 @@ template <class V, class Choose> V exchange(unsigned mask, V value, Choose choos
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define SHARED_ARRAY(type, name, count)                                      \
-  static type name##_memory[count];                                          \
-  type* const name = static_cast<type*>(harness::share(name##_memory, sizeof name##_memory))
+#define SHARED_ARRAY(type, name, count)                                                       \
+  static type name##_memory[count];                                                           \
+  [[maybe_unused]] static const bool name##_known = harness::share(name##_memory,             \
+                                                                   sizeof name##_memory);     \
+  type* const name = name##_memory
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 inline thread_local dim3 threadIdx, blockIdx;

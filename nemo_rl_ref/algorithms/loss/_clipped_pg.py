@@ -18,6 +18,7 @@ from nemo_rl_ref.algorithms.loss.interfaces import (
 )
 from nemo_rl_ref.algorithms.utils import masked_mean
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.kernels import TERMS, clipped_pg_terms
 
 
 class ClippedPGLossConfig(BaseModel, extra="allow"):
@@ -137,6 +138,15 @@ class ClippedPGLossFn(LossFunction):
     """
 
     input_type = LossInputType.LOGPROB
+    #: What the CUDA kernels compute at once. Where a subclass replaces one, they are not used.
+    PARTS = (
+        "terms",
+        "_ratios",
+        "_surrogate",
+        "_importance_weights",
+        "_kl_estimate",
+        "_importance_metrics",
+    )
 
     def __init__(self, cfg: ClippedPGLossConfig, use_fused_linear_logprobs: bool = False):
         if isinstance(cfg, Mapping):
@@ -215,14 +225,63 @@ class ClippedPGLossFn(LossFunction):
             ValueError: if a shape does not fit or a count is None.
         """
         self._check_batch(next_token_logprobs, data, global_valid_seqs, global_valid_toks)
-        logprobs = next_token_logprobs
-        token_mask, sample_mask = data["token_mask"][:, 1:], data["sample_mask"]
-        mask = token_mask * sample_mask.unsqueeze(-1)
-        advantages = data["advantages"][:, 1:]
-        generation = data["generation_logprobs"][:, 1:]
-        prev = logprobs.detach() if self.force_on_policy_ratio else data["prev_logprobs"][:, 1:]
-        counts = (global_valid_seqs, global_valid_toks)
+        with_kl = self.reference_policy_kl_penalty != 0
+        terms = clipped_pg_terms(
+            next_token_logprobs,
+            None if self.force_on_policy_ratio else data["prev_logprobs"][:, 1:],
+            data["generation_logprobs"][:, 1:],
+            data["reference_policy_logprobs"][:, 1:] if with_kl else None,
+            data["advantages"][:, 1:],
+            data["token_mask"][:, 1:],
+            self,
+            sample_mask=data["sample_mask"],
+            rewards=data["rewards"]
+            if self.positive_example_nll_weight > 0 and "rewards" in data
+            else None,
+            unfiltered_logprobs=data.get("curr_logprobs_unfiltered") if with_kl else None,
+            global_valid_seqs=global_valid_seqs,
+            global_valid_toks=global_valid_toks,
+        )
+        metrics = dict(zip(TERMS, terms.tolist(), strict=True))  # the only wait for the device
+        if self.truncated_importance_sampling_type is None:
+            del metrics["is_oob_ratio"]
+        if not data["sample_mask"].is_floating_point():
+            metrics["num_valid_samples"] = int(metrics["num_valid_samples"])
+        # NeMo RL's is the integer 0 where there is no penalty.
+        metrics["kl_penalty"] = metrics["kl_penalty"] or 0
+        return terms[0], metrics
 
+    def terms(
+        self,
+        logprobs: Tensor,
+        prev: Tensor,
+        generation: Tensor,
+        reference: Tensor | None,
+        advantages: Tensor,
+        unfiltered: Tensor | None,
+        token_mask: Tensor,
+        sample_mask: Tensor,
+        rewards: Tensor | None,
+        *counts: Tensor | float,
+    ) -> dict[str, Tensor]:
+        """The loss and its metrics as scalar tensors, in plain PyTorch.
+
+        Args:
+            logprobs: log π_θ, (B, T), nats.
+            prev: log π_old, (B, T).
+            generation: log π_gen, (B, T).
+            reference: log π_ref, (B, T); read with a KL penalty only.
+            advantages: (B, T).
+            unfiltered: log π_θ for the KL term, (B, T); None for `logprobs`.
+            token_mask: (B, T).
+            sample_mask: (B,).
+            rewards: (B,), or None for no NLL of positive examples.
+            *counts: valid responses and unmasked tokens of the global batch.
+
+        Returns:
+            What `nemo_rl_ref.kernels.TERMS` names, but for what the flags leave out.
+        """
+        mask = token_mask * sample_mask.unsqueeze(-1)
         ratios, clipped = self._ratios(logprobs, prev, token_mask)
         losses = self._surrogate(logprobs, advantages, ratios, clipped)
         weights, outside = self._importance_weights(prev, generation, token_mask, mask)
@@ -232,33 +291,29 @@ class ClippedPGLossFn(LossFunction):
 
         kl = nll = torch.zeros((), device=mask.device)
         if self.reference_policy_kl_penalty != 0:
-            estimate = self._kl_estimate(logprobs, generation, data)
+            policy = logprobs if unfiltered is None else unfiltered
+            estimate = self._kl_estimate(policy, generation, reference)
             kl = pg.reduce_tokens(estimate, token_mask, sample_mask, self.loss_type, *counts)
-        if self.positive_example_nll_weight > 0 and "rewards" in data:
-            nll = pg.positive_nll(logprobs, data["rewards"], mask)
+        if self.positive_example_nll_weight > 0 and rewards is not None:
+            nll = pg.positive_nll(logprobs, rewards, mask)
 
         loss = (
             actor_loss
             + self.reference_policy_kl_penalty * kl
             + self.positive_example_nll_weight * nll
         )
-        metrics = {
+        tokens = counts[1]
+        return {
             "loss": loss,
-            **pg.ratio_metrics("probs_ratio", ratios, mask, global_valid_toks),
-            **pg.ratio_metrics("probs_ratio_clamped", clipped, mask, global_valid_toks),
+            **pg.ratio_metrics("probs_ratio", ratios, mask, tokens),
+            **pg.ratio_metrics("probs_ratio_clamped", clipped, mask, tokens),
             "kl_penalty": kl,
-            **pg.mismatch_metrics(
-                prev, generation, mask, self.reference_policy_kl_type, global_valid_toks
-            ),
+            **pg.mismatch_metrics(prev, generation, mask, self.reference_policy_kl_type, tokens),
             **self._importance_metrics(weights, outside, mask, sample_mask, *counts),
             "num_valid_samples": sample_mask.sum(),
-            "approx_entropy": pg.entropy_estimate(logprobs, generation, mask, global_valid_toks),
+            "approx_entropy": pg.entropy_estimate(logprobs, generation, mask, tokens),
             "positive_nll_loss": nll,
         }
-        metrics = {name: value.item() for name, value in metrics.items()}
-        # NeMo RL's is the integer 0 where there is no penalty.
-        metrics["kl_penalty"] = metrics["kl_penalty"] or 0
-        return loss, metrics
 
     def _ratios(
         self, logprobs: Tensor, prev_logprobs: Tensor, token_mask: Tensor
@@ -307,17 +362,15 @@ class ClippedPGLossFn(LossFunction):
             )
         return weights, None
 
-    def _kl_estimate(
-        self, logprobs: Tensor, generation_logprobs: Tensor, data: Mapping[str, Any]
-    ) -> Tensor:
+    def _kl_estimate(self, logprobs: Tensor, generation: Tensor, reference: Tensor) -> Tensor:
         """The KL estimate at each token, nats."""
         return pg.kl_term(
-            data.get("curr_logprobs_unfiltered", logprobs),
-            data["reference_policy_logprobs"][:, 1:],
+            logprobs,
+            reference,
             self.reference_policy_kl_type,
             self.kl_input_clamp_value,
             self.kl_output_clamp_value,
-            sampled_logprobs=generation_logprobs if self.use_on_policy_kl_approximation else None,
+            sampled_logprobs=generation if self.use_on_policy_kl_approximation else None,
         )
 
     def _importance_metrics(

@@ -283,13 +283,13 @@ def ratio_metrics(
         ``<name>``, the share of the mean over the global batch's tokens, and ``<name>_min`` and
         ``<name>_max`` of this micro-batch, inf and -inf if all its tokens are masked.
     """
-    valid = ratios[mask.bool()]
     mean = masked_mean(ratios, mask, global_normalization_factor=global_valid_toks)
-    empty = valid.numel() == 0
+    low, high = (ratios.masked_fill(~mask.bool(), end) for end in (torch.inf, -torch.inf))
+    empty = ratios.numel() == 0
     return {
         name: mean,
-        f"{name}_min": torch.tensor(torch.inf) if empty else valid.min(),
-        f"{name}_max": torch.tensor(-torch.inf) if empty else valid.max(),
+        f"{name}_min": ratios.new_tensor(torch.inf) if empty else low.amin(),
+        f"{name}_max": ratios.new_tensor(-torch.inf) if empty else high.amax(),
     }
 
 

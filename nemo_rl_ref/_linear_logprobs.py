@@ -1,0 +1,574 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `nemo_rl_ref.logprobs.linear_token_logprobs` computes without all logits.
+
+The logits are made in tiles, (rows, columns) at a time, in one buffer. Forward, a tile only
+updates three numbers a row: the largest logit, the sum of the exponentials relative to it, and the
+target's logit (with the entropy a fourth). Backward knows the first two already, so a tile of
+logits becomes a tile of their gradients on its own, whatever part of the vocabulary it holds:
+
+* a range of columns with all rows gives those rows of the weight's gradient in one matrix product,
+  summed in float32 inside and rounded once;
+* a range of rows with all columns gives those rows of the hidden states' gradient likewise.
+
+If both gradients are wanted, ranges of columns serve both, and the hidden states' gradient is
+summed over them in float32: four matrix products in all, one of them forward. Where the float32
+sum, (N, H), leaves too little of the allowed memory for wide tiles, each gradient gets tiles of
+its own, which takes a fifth product and no sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nemo_rl_ref.kernels import _token_logprobs as _kernel
+
+IGNORE_INDEX = -100
+
+# What vectors with a number for each row may take together, forward or backward.
+_BYTES_PER_ROW = 128
+
+# Columns of a tile with all rows that keep adding to the float32 sum cheap beside the products:
+# 8 bytes of traffic against 6 * 2048 operations. With fewer, the fifth product costs less.
+_WIDE = 2048
+
+# On CPU a tile stays in the cache: bytes for each thread, and the fewest columns. Measured with
+# N=2048, H=256, V=32000.
+_CPU_TILE_BYTES = 1 << 20
+_CPU_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large tiles may be.
+
+    Attributes:
+        forward: Rows and columns.
+        columns: Of a tile with all rows, backward, for the weight or for both.
+        rows: Of a tile with all columns, backward, for the hidden states.
+        together: Whether tiles with all rows serve both gradients.
+    """
+
+    forward: tuple[int, int]
+    columns: int
+    rows: int
+    together: bool
+
+
+def check_extra_bytes(
+    hidden: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    max_extra_bytes: int,
+    return_entropy: bool,
+    kernels: bool,
+) -> None:
+    """Raise if ``max_extra_bytes`` is not enough for the smallest tiles.
+
+    Raises:
+        ValueError: With the number that is enough.
+    """
+    n, v = hidden.shape[0], weight.shape[0]
+    element = _element_bytes(hidden, return_entropy, softcap, kernels)
+    least = n * _BYTES_PER_ROW + element * max(n, v)
+    if max_extra_bytes < least:
+        raise ValueError(
+            f"max_extra_bytes is {max_extra_bytes}, expected at least {least} for {n} rows and a "
+            f"vocabulary of {v}"
+        )
+
+
+def plan(
+    hidden: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+    max_extra_bytes: int,
+    return_entropy: bool,
+    kernels: bool,
+) -> Plan:
+    """Choose the sizes of tiles, for at least one row."""
+    n, v = hidden.shape[0], weight.shape[0]
+    forward_element = _element_bytes(hidden, return_entropy, None, kernels)
+    backward_element = _element_bytes(hidden, return_entropy, softcap, kernels)
+    room = max_extra_bytes - n * _BYTES_PER_ROW
+    sums = _sum_bytes(hidden)
+    if hidden.device.type == "cpu":
+        in_cache = _CPU_TILE_BYTES * torch.get_num_threads()
+        wanted = max(in_cache // (4 * n), _CPU_COLUMNS)
+        columns = min(v, wanted, room // (forward_element * n))
+        forward = (n, columns)
+        enough = _CPU_COLUMNS
+    else:
+        rows = max(1, min(n, room // (forward_element * min(v, 4 * _WIDE))))
+        forward = (rows, min(v, room // (forward_element * rows)))
+        wanted, enough = v, _WIDE
+    beside_sums = (room - sums) // (backward_element * n)
+    together = beside_sums >= min(v, enough)
+    alone = room // (backward_element * n)
+    return Plan(
+        (forward[0], _even(v, forward[1])),
+        _even(v, min(v, wanted, beside_sums if together else alone)),
+        max(1, min(n, room // (backward_element * v))),
+        together,
+    )
+
+
+def _even(total: int, largest: int) -> int:
+    """The size of pieces that are about equal, at most ``largest``, and multiples of 128 if wide."""
+    pieces = -(-total // largest)
+    size = -(-total // pieces)
+    rounded = -(-size // 128) * 128
+    return rounded if rounded <= largest else size
+
+
+def _element_bytes(
+    hidden: Tensor, return_entropy: bool, softcap: float | None, kernels: bool
+) -> int:
+    return sum(d.itemsize for d in _buffers(hidden, return_entropy, softcap, kernels))
+
+
+def _buffers(
+    hidden: Tensor, return_entropy: bool, softcap: float | None, kernels: bool
+) -> list[torch.dtype]:
+    """Dtypes of the buffers with a tile's shape. The kernels work in the first one alone."""
+    work = _work_dtype(hidden)
+    if kernels:
+        return [hidden.dtype]
+    extra = (hidden.dtype != work) + return_entropy + (softcap is not None)
+    return [hidden.dtype] + [work] * extra
+
+
+def _sum_bytes(hidden: Tensor) -> int:
+    """Extra memory for the sum of the hidden states' gradient over tiles."""
+    if hidden.dtype == _work_dtype(hidden):
+        return 0  # the result itself serves
+    on_cpu = hidden.device.type == "cpu"  # no product with a float32 result there
+    return hidden.numel() * (4 + (hidden.element_size() if on_cpu else 0))
+
+
+def _work_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, step):
+        yield start, min(start + step, total)
+
+
+class _Tiles:
+    """Makes logits, and their gradients, in buffers that are reused."""
+
+    def __init__(self, hidden, weight, bias, targets, options, elements, dtypes, keep_tanh=False):
+        self.keep_tanh = keep_tanh
+        self.hidden, self.weight, self.bias, self.targets = hidden, weight, bias, targets
+        self.temperature, self.softcap, self.kernels = options
+        self.buffers = [
+            torch.empty(elements, dtype=dtype, device=hidden.device) for dtype in dtypes
+        ]
+
+    def logits(self, rows, columns):
+        """A tile of logits, in the dtype of the hidden states, and further buffers."""
+        (r0, r1), (c0, c1) = rows, columns
+        shape = (r1 - r0, c1 - c0)
+        tile, *others = (b[: shape[0] * shape[1]].view(shape) for b in self.buffers)
+        part = self.weight[c0:c1].t()
+        if self.bias is None:
+            torch.mm(self.hidden[r0:r1], part, out=tile)
+        else:
+            torch.addmm(self.bias[c0:c1], self.hidden[r0:r1], part, out=tile)
+        return tile, others
+
+    def scaled(self, rows, columns):
+        """A tile of z = capped logits / temperature in the precision of sums.
+
+        Returns:
+            z, tanh(logits / cap) if it is kept, the tile in the dtype of the hidden states,
+            and buffers that are left.
+        """
+        tile, others = self.logits(rows, columns)
+        z, tanh = tile, None
+        if tile.dtype != _work_dtype(tile):
+            z, *others = others
+            z.copy_(tile)
+        if self.keep_tanh:
+            *others, tanh = others
+            torch.mul(torch.div(z, self.softcap, out=tanh).tanh_(), self.softcap, out=z)
+        elif self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.temperature != 1.0:
+            z.div_(self.temperature)
+        return z, tanh, tile, others
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    max_extra_bytes: int,
+    return_entropy: bool,
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities (N,), entropies (N,) or empty, and (2, N) for :func:`backward`."""
+    (n, _), v = hidden.shape, weight.shape[0]
+    logprobs, entropy, state = empty_outputs(hidden, return_entropy)
+    if not n:
+        return logprobs, entropy, state
+    sizes = plan(hidden, weight, softcap, max_extra_bytes, return_entropy, kernels)
+    row_step, column_step = sizes.forward
+    tiles = _Tiles(
+        hidden,
+        weight,
+        bias,
+        targets,
+        (temperature, softcap, kernels),
+        row_step * column_step,
+        _buffers(hidden, return_entropy, None, kernels),
+    )
+    outputs = (logprobs, entropy if return_entropy else None, *state)
+    for r0, r1 in _ranges(n, row_step):
+        part = tuple(None if output is None else output[r0:r1] for output in outputs)
+        for c0, c1 in _ranges(v, column_step):
+            if kernels:
+                _kernel.forward(
+                    tiles.logits((r0, r1), (c0, c1))[0],
+                    targets[r0:r1],
+                    part,
+                    temperature=temperature,
+                    softcap=softcap,
+                    first_column=c0,
+                    vocabulary=v,
+                )
+            else:
+                _add_tile(tiles, (r0, r1), (c0, c1), part)
+    if not kernels:
+        _finish(targets, outputs)
+    return logprobs, entropy, state
+
+
+def empty_outputs(hidden: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what :func:`forward` returns."""
+    n, options = hidden.shape[0], {"dtype": _work_dtype(hidden), "device": hidden.device}
+    return (
+        torch.empty(n, **options),
+        torch.empty(n if return_entropy else 0, **options),
+        torch.empty(2, n, **options),
+    )
+
+
+def _add_tile(tiles: _Tiles, rows, columns, outputs) -> None:
+    """The online softmax: takes a tile into the largest z, the sums, and the target's z."""
+    chosen, weighted, maximum, total = outputs
+    z, _, _, others = tiles.scaled(rows, columns)
+    targets = tiles.targets[rows[0] : rows[1]]
+    if columns[0] == 0:
+        maximum.fill_(-torch.inf)
+        for sums in (chosen, total, *([] if weighted is None else [weighted])):
+            sums.zero_()
+    index, here = _in_range(targets, columns)
+    torch.where(here, z.gather(1, index).squeeze(1), chosen, out=chosen)
+
+    raised = torch.maximum(maximum, z.amax(1))
+    change = (maximum - raised).clamp_(min=-1e4)
+    change.masked_fill_(raised == -torch.inf, 0.0)
+    if weighted is not None:
+        weighted.addcmul_(total, change).mul_(change.exp())
+    total.mul_(change.exp_())
+    maximum.copy_(raised)
+    # Nothing but -inf so far: any finite reference gives e^(z - reference) = 0.
+    z.sub_(raised.masked_fill_(raised == -torch.inf, 0.0).unsqueeze(1))
+    if weighted is None:
+        total.add_(z.exp_().sum(1))
+    else:
+        e = torch.exp(z, out=others[0])
+        total.add_(e.sum(1))
+        weighted.add_(e.mul_(z.clamp_(min=-1e4)).sum(1))
+
+
+def _finish(targets: Tensor, outputs) -> None:
+    """Turns what the tiles left into log-probabilities and entropies."""
+    chosen, weighted, maximum, total = outputs
+    ignored = targets == IGNORE_INDEX
+    log_total = total.log()
+    chosen.sub_(maximum).sub_(log_total).masked_fill_(ignored, 0.0)
+    if weighted is not None:
+        weighted.div_(total).neg_().add_(log_total).masked_fill_(ignored, 0.0)
+
+
+def _in_range(targets: Tensor, columns) -> tuple[Tensor, Tensor]:
+    """The targets as columns of a tile, (rows, 1), 0 where they are not in it; and where they are."""
+    index = targets - columns[0]
+    here = (index >= 0) & (index < columns[1] - columns[0])
+    return index.masked_fill_(~here, 0).unsqueeze(1), here
+
+
+def backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    max_extra_bytes: int,
+    kernels: bool,
+    results: tuple[Tensor, Tensor | None],
+    grads: tuple[Tensor | None, Tensor | None],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias; empty where they are not needed.
+
+    Args:
+        hidden: As the rest up to ``kernels``, from :func:`forward`.
+        results: What forward returned: ``state``, and the entropies if their gradient is given.
+        grads: Gradients of log-probabilities and entropies.
+        needs: Which of the three are needed.
+    """
+    (n, _), v = hidden.shape, weight.shape[0]
+    grad_hidden, grad_weight, grad_bias = empty_gradients(hidden, weight, bias, needs)
+    entropy = grads[1] is not None
+    if not n:
+        return grad_hidden, grad_weight.zero_(), grad_bias.zero_()
+    sizes = plan(hidden, weight, softcap, max_extra_bytes, entropy, kernels)
+    by_columns = needs[1] or needs[2]
+    by_rows = needs[0] and not (by_columns and sizes.together)
+    elements = max(n * sizes.columns * by_columns, sizes.rows * v * by_rows)
+    tiles = _Tiles(
+        hidden,
+        weight,
+        bias,
+        targets,
+        (temperature, softcap, kernels),
+        elements,
+        _buffers(hidden, entropy, softcap, kernels),
+        keep_tanh=softcap is not None and not kernels,
+    )
+    if by_columns:
+        total = _Sum(grad_hidden, hidden) if needs[0] and not by_rows else None
+        for c0, c1 in _ranges(v, sizes.columns):
+            tile, exact = _gradient(tiles, (0, n), (c0, c1), results, grads)
+            if needs[1]:
+                torch.mm(tile.t(), hidden, out=grad_weight[c0:c1])
+            if needs[2]:
+                grad_bias[c0:c1] = exact.sum(0, dtype=_work_dtype(hidden))
+            if total is not None:
+                total.add(tile, weight[c0:c1])
+        if total is not None:
+            total.finish()
+    if by_rows:
+        for r0, r1 in _ranges(n, sizes.rows):
+            tile, _ = _gradient(tiles, (r0, r1), (0, v), results, grads)
+            torch.mm(tile, weight, out=grad_hidden[r0:r1])
+    return grad_hidden, grad_weight, grad_bias
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what :func:`backward` returns."""
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    like = (hidden, weight, hidden if bias is None else bias)
+    return tuple(
+        tensor.new_empty(shape if need else (0,))
+        for tensor, shape, need in zip(like, shapes, needs, strict=True)
+    )
+
+
+class _Sum:
+    """The hidden states' gradient, summed over tiles in float32."""
+
+    def __init__(self, result: Tensor, hidden: Tensor) -> None:
+        self.result, self.first = result, True
+        work = _work_dtype(hidden)
+        self.total = result if result.dtype == work else torch.empty_like(result, dtype=work)
+        on_cpu = hidden.device.type == "cpu"
+        self.product = torch.empty_like(result) if self.total is not result and on_cpu else None
+
+    def add(self, tile: Tensor, weight: Tensor) -> None:
+        first, self.first = self.first, False
+        if self.total is self.result:
+            self.total.addmm_(tile, weight, beta=0 if first else 1)
+        elif self.product is None:
+            options = {"out_dtype": self.total.dtype, "beta": 0 if first else 1}
+            torch.addmm(self.total, tile, weight, out=self.total, **options)
+        else:
+            torch.mm(tile, weight, out=self.product)
+            self.total.copy_(self.product) if first else self.total.add_(self.product)
+
+    def finish(self) -> None:
+        if self.total is not self.result:
+            self.result.copy_(self.total)
+
+
+def _gradient(tiles: _Tiles, rows, columns, results, grads) -> tuple[Tensor, Tensor]:
+    """A tile of the gradient of the logits, in the dtype of the hidden states, and unrounded.
+
+    The kernels round it at once; then both are the same.
+    """
+    r0, r1 = rows
+    state, entropy = results
+    maximum, total = state[:, r0:r1]
+    entropy, a, b = (None if t is None else t[r0:r1] for t in (entropy, *grads))
+    targets = tiles.targets[r0:r1]
+    if tiles.kernels:
+        tile, _ = tiles.logits(rows, columns)
+        _kernel.backward(
+            tile,
+            targets,
+            (maximum, total, entropy),
+            (a, b),
+            tile,
+            temperature=tiles.temperature,
+            softcap=tiles.softcap,
+            first_column=columns[0],
+        )
+        return tile, tile
+    z, tanh, tile, others = tiles.scaled(rows, columns)
+    z.sub_(maximum.unsqueeze(1))
+    temperature = tiles.temperature
+    at_target = torch.zeros_like(total) if a is None else a / temperature
+    scale = at_target.div(total).neg_()
+    if b is None:
+        grad = z.exp_().mul_(scale.unsqueeze(1))
+    else:
+        # p (a + b (log p + H)), with log p = z - maximum - log total
+        slope = b.div(temperature).div_(total).neg_()
+        constant = (entropy - total.log()).mul_(slope).add_(scale)
+        grad = torch.exp(z, out=others[0])
+        grad.mul_(z.clamp_(min=-1e4).mul_(slope.unsqueeze(1)).add_(constant.unsqueeze(1)))
+    index, here = _in_range(targets, columns)
+    grad.scatter_add_(1, index, at_target.masked_fill_(~here, 0.0).unsqueeze(1))
+    if tanh is not None:
+        grad.mul_(tanh.square_().neg_().add_(1.0))
+    # A fill, because a NaN times 0 would stay.
+    grad.masked_fill_((targets == IGNORE_INDEX).unsqueeze(1), 0.0)
+    return (grad if grad.dtype == tile.dtype else tile.copy_(grad)), grad
+
+
+# ---- The same as operators ----
+
+
+@torch.library.custom_op("nemo_rl_ref::linear_token_logprobs", mutates_args=())
+def linear_token_logprobs_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    max_extra_bytes: int,
+    return_entropy: bool,
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `forward`."""
+    if targets.device.type == "cpu":
+        from nemo_rl_ref.logprobs import _check_targets
+
+        _check_targets(targets, weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward(
+            hidden,
+            weight,
+            targets,
+            bias,
+            temperature,
+            softcap,
+            max_extra_bytes,
+            return_entropy,
+            kernels,
+        )
+
+
+@linear_token_logprobs_op.register_fake
+def _(hidden, weight, targets, bias, temperature, softcap, max_extra_bytes, return_entropy, _):
+    return empty_outputs(hidden, return_entropy)
+
+
+@torch.library.custom_op("nemo_rl_ref::linear_token_logprobs_backward", mutates_args=())
+def linear_token_logprobs_backward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    max_extra_bytes: int,
+    kernels: bool,
+    state: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backward`."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return backward(
+            hidden,
+            weight,
+            targets,
+            bias,
+            temperature,
+            softcap,
+            max_extra_bytes,
+            kernels,
+            (state, entropy),
+            (grad_logprobs, grad_entropy),
+            tuple(needs),
+        )
+
+
+@linear_token_logprobs_backward_op.register_fake
+def _(hidden, weight, targets, bias, *others):
+    return empty_gradients(hidden, weight, bias, others[-1])
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, targets, bias, *ctx.options, ctx.return_entropy, ctx.kernels = inputs
+    _, entropy, state = output
+    ctx.save_for_backward(hidden, weight, targets, bias, entropy, state)
+    ctx.mark_non_differentiable(state)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_logprobs, grad_entropy, _):
+    if not ctx.return_entropy:
+        grad_entropy = None
+    nothing = (None,) * 5
+    if grad_logprobs is None and grad_entropy is None:
+        return None, None, None, None, *nothing
+    hidden, weight, targets, bias, entropy, state = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    needs[2] = needs[2] and bias is not None
+    results = linear_token_logprobs_backward_op(
+        hidden,
+        weight,
+        targets,
+        bias,
+        *ctx.options,
+        ctx.kernels,
+        state,
+        entropy,
+        grad_logprobs,
+        grad_entropy,
+        needs,
+    )
+    grad_hidden, grad_weight, grad_bias = (
+        grad if need else None for grad, need in zip(results, needs, strict=True)
+    )
+    return grad_hidden, grad_weight, None, grad_bias, *nothing
+
+
+linear_token_logprobs_op.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _raise_at_second_derivative(ctx, *grads):
+    raise RuntimeError(
+        "linear_token_logprobs has no second derivative: it was differentiated twice"
+    )
+
+
+linear_token_logprobs_backward_op.register_autograd(_raise_at_second_derivative)

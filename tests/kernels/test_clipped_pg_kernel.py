@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels of ``clipped_pg.cu``: executed on threads of the CPU, compiled, and run on a GPU."""
+
+import re
+
+import pytest
+import torch
+
+import clipped_pg_cases as cases
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+from nemo_rl_ref.kernels import TERMS, _clipped_pg, clipped_pg_terms, loader
+from thread_harness import SKIPPED, KernelFault, ThreadHarness, compiler, has_thread_sanitizer
+
+executed = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
+sanitized = pytest.mark.skipif(
+    not has_thread_sanitizer(), reason="no compiler with ThreadSanitizer: no search for data races"
+)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+KERNELS = ("clipped_pg_forward", "clipped_pg_backward")
+MASKS = ("unsigned char", "float", "double", "long long")
+INSTANCES = [f"{k}<{s}, {m}>" for k in KERNELS for s in ("float", "double") for m in MASKS]
+SINGLE = ["clipped_pg_forward<float, float>", "clipped_pg_backward<float, float>"]
+DOUBLE = ["clipped_pg_forward<double, double>", "clipped_pg_backward<double, double>"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """New memory holds NaN, so that what a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Every thread is one of the operating system's."""
+    monkeypatch.setattr(_clipped_pg, "_MOST_THREADS", 64)
+
+
+@pytest.fixture
+def threads(on_threads, small_blocks):
+    on_threads(ThreadHarness("clipped_pg", INSTANCES))
+
+
+# ---- on threads of the CPU ----------------------------------------------------------------------
+
+
+@executed
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("steps", cases.LENGTHS)
+def test_sizes(steps):
+    cases.sizes("cpu", steps)
+
+
+@executed
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("case", [*cases.CASES, cases.flags], ids=lambda case: case.__name__)
+def test_cases(case):
+    case("cpu")
+
+
+@executed
+def test_blocks_of_256_threads(on_threads):
+    on_threads(ThreadHarness("clipped_pg", INSTANCES))
+    given = cases.batch(1, 700, dtype=torch.float32)
+    cases.check(given, cases.EVERYTHING, "cpu", dtype=torch.float64)
+
+
+@executed
+@sanitized
+@pytest.mark.usefixtures("small_blocks")
+def test_no_data_races(on_threads):
+    on_threads(ThreadHarness("clipped_pg", DOUBLE, sanitize=True))
+    cases.check(cases.batch(2, 600), cases.EVERYTHING, "cpu")
+    cases.check(cases.batch(3, 40), cases.EVERYTHING | cases.GSPO, "cpu")
+
+
+def masked_minimum(device="cpu"):
+    given = cases.batch(3, 40)
+    given["prev_logprobs"] = given["prev_logprobs"] + 5 * (1 - given["mask"])
+    cases.check(given, cases.EVERYTHING, device)
+
+
+def out_of_the_row(device="cpu"):
+    given = cases.batch(1, 1030)
+    wide = {
+        n: torch.cat([x, torch.ones(1, 1000, dtype=x.dtype)], 1)[:, :1030]
+        for n, x in given.items()
+        if isinstance(x, torch.Tensor) and x.ndim == 2
+    }
+    cases.check(given | wide, cases.EVERYTHING, device)
+
+
+#: Text in clipped_pg.cu, what is planted in its place, and a case that fails of it.
+FAULTS = {
+    "a warp mask without the last lane": (
+        "const T other = __shfl_down_sync(kFullMask,",
+        "const T other = __shfl_down_sync(0x7fffffffu,",
+        lambda: cases.check(cases.batch(1, 20), {}, "cpu"),
+    ),
+    "a block that adds up all but its last warp": (
+        "other < warps; ++other)",
+        "other < warps - 1; ++other)",
+        lambda: cases.check(cases.batch(1, 200), {}, "cpu"),
+    ),
+    "a segment that reaches over the end of its row, forward": (
+        "  const int end = (int)((segment + 1) * length < steps ? (segment + 1) * length : steps);\n"
+        "#pragma unroll 2\n  for (int t = (int)(segment * length) + thread;",
+        "  const int end = (int)((segment + 1) * length);\n"
+        "#pragma unroll 2\n  for (int t = (int)(segment * length) + thread;",
+        out_of_the_row,
+    ),
+    "the last segment of a row is not added": (
+        "for (int other = 1; other < segments; ++other)",
+        "for (int other = 1; other < segments - 1; ++other)",
+        lambda: cases.check(cases.batch(1, 700), {}, "cpu"),
+    ),
+    "the smallest ratio of all tokens, masked ones too": (
+        "if (m != 0) lowest =",
+        "lowest =",
+        masked_minimum,
+    ),
+    "a weight that is not finite": (
+        "weight = truncated(s, finite_or_zero(exp_of(log_weight)), outside);",
+        "weight = truncated(s, exp_of(log_weight), outside);",
+        lambda: cases.policies_that_filter_the_same_token("cpu"),
+    ),
+    "the counter is left as it is": (
+        "    *arrived = 0;\n",
+        "",
+        lambda: cases.same_bits("cpu"),
+    ),
+    "a tie gives all to both sides": (
+        "plain == bounded ? T(0.5) : T(1)",
+        "T(1)",
+        lambda: cases.check(cases.batch(1, 20), {}, "cpu"),
+    ),
+    "the gradient goes through the input clamp": (
+        "free = within(r, -s.kl_input, s.kl_input);",
+        "",
+        lambda: cases.check(cases.batch(1, 20), {"kl_input_clamp_value": 0.1}, "cpu"),
+    ),
+    "rows that do not count have a loss": (
+        "? valid / own_tokens / all_responses : valid / all_tokens;",
+        "? valid / own_tokens / all_responses : 1 / all_tokens;",
+        lambda: cases.check(cases.batch(3, 20), {}, "cpu"),
+    ),
+}
+
+
+@executed
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_caught(on_threads, monkeypatch, fault):
+    right, wrong, case = FAULTS[fault]
+    monkeypatch.setattr(_clipped_pg, "_counters", {})
+    on_threads(ThreadHarness("clipped_pg", DOUBLE + SINGLE, edits=[(right, wrong)]))
+    with pytest.raises((AssertionError, KernelFault)):
+        case()
+
+
+BARRIERS = {
+    "between the warps' sums and their reader": (
+        "  __syncthreads();\n  if (thread < kValues) {",
+        "  if (thread < kValues) {",
+    ),
+    "between the rows and their sum": (
+        "  __syncthreads();\n  for (int term = warp;",
+        "  for (int term = warp;",
+    ),
+    "between the totals and their reader": (
+        "  __syncthreads();\n  if (thread == 0) {\n    write_terms",
+        "  if (thread == 0) {\n    write_terms",
+    ),
+}
+
+
+@executed
+@sanitized
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_a_missing_barrier_is_a_data_race(on_threads, monkeypatch, barrier):
+    monkeypatch.setattr(_clipped_pg, "_counters", {})
+    on_threads(ThreadHarness("clipped_pg", DOUBLE, edits=[BARRIERS[barrier]], sanitize=True))
+    with pytest.raises(KernelFault, match="data race"):
+        cases.check(cases.batch(3, 70), cases.EVERYTHING, "cpu")
+
+
+@executed
+@pytest.mark.usefixtures("small_blocks")
+def test_when_the_kernels_run(on_threads, monkeypatch):
+    """Once each way; not where they would compute something else."""
+    harness, launched = ThreadHarness("clipped_pg", INSTANCES), []
+    on_threads(harness)
+
+    def launch(source, expression, *rest):
+        launched.append(expression.split("<")[0])
+        harness.launch(source, expression, *rest)
+
+    monkeypatch.setattr(loader, "launch", launch)
+
+    class Doubled(ClippedPGLossFn):
+        def _surrogate(self, *tensors):
+            return 2 * super()._surrogate(*tensors)
+
+    def terms(config, **changes):
+        launched.clear()
+        given = cases.batch(2, 10) | {"logprobs": cases.batch(2, 10)["logprobs"].requires_grad_()}
+        vector = clipped_pg_terms(**given | changes, config=config)
+        vector[0].backward()
+        return vector[0].item(), list(launched)
+
+    config = ClippedPGLossConfig(reference_policy_kl_penalty=0.0)
+    loss, used = terms(config)
+    assert used == list(KERNELS)
+    assert terms(ClippedPGLossFn(config)) == (loss, used)
+    assert terms(Doubled(config)) == (pytest.approx(2 * loss), [])
+    advantages = cases.batch(2, 10)["advantages"].requires_grad_()
+    assert terms(config, advantages=advantages) == (pytest.approx(loss), [])
+    assert advantages.grad.any()
+    assert terms(config, backend="torch") == (pytest.approx(loss), [])
+
+
+# ---- without a GPU ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("expression", SINGLE)
+def test_compiled_without_spills_and_stack(expression, architecture):
+    log = loader.compile_kernel("clipped_pg", expression, architecture, verbose=True).log
+    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
+    assert found and set(found.groups()) == {"0"}, log
+    # Three blocks of 256 threads share the 65536 registers of a multiprocessor.
+    assert int(re.search(r"Used (\d+) registers", log)[1]) <= 80
+
+
+def arguments_of(flags, device="cpu", kernels=False):
+    given = {n: x.to(device) for n, x in cases.batch(2, 6, seed=1).items()}
+    loss_fn = ClippedPGLossFn(ClippedPGLossConfig(**flags))
+    prev = given["logprobs"] if loss_fn.force_on_policy_ratio else given["prev_logprobs"]
+    with_kl = loss_fn.reference_policy_kl_penalty != 0
+    return [
+        given["logprobs"].clone().requires_grad_(),
+        prev,
+        given["generation_logprobs"],
+        given["reference_logprobs"] if with_kl else None,
+        given["advantages"],
+        given["unfiltered_logprobs"].requires_grad_() if with_kl else None,
+        given["mask"],
+        given["sample_mask"],
+        given["rewards"] if loss_fn.positive_example_nll_weight > 0 else None,
+        given["global_valid_seqs"],
+        given["global_valid_toks"],
+        *_clipped_pg.settings_of(loss_fn),
+        kernels,
+    ]
+
+
+OPERATOR_FLAGS = {
+    "everything": cases.EVERYTHING,
+    "gspo": cases.GSPO | {"reference_policy_kl_penalty": 0.0},
+    "on policy": {"force_on_policy_ratio": True},
+}
+
+
+@pytest.mark.parametrize("flags", OPERATOR_FLAGS)
+def test_operator(flags):
+    """Schema, fake, autograd and AOT dispatch of both operators, on their plain PyTorch."""
+    arguments = arguments_of(OPERATOR_FLAGS[flags])
+    torch.library.opcheck(_clipped_pg._op, arguments)
+    _, kept = _clipped_pg._op(*arguments)
+    grads = torch.linspace(-1, 1, len(TERMS), dtype=torch.float64)
+    fixed = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(_clipped_pg._grad_op, [grads, kept, *fixed])
+
+
+@pytest.mark.parametrize("chosen", list(cases.combinations()), ids=lambda chosen: chosen[0])
+def test_the_operators_know_all_flags(chosen):
+    """Flags and numbers go to the operator and come back: the same loss."""
+    given, (_, flags) = cases.batch(3, 8, seed=3), chosen
+    loss_fn = ClippedPGLossFn(ClippedPGLossConfig(**flags))
+    again = _clipped_pg._loss_of(*_clipped_pg.settings_of(loss_fn))
+    a, b = (clipped_pg_terms(**given, config=config) for config in (loss_fn, again))
+    torch.testing.assert_close(a, b)
+    assert _clipped_pg.settings_of(again)[0] == _clipped_pg.settings_of(loss_fn)[0]
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cuda", marks=executed)])
+def test_compiles_whole(threads, backend):
+    given = cases.batch(2, 6)
+    config = ClippedPGLossConfig(**cases.EVERYTHING)
+
+    def loss_and_gradient(function):
+        logprobs = given["logprobs"].clone().requires_grad_()
+        terms = function(logprobs)
+        return terms.detach(), *torch.autograd.grad(terms[0], logprobs)
+
+    def function(logprobs):
+        return clipped_pg_terms(**given | {"logprobs": logprobs}, config=config, backend=backend)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(loss_and_gradient(compiled), loss_and_gradient(function), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"logprobs": torch.ones(3)}, ValueError, r"logprobs has shape \(3,\), expected \(B, T\)"),
+        ({"prev_logprobs": None}, ValueError, "prev_logprobs is None, .* force_on_policy_ratio"),
+        ({"reference_logprobs": None}, ValueError, "reference_logprobs is None, .*kl_penalty=0"),
+        (
+            {"generation_logprobs": torch.ones(2, 6).long()},
+            TypeError,
+            "generation_logprobs has dtype torch.int64, expected a floating dtype",
+        ),
+        *[
+            ({name: torch.ones(2, 7)}, ValueError, rf"{name} has shape \(2, 7\), .* \(2, 6\)")
+            for name in ("advantages", "mask", "unfiltered_logprobs", "prev_logprobs")
+        ],
+        *[
+            ({name: torch.ones(3)}, ValueError, rf"{name} has shape \(3,\), .* \(2,\)")
+            for name in ("sample_mask", "rewards")
+        ],
+        ({"backend": "gpu"}, ValueError, "backend is 'gpu', expected 'cuda', 'torch' or None"),
+        ({"backend": "cuda"}, ValueError, "asks for the CUDA kernels, but the tensors are on cpu"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    with pytest.raises(error, match=message):
+        clipped_pg_terms(**cases.batch(2, 6) | changes, config=ClippedPGLossConfig())
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+
+@on_gpu
+@pytest.mark.parametrize("steps", cases.LENGTHS)
+def test_sizes_on_gpu(steps):
+    cases.sizes("cuda", steps)
+
+
+@on_gpu
+@pytest.mark.parametrize("case", [*cases.CASES, cases.flags], ids=lambda case: case.__name__)
+def test_cases_on_gpu(case):
+    case("cuda")
+
+
+@on_gpu
+@pytest.mark.parametrize("flags", OPERATOR_FLAGS)
+def test_operator_on_gpu(flags):
+    torch.library.opcheck(_clipped_pg._op, arguments_of(OPERATOR_FLAGS[flags], "cuda", True))
+
+
+@on_gpu
+def test_other_streams_and_graphs():
+    def fresh(seed):
+        given = cases.batch(4, 3000, seed=seed, dtype=torch.float32)
+        return {n: x.cuda() if x is not None else None for n, x in given.items()}
+
+    def both(given):
+        logprobs = given["logprobs"].detach().requires_grad_()
+        terms = clipped_pg_terms(
+            **given | {"logprobs": logprobs},
+            config=ClippedPGLossConfig(**cases.EVERYTHING),
+            backend="cuda",
+        )
+        return terms.detach(), *torch.autograd.grad(terms[0], logprobs)
+
+    given = fresh(1)
+    expected = both(given)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = both(given)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(other, expected, strict=True))
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(given)
+    for seed in (3, 5):
+        new = fresh(seed)
+        for name, tensor in given.items():
+            tensor.copy_(new[name])
+        graph.replay()
+        for a, b in zip(captured, both(new), strict=True):
+            assert torch.equal(a, b)
