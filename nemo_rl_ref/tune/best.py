@@ -125,19 +125,46 @@ def _knee(reading: Reading) -> FrozenTrial:
     return front[distances.index(min(distances))]
 
 
-def _bounded(reading: Reading, rule: str) -> tuple[FrozenTrial, str]:
+def check_rule(rule: str | None, objectives: Sequence[str]) -> None:
+    """Raise unless a rule can be read, before any trial runs.
+
+    Args:
+        rule: See the module.
+        objectives: Names of the objectives.
+
+    Raises:
+        ValueError: If it cannot, with what was expected.
+    """
+    if rule not in (None, "knee"):
+        _parse_rule(rule, objectives)
+
+
+def _parse_rule(rule: str, names: Sequence[str]) -> tuple[int, list[tuple[int, str, float]]]:
+    """The index of the objective, and the bounds: index, ``<=`` or ``>=``, number."""
+
+    def index(name: str) -> int:
+        if name not in names:
+            raise ValueError(
+                f"rule: got {name!r} in {rule!r}, expected knee, or one of the objectives "
+                f"{', '.join(names)}"
+            )
+        return names.index(name)
+
     metric, _, conditions = rule.partition(" where ")
-    objective = _index(reading, metric.strip(), rule)
     bounds = []
     for condition in filter(None, re.split(r"\s+and\s+", conditions.strip())):
-        match = re.fullmatch(r"(\S+)\s*(<=|>=)\s*(\S+)", condition)
-        try:
-            bounds.append((_index(reading, match[1], rule), match[2], float(match[3])))
-        except (TypeError, ValueError) as error:
+        match = re.fullmatch(r"(\S+?)\s*(<=|>=)\s*([-+.\deE]+)", condition)
+        if match is None:
             raise ValueError(
                 f"rule: got {condition!r} in {rule!r}, expected OBJECTIVE <= NUMBER or "
-                f"OBJECTIVE >= NUMBER with an objective of {', '.join(reading.objectives)}"
-            ) from error
+                f"OBJECTIVE >= NUMBER with an objective of {', '.join(names)}"
+            )
+        bounds.append((index(match[1]), match[2], float(match[3])))
+    return index(metric.strip()), bounds
+
+
+def _bounded(reading: Reading, rule: str) -> tuple[FrozenTrial, str]:
+    objective, bounds = _parse_rule(rule, reading.objectives)
     kept = [
         trial
         for trial in reading.front
@@ -145,20 +172,11 @@ def _bounded(reading: Reading, rule: str) -> tuple[FrozenTrial, str]:
                for i, op, b in bounds)
     ]  # fmt: skip
     if not kept:
-        raise NoBest(f"rule: no trial of the front keeps {conditions!r}")
+        raise NoBest(f"rule: no trial of the front keeps {rule.partition(' where ')[2]!r}")
     sign = reading.sign(objective)
     best = max(kept, key=lambda trial: (sign * trial.values[objective], -trial.number))
-    where = f" among those with {conditions.strip()}" if bounds else ""
-    return best, f"the best {metric.strip()} on the Pareto front{where}"
-
-
-def _index(reading: Reading, name: str, rule: str) -> int:
-    if name not in reading.objectives:
-        raise ValueError(
-            f"rule: got {name!r} in {rule!r}, expected knee, or one of the objectives "
-            f"{', '.join(reading.objectives)}"
-        )
-    return reading.objectives.index(name)
+    where = f" among those with {rule.partition(' where ')[2].strip()}" if bounds else ""
+    return best, f"the best {reading.objectives[objective]} on the Pareto front{where}"
 
 
 def best_of(study: Study, rule: str | None = None) -> Best:

@@ -33,6 +33,7 @@ import json
 import logging
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -51,12 +52,11 @@ from ray.tune import Callback, Stopper
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
-from nemo_rl_ref.tune.runner import TrialFailed, reason_of, run_trial
+from nemo_rl_ref.tune.runner import Runner, TrialFailed, reason_of, run_trial
 from nemo_rl_ref.tune.samplers import REDUCTION, SearchError
 from nemo_rl_ref.tune.spec import Spec
 from nemo_rl_ref.tune.study import (
     Listener,
-    Runner,
     Search,
     SearchStopped,
     Settings,
@@ -135,20 +135,42 @@ def optimize_on_ray(
         SearchStopped: If the search ends itself, see `nemo_rl_ref.tune.study.work`.
         Stopped: If it was asked to end. The trials that ran are back in the queue.
     """
-    resources = {"cpu": cpus_per_trial, "gpu": gpus_per_trial}
-    for name, value in resources.items():
-        if not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
-            raise StudyError(f"{name}s_per_trial: got {value!r}, expected a number from 0 on")
-    if not any(resources.values()):
-        raise StudyError("cpus_per_trial: got 0 with gpus_per_trial 0, expected one above 0")
-    parsed = Settings(**settings)
-    if parsed.pruner not in ("none", *BRACKETS):
-        raise SearchError(
-            f"pruner: got {parsed.pruner!r} with Ray, expected none, {' or '.join(BRACKETS)}"
-        )
+    _check_options(cpus_per_trial, gpus_per_trial, parsed := Settings(**settings))
     search = open_search(spec, parsed, folder, runner=runner, listen=listen)
+    run_on_ray(
+        search, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial, address=address,
+        cpus=cpus,
+    )  # fmt: skip
+    return search.study
+
+
+def run_on_ray(
+    search: Search,
+    *,
+    cpus_per_trial: float = 1,
+    gpus_per_trial: float = 0,
+    address: str | None = None,
+    cpus: int | None = None,
+) -> None:
+    """As `optimize_on_ray`, for a search that is open.
+
+    Args:
+        search: From `nemo_rl_ref.tune.study.open_search`.
+        cpus_per_trial: See `optimize_on_ray`, as what follows.
+        gpus_per_trial: See there.
+        address: See there.
+        cpus: See there.
+
+    Raises:
+        StudyError: As `optimize_on_ray`.
+        SearchError: As `optimize_on_ray`.
+        SearchStopped: As `optimize_on_ray`.
+        Stopped: As `optimize_on_ray`.
+    """
+    _check_options(cpus_per_trial, gpus_per_trial, search.settings)
+    resources = {"cpu": cpus_per_trial, "gpu": gpus_per_trial}
     search.study.pruner = optuna.pruners.NopPruner()  # Tune prunes
-    folder = Path(folder).resolve()
+    folder = search.folder.resolve()
     work = _Work(search)
     with _environment(), stopping_at_signals(), _ray(address, cpus), work.closing():
         _check_resources(resources)
@@ -177,7 +199,18 @@ def optimize_on_ray(
         raise work.stopped
     if search.finished() < search.budget:
         raise Stopped("the search was interrupted")
-    return search.study
+
+
+def _check_options(cpus_per_trial: float, gpus_per_trial: float, settings: Settings) -> None:
+    for name, value in (("cpus", cpus_per_trial), ("gpus", gpus_per_trial)):
+        if not isinstance(value, (int, float)) or not (value >= 0 and math.isfinite(value)):
+            raise StudyError(f"{name}_per_trial: got {value!r}, expected a number from 0 on")
+    if not cpus_per_trial and not gpus_per_trial:
+        raise StudyError("cpus_per_trial: got 0 with gpus_per_trial 0, expected one above 0")
+    if settings.pruner not in ("none", *BRACKETS):
+        raise SearchError(
+            f"pruner: got {settings.pruner!r} with Ray, expected none, {' or '.join(BRACKETS)}"
+        )
 
 
 # On a worker
@@ -215,7 +248,7 @@ def _trainable(search: Search, folder: Path) -> Any:
             end["metrics"] = json.dumps(dict(found))
         except TrialFailed as error:
             end = {"end": "failed", "reason": error.reason}
-        except Exception as error:  # of the runner itself: a reason for the study, not for a retry
+        except Exception as error:  # noqa: BLE001, of the runner: a reason for the study, no retry
             end = {"end": "failed", "reason": reason_of(error)}
         seconds = round(time.perf_counter() - began, 3)
         tune.report({**end, "at": last, "seconds": seconds})
@@ -441,7 +474,8 @@ def _of_worker(reason: str) -> str:
     if reason == "out of memory":
         return reason
     first = reason.split(". ")[0]
-    return f"its worker died {RESTARTS + 1} times: {first}"[:300]
+    times = f" {RESTARTS + 1} times" if RESTARTS else ""
+    return f"its worker died{times}: {first}"[:300]
 
 
 class _StopAll(Stopper):
@@ -490,7 +524,13 @@ def _ray(address: str | None, cpus: int | None) -> Iterator[None]:
     if address:
         options["address"] = address
     else:
-        options |= {"num_cpus": cpus, "include_dashboard": False}
+        # Its workers import what this process can import: the runner, and this package.
+        paths = os.pathsep.join(path for path in sys.path if path)
+        options |= {
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+        }
     ray.init(**options)
     try:
         yield

@@ -48,7 +48,8 @@ from nemo_rl_ref.tune._reading import Reading, values_of
 #: The first seed to try for a re-evaluation; seeds that the search used are left out.
 FIRST_SEED = 10_000
 
-#: The name of the configuration as it was before the search.
+#: The name of the configuration as it was before the search. What the space fixes for all trials,
+#: the number of steps for example, holds for it too: then it differs by what was searched only.
 DEFAULT = "default"
 
 
@@ -324,6 +325,15 @@ def fresh_seeds(study: Study, count: int, also: Sequence[int] = ()) -> tuple[int
     return tuple(found)
 
 
+def default_values(space: Any) -> dict[str, Any]:
+    """What a space sets in all trials alike: its fixed values without a condition."""
+    return {
+        key: entry.fixed
+        for key, entry in space.entries.items()
+        if entry.search is None and entry.tie is None and not entry.when
+    }
+
+
 def top_candidates(study: Study, count: int) -> list[tuple[int, dict[str, Any], float]]:
     """The best trials of a study, of equal configurations only the first.
 
@@ -401,7 +411,9 @@ def reevaluate(
     reading = Reading(study)
     metric, maximize = reading.objectives[0], reading.sign(0) > 0
     chosen_seeds = fresh_seeds(study, seeds, also=(spec.seed,))
-    wanted = {DEFAULT: {}} | {f"trial {number}": values for number, values, _ in candidates}
+    wanted = {DEFAULT: default_values(spec.space)} | {
+        f"trial {number}": values for number, values, _ in candidates
+    }
     path = Path(folder, "reevaluation.jsonl")
     setting = _digest([spec.to_dict(), metric])
     runner = run_trial or in_this_process

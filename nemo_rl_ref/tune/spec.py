@@ -25,6 +25,8 @@ from nemo_rl_ref.utils.config_keys import (
 
 #: The algorithms that can be searched: those that this package trains.
 ALGORITHMS = ("sft", "dpo", "rm", "grpo", "ppo")
+#: What runs a trial: this package's trainers, or NeMo RL itself.
+LAUNCHERS = ("here", "nemo-rl")
 #: Last words of a metric's name that say which way is better.
 DIRECTIONS = {"loss": "minimize", "accuracy": "maximize", "reward": "maximize"}
 #: Sections that the search itself sets.
@@ -98,6 +100,8 @@ class Spec:
         overrides: Overrides of it that all trials share, in Hydra's grammar.
         space: What is searched.
         objectives: What is to be best; several make a search for a Pareto front.
+        launcher: ``here`` for this package's trainers, ``nemo-rl`` for NeMo RL itself, which reads
+            more keys.
     """
 
     algorithm: str
@@ -105,6 +109,7 @@ class Spec:
     overrides: tuple[str, ...]
     space: Space
     objectives: tuple[Objective, ...]
+    launcher: str = "here"
 
     def to_dict(self) -> dict[str, Any]:
         """The search in JSON's types."""
@@ -114,6 +119,7 @@ class Spec:
             "overrides": list(self.overrides),
             "space": self.space.to_dict(),
             "objectives": [str(objective) for objective in self.objectives],
+            "launcher": self.launcher,
         }
 
     @classmethod
@@ -125,18 +131,13 @@ class Spec:
             written["space"],
             written["objectives"],
             written["overrides"],
+            written.get("launcher", "here"),
         )
 
     @cached_property
     def base(self) -> dict[str, Any]:
         """The configuration's values by key, the shared overrides applied."""
-        from nemo_rl_ref.tune.runner import trainer_of
-
-        trainer = trainer_of(self.algorithm)
-        config, _ = read_config(
-            self.config, self.overrides, trainer.used, not_here=trainer.not_here
-        )
-        return flatten_keys(config)
+        return flatten_keys(_read(self, self.overrides)[0])
 
     @property
     def val_period(self) -> int:
@@ -164,6 +165,7 @@ def make_spec(
     space: Space | Mapping[str, Any] | str | Path,
     objectives: Sequence[Objective | str],
     overrides: Sequence[str] = (),
+    launcher: str = "here",
 ) -> Spec:
     """Make a search and check it.
 
@@ -173,6 +175,8 @@ def make_spec(
         space: What is searched, or the YAML file or dictionary that says so.
         objectives: What is to be best, see `Objective.parse`.
         overrides: Overrides that all trials share, in Hydra's grammar.
+        launcher: ``here``; or ``nemo-rl``, if trials run NeMo RL itself: then the space may have
+            every key that NeMo RL has, also those that mean nothing to this package's trainers.
 
     Returns:
         The search.
@@ -184,17 +188,16 @@ def make_spec(
         OverridesError: If an override cannot be applied.
         OSError: If a file cannot be read.
     """
-    from nemo_rl_ref.tune.runner import trainer_of
-
+    if launcher not in LAUNCHERS:
+        raise SpecError(f"launcher: got {launcher!r}, expected {' or '.join(LAUNCHERS)}")
     if algorithm not in ALGORITHMS:
         raise SpecError(f"algorithm: got {algorithm!r}, expected {', '.join(ALGORITHMS)}")
     found = tuple(Objective.parse(o) if isinstance(o, str) else o for o in objectives)
     metrics = [objective.metric for objective in found]
     if not found or len(set(metrics)) < len(metrics):
         raise SpecError(f"objective: got {metrics}, expected one or several different metrics")
-    spec = Spec(algorithm, str(config), tuple(overrides), None, found)  # type: ignore[arg-type]
-    trainer = trainer_of(algorithm)
-    tree, _ = read_config(config, overrides, trainer.used, not_here=trainer.not_here)
+    spec = Spec(algorithm, str(config), tuple(overrides), None, found, launcher)  # type: ignore[arg-type]
+    tree, _ = _read(spec, overrides)
     if algorithm not in tree:
         there = [name for name in ALGORITHMS if name in tree]
         raise SpecError(
@@ -208,9 +211,19 @@ def make_spec(
         written = space.to_dict() if isinstance(space, Space) else space
         space = Space.from_dict(written, base=base)
     _check_space(space, spec, base)
-    spec = Spec(algorithm, str(config), tuple(overrides), space, found)
+    spec = Spec(algorithm, str(config), tuple(overrides), space, found, launcher)
     spec.__dict__["base"] = base  # what the cached property would read again
     return spec
+
+
+def _read(spec: Spec, lines: Sequence[str]) -> tuple[dict[str, Any], KeyReport]:
+    """The configuration with overrides, its keys checked against what will read it."""
+    if spec.launcher == "nemo-rl":  # no key is unknown to NeMo RL; what it reads, it decides
+        return read_config(spec.config, lines, (), {}, {})
+    from nemo_rl_ref.tune.runner import trainer_of
+
+    trainer = trainer_of(spec.algorithm)
+    return read_config(spec.config, lines, trainer.used, not_here=trainer.not_here)
 
 
 def _check_space(space: Space, spec: Spec, base: Mapping[str, Any]) -> None:
@@ -239,12 +252,11 @@ def _check_space(space: Space, spec: Spec, base: Mapping[str, Any]) -> None:
 
 def _check_read(space: Space, spec: Spec) -> None:
     """Raise if the trainer does not read a key of the space."""
-    from nemo_rl_ref.tune.runner import trainer_of
-
-    trainer = trainer_of(spec.algorithm)
+    if spec.launcher == "nemo-rl":
+        return
     probes = {key: _probe(entry) for key, entry in space.entries.items()}
     lines = [*spec.overrides, *overrides(probes)]
-    _, report = read_config(spec.config, lines, trainer.used, not_here=trainer.not_here)
+    _, report = _read(spec, lines)
     for key in space.entries:
         if any(used == key or used.startswith(f"{key}.") for used in report.used):
             continue

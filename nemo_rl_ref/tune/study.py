@@ -220,6 +220,8 @@ def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator
     then, now = theirs["spec"], ours["spec"]
     if then["algorithm"] != now["algorithm"]:
         yield f"algorithm: {then['algorithm']} then, {now['algorithm']} now"
+    if then["launcher"] != now["launcher"]:
+        yield f"launcher: {then['launcher']} then, {now['launcher']} now"
     if then["objectives"] != now["objectives"]:
         yield f"objectives: {', '.join(then['objectives'])} then, {', '.join(now['objectives'])} now"
     for what, old, new in (

@@ -35,7 +35,6 @@ from nemo_rl_ref.tune.best import (
 )
 from nemo_rl_ref.utils.config import OverridesError, load_config, parse_hydra_overrides
 
-
 AMSGRAD = "policy.optimizer.kwargs.amsgrad"
 
 
