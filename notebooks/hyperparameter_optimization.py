@@ -157,7 +157,7 @@ def read(name):
 
 POOL = {task: read(f"pool-{task}") for task in ("dpo", "grpo")}
 SEARCHED = {task: read(f"samplers-{task}") for task in POOL}
-GRIDS = read("grids")
+GRIDS, MODELLED = read("grids"), read("modelled")
 RATE, BETA = "policy.optimizer.kwargs.lr", "dpo.reference_policy_kl_penalty"
 PENALTY, BATCH = "loss_fn.reference_policy_kl_penalty", "policy.train_global_batch_size"
 NAMES = {"dpo": "DPO", "grpo": "GRPO"}
@@ -626,21 +626,7 @@ for axis, task in zip(axes, POOL, strict=True):
 axes[0].legend(fontsize=8, loc="lower right")
 axes[-1].set_xlabel("fraction of the run")
 # %%
-#| label: early-long
-LONG = {}
-for task in POOL:
-    longer = part(POOL[task], "long")
-    short = {(r["seed"], r["number"]): r for r in part(POOL[task], "random")}
-    pairs = [(final(short[run["seed"], run["number"]]), final(run)) for run in longer]
-    LONG[task] = spearman_of(pairs)
-    values(
-        **{
-            f"long_{task}": f"{LONG[task][0]:.2f}",
-            f"long_{task}_interval": f"{LONG[task][1]:.2f} to {LONG[task][2]:.2f}",
-            f"long_{task}_runs": len(pairs),
-            f"long_{task}_times": longer[0]["steps"] // STEPS_OF[task],
-        }
-    )
+#| label: early-numbers
 for (task, group), found in EARLY.items():
     name = f"early_{task}_{'all' if group == 'all' else 'half'}"
     first = min(found)
@@ -733,18 +719,71 @@ values(pruned_reduction=REDUCTION, pruned_replays=400)
 # ## Search methods
 
 # %%
-#| label: methods
-METHODS = {
-    "random": "random",
-    "tpe+pruning": "TPE, pruned",
-    "tpe": "TPE",
-    "gp": "Gaussian process",
-    "cmaes": "CMA-ES",
-}
-CONTENDERS = {"dpo": list(METHODS), "grpo": ["random", "tpe+pruning"]}
+#| label: modelled
+METHODS = {"random": "random", "tpe": "TPE", "gp": "Gaussian process", "cmaes": "CMA-ES"}
+
+
+def mean_interval(found):
+    """Mean and half its 95 % interval, Student's t over the searches."""
+    half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+    return statistics.mean(found), half
+
+
+def shown_interval(found):
+    middle, half = mean_interval(found)
+    return f"{percent(middle)} ± {percent(half)}"
+
+
+def taken(run, budget):
+    """What a search takes after so many trials, the best as seen, and its true value."""
+    at = int(np.argmax(run["seen"][:budget]))
+    return run["seen"][at], run["true"][at]
+
+
+searches = {method: part(MODELLED, method) for method in METHODS}
+MODEL_BUDGET = len(searches["random"][0]["seen"])
+TRUE = {method: [taken(run, MODEL_BUDGET)[1] for run in runs] for method, runs in searches.items()}
+rows = [
+    "| | best as seen (%) | its true value (%) | more than random (points) |",
+    "| --- " * 4 + "|",
+]
+for method, runs in searches.items():
+    more = [a - b for a, b in zip(TRUE[method], TRUE["random"], strict=True)]
+    rows.append(
+        f"| {METHODS[method]} | {shown_interval([taken(run, MODEL_BUDGET)[0] for run in runs])} "
+        f"| {shown_interval(TRUE[method])} | {'—' if method == 'random' else shown_interval(more)} |"
+    )
+values(
+    modelled_searches=len(searches["random"]),
+    modelled_trials=MODEL_BUDGET,
+    modelled_fitted=MODELLED["fitted_to"],
+    modelled_correlation=f"{MODELLED['left_out_rank_correlation']:.2f}",
+    modelled_noise=percent(MODELLED["noise"]),
+)
+Markdown("\n".join(rows))
+
+# %%
+#| label: fig-modelled
+#| alt: True value of what a search would take over the number of trials, for random search, TPE, a
+#|   Gaussian process and CMA-ES.
+#| caption: Means over the searches; bars at the end are 95 % intervals.
+figure, (axis,) = panels(1, height=3.2)
+numbers = np.arange(3, MODEL_BUDGET + 1)
+for line, (method, runs) in enumerate(searches.items()):
+    true = 100 * np.array([[taken(run, n)[1] for n in numbers] for run in runs])
+    axis.plot(numbers, true.mean(0), label=METHODS[method], markevery=3, **LINES[line])
+    middle, half = mean_interval(true[:, -1].tolist())
+    axis.errorbar(
+        MODEL_BUDGET + 0.5 * (line + 1), middle, half, color=LINES[line]["color"], capsize=3
+    )
+axis.set_xlabel("trials")
+axis.set_title("True accuracy of what would be taken (%)")
+axis.legend(fontsize=8, loc="lower right")
+# %%
+#| label: claim
 SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
 BUDGET = 24  # whole runs of a random search
-LIMIT = {"dpo": 16, "grpo": 12}  # of the other searches
+LIMIT = {"dpo": 16, "grpo": 12}  # of a pruned one
 
 
 def search_of(task, method, seed):
@@ -764,11 +803,6 @@ def best_so_far(task, runs):
     return curve
 
 
-def best_at(curve, budget):
-    """The best when so many whole runs are spent."""
-    return max(best for spent, best in curve if spent <= budget + 1e-9)
-
-
 def when_as_good(curve, target):
     """Whole runs spent until a search was at least as good; infinite if it never was."""
     return next((spent for spent, best in curve if best >= target), np.inf)
@@ -776,124 +810,91 @@ def when_as_good(curve, target):
 
 CURVES = {
     (task, method): [best_so_far(task, search_of(task, method, seed)) for seed in SEARCHES]
-    for task in CONTENDERS
-    for method in CONTENDERS[task]
+    for task in LIMIT
+    for method in ("random", "tpe+pruning")
 }
-
-
-def mean_interval(found):
-    """Mean and half its 95 % interval, Student's t over the searches."""
-    half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
-    return statistics.mean(found), half
-
-
-def shown_interval(found):
-    middle, half = mean_interval(found)
-    return f"{percent(middle)} ± {percent(half)}"
-
-
-# %%
-#| label: methods-table
-rows = ["| | best in the search (%) | more than random (points) | trials |", "| --- " * 4 + "|"]
-SAME = {key: [best_at(curve, LIMIT[key[0]]) for curve in curves] for key, curves in CURVES.items()}
-MORE = {
-    (task, method): [a - b for a, b in zip(found, SAME[task, "random"], strict=True)]
-    for (task, method), found in SAME.items()
-}
-for task, method in SAME:
-    trials = [
-        sum(spent <= LIMIT[task] + 1e-9 for spent, _ in curve) for curve in CURVES[task, method]
-    ]
-    more = "—" if method == "random" else shown_interval(MORE[task, method])
+rows = [
+    "| | compute until as good as random's best, five searches | median | trials in it |",
+    "| --- " * 4 + "|",
+]
+SHARE = {}
+for task, limit in LIMIT.items():
+    targets = [curve[-1][1] for curve in CURVES[task, "random"]]
+    pairs = zip(CURVES[task, "tpe+pruning"], targets, strict=True)
+    shares = [when_as_good(curve, target) / BUDGET for curve, target in pairs]
+    SHARE[task] = statistics.median(shares)
+    over = f"over {limit / BUDGET:.0%}"
+    shown = [over if share == np.inf else f"{share:.0%}" for share in sorted(shares)]
+    trials = statistics.median(len(curve) for curve in CURVES[task, "tpe+pruning"])
     rows.append(
-        f"| {NAMES[task]}, {METHODS[method]} | {shown_interval(SAME[task, method])} | {more} "
-        f"| {statistics.median(trials):.0f} |"
+        f"| {NAMES[task]} | {', '.join(shown)} | **{shown[len(shown) // 2]}** "
+        f"| {trials:.0f} of {limit} whole runs' steps |"
     )
+    values(
+        **{
+            f"claim_{task}_share": shown[len(shown) // 2],
+            f"claim_{task}_reached": sum(share <= 0.5 for share in shares),
+        }
+    )
+values(claim_budget=BUDGET, claim_searches=len(SEARCHES))
 Markdown("\n".join(rows))
 
 # %%
-#| label: fig-methods
-#| alt: The best value found so far over the compute spent, a line for each search method, above for
-#|   DPO and below for GRPO. All methods rise steeply in the first runs and then slowly.
-#| caption: Medians of five searches. The unit of compute is a whole run. The horizontal line is what
-#|   random search ends with; the dotted one marks half its budget.
-figure, axes = panels(2, height=3.0)
-places = np.arange(1, BUDGET + 1)
-for axis, task in zip(axes, CONTENDERS, strict=True):
-    for line, method in enumerate(METHODS):
-        if method not in CONTENDERS[task]:
-            continue
-        until = places if method == "random" else places[: LIMIT[task]]
+#| label: fig-claim
+#| alt: The best value found so far over the compute spent, for random search and for TPE with
+#|   pruning, for DPO and GRPO, five searches each.
+#| caption: Thin lines are searches, thick ones their medians. The unit of compute is a whole run; the
+#|   dotted line marks half of what random search was given.
+figure, axes = panels(2, height=2.8)
+for axis, task in zip(axes, LIMIT, strict=True):
+    for line, (method, name) in enumerate((("random", "random"), ("tpe+pruning", "TPE, pruned"))):
+        until = np.arange(1, (BUDGET if method == "random" else LIMIT[task]) + 1)
         found = []
         for curve in CURVES[task, method]:
             spent, best = np.array(curve).T
             at = np.searchsorted(spent, until + 1e-9) - 1
             found.append(np.where(at >= 0, best[np.maximum(at, 0)], -np.inf))
+            shown = np.isfinite(found[-1])
+            axis.plot(
+                until[shown], 100 * found[-1][shown], color=LINES[line]["color"], alpha=0.25,
+                linewidth=0.8,
+            )  # fmt: skip
         middle = np.median(found, axis=0)
         shown = np.isfinite(middle)
-        axis.plot(
-            until[shown], 100 * middle[shown], label=METHODS[method], markevery=3, **LINES[line]
-        )
-    target = statistics.median(best_at(curve, BUDGET) for curve in CURVES[task, "random"])
-    axis.axhline(100 * target, color="#777777", linewidth=1)
+        axis.plot(until[shown], 100 * middle[shown], label=name, markevery=3, **LINES[line])
     axis.axvline(BUDGET / 2, color="#777777", linewidth=1, linestyle=":")
     axis.set_title(f"Best {POOL[task]['objective']} so far (%), {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
 axes[-1].set_xlabel("compute spent (whole runs)")
 
 # %%
-#| label: claim
+#| label: fresh
 
 
-def fresh(task, method):
-    """For each search, the mean of its winner over fresh seeds."""
-    again = part(SEARCHED[task], f"again {method}")
+def fresh(method):
+    """For each DPO search, the mean of its winner over fresh seeds."""
+    again = part(SEARCHED["dpo"], f"again {method}")
     return [
         statistics.mean(final(run) for run in again if run["search"] == seed) for seed in SEARCHES
     ]
 
 
-rows = [
-    "| | share of random's compute until as good, five searches | median | random's winner, in the "
-    "search (%) | and with fresh seeds (%) | the pruned search's winner, fresh seeds (%) |",
-    "| --- " * 6 + "|",
-]
-SHARES_SPENT = {}
-for task in CONTENDERS:
-    targets = [best_at(curve, BUDGET) for curve in CURVES[task, "random"]]
-    shares = sorted(
-        when_as_good(curve, target) / BUDGET
-        for curve, target in zip(CURVES[task, "tpe+pruning"], targets, strict=True)
-    )
-    SHARES_SPENT[task] = shares
-    over = f"over {LIMIT[task] / BUDGET:.0%}"
-    shown = [over if share == np.inf else f"{share:.0%}" for share in shares]
-    ours, theirs = fresh(task, "tpe+pruning"), fresh(task, "random")
-    gain, half = mean_interval([a - b for a, b in zip(ours, theirs, strict=True)])
-    curse, curse_half = mean_interval([a - b for a, b in zip(targets, theirs, strict=True)])
-    rows.append(
-        f"| {NAMES[task]} | {', '.join(shown)} | **{shown[len(shown) // 2]}** "
-        f"| {shown_interval(targets)} | {shown_interval(theirs)} | {shown_interval(ours)} |"
-    )
-    values(
-        **{
-            f"claim_{task}_share": shown[len(shown) // 2],
-            f"claim_{task}_reached": sum(share <= 0.5 for share in shares),
-            f"claim_{task}_gain": f"{100 * gain:+.1f}",
-            f"claim_{task}_gain_interval": f"{100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}",
-            f"claim_{task}_curse": f"{100 * curse:+.1f}",
-            f"claim_{task}_curse_interval": (
-                f"{100 * (curse - curse_half):+.1f} to {100 * (curse + curse_half):+.1f}"
-            ),
-        }
-    )
-values(
-    methods_budget=BUDGET,
-    methods_limit_dpo=LIMIT["dpo"],
-    methods_limit_grpo=LIMIT["grpo"],
-    methods_searches=len(SEARCHES),
+found = {
+    method: [curve[-1][1] for curve in CURVES["dpo", method]]
+    for method in ("random", "tpe+pruning")
+}
+again = {method: fresh(method) for method in found}
+gain, half = mean_interval(
+    [a - b for a, b in zip(again["tpe+pruning"], again["random"], strict=True)]
 )
-Markdown("\n".join(rows))
+values(
+    fresh_random=shown_interval(again["random"]),
+    fresh_pruned=shown_interval(again["tpe+pruning"]),
+    fresh_random_search=shown_interval(found["random"]),
+    fresh_pruned_search=shown_interval(found["tpe+pruning"]),
+    fresh_gain=f"{100 * gain:+.1f}",
+    fresh_gain_interval=f"{100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}",
+)
 
 # %% [markdown]
 # ## KL against reward

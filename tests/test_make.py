@@ -421,10 +421,11 @@ def test_studies_run_in_the_order_that_they_need(checkout):
     studies = "studies", "-o", "venv", HERE
     folder = checkout.folder / "tests" / "benchmarks"
     folder.mkdir(parents=True)
-    for name in ("grids", "pool", "samplers"):
+    for name in ("grids", "modelled", "pool", "samplers"):
         (folder / f"search_{name}.py").write_text(f"print('ran {name}')\n")
     names = [
-        f"tests/benchmarks/search_{name}.py\nran {name}\n" for name in ("pool", "samplers", "grids")
+        f"tests/benchmarks/search_{name}.py\nran {name}\n"
+        for name in ("pool", "samplers", "grids", "modelled")
     ]
     assert checkout.succeed(*studies) == "".join(names)
     (folder / "search_samplers.py").write_text("raise SystemExit(3)\n")

@@ -3,9 +3,9 @@
 
     python tests/benchmarks/search_pool.py        # 12 minutes on one core; again to go on
 
-`noise` has one setting with many seeds, `random` five random searches of 24 runs each, every run
-with its validation curve, `long` the first twelve of these settings again, trained three times as
-long. They are written to results/search-pool-dpo.json and results/search-pool-grpo.json.
+`noise` has two settings with twelve seeds each, `random` five random searches of 24 runs each, every
+run with its validation curve. They are written to results/search-pool-dpo.json and
+results/search-pool-grpo.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import optuna
 from _search import PENALTY, RATE, SEEDS, TASKS, TRIALS, Store, Trainings, header, write
 
-NOISE_SEEDS, LONG, LONG_RUNS = 12, 3, 12
+NOISE_SEEDS = 12
 USUAL = {  # settings of the noise measurement, two that a person would compare
     "dpo": ({RATE: 1e-4}, {RATE: 1.5e-4}),
     "grpo": ({RATE: 2e-4, PENALTY: 0.01}, {RATE: 3e-4, PENALTY: 0.01}),
@@ -33,7 +33,7 @@ def random_values(task, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("noise", "random", "long"), help="one part, not written")
+    parser.add_argument("--only", choices=("noise", "random"), help="one part, not written")
     only = parser.parse_args().only
     trainings, store = Trainings(), Store("pool")
     runs = {name: [] for name in TASKS}
@@ -54,12 +54,6 @@ def main():
             for seed in SEEDS:
                 for number, values in enumerate(random_values(task, seed)):
                     add(task, "random", values, seed, number)
-    for task in TASKS.values():
-        if only in (None, "long"):
-            every = [(s, n, v) for s in SEEDS for n, v in enumerate(random_values(task, s))]
-            for seed, number, values in every[:LONG_RUNS]:
-                longer = {"steps": LONG * task.steps, "val_period": LONG * task.val_period}
-                add(task, "long", values, seed, number, **longer)
     if only is None:
         for task in TASKS.values():
             write(f"pool-{task.name}", {**header(task), "runs": runs[task.name]})
