@@ -421,17 +421,17 @@ def test_studies_run_in_the_order_that_they_need(checkout):
     studies = "studies", "-o", "venv", HERE
     folder = checkout.folder / "tests" / "benchmarks"
     folder.mkdir(parents=True)
-    for name in ("grids", "modelled", "pool", "samplers"):
+    for name in ("batch", "modelled", "pool", "samplers"):
         (folder / f"search_{name}.py").write_text(f"print('ran {name}')\n")
     names = [
         f"tests/benchmarks/search_{name}.py\nran {name}\n"
-        for name in ("pool", "samplers", "grids", "modelled")
+        for name in ("pool", "samplers", "batch", "modelled")
     ]
     assert checkout.succeed(*studies) == "".join(names)
     (folder / "search_samplers.py").write_text("raise SystemExit(3)\n")
     status, output = checkout.make(*studies)
     assert status != 0
-    assert "ran pool" in output and "ran grids" not in output
+    assert "ran pool" in output and "ran batch" not in output
 
 
 @pytest.fixture

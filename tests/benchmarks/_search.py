@@ -46,7 +46,7 @@ from optuna.distributions import (  # noqa: E402
 
 from _record import device_name  # noqa: E402
 
-from nemo_rl_ref import run_dpo, run_grpo, run_sft, tiny  # noqa: E402
+from nemo_rl_ref import run_dpo, run_grpo, tiny  # noqa: E402
 from nemo_rl_ref.generation import answer_kl, sample_answers  # noqa: E402
 from nemo_rl_ref.rl_settings import USED_KEYS as RL_KEYS  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
@@ -158,26 +158,8 @@ GRPO = Task(
     kept=("train:kl_penalty", "train:reward"),
 )
 TASKS = {task.name: task for task in (DPO, GRPO)}
-SFT = Task(
-    "sft",
-    "configs/sft.yaml",
-    (
-        "sft.val_batches=-1",
-        "sft.val_global_batch_size=256",
-        "sft.val_micro_batch_size=256",
-        "sft.val_at_start=false",
-        "policy.optimizer.kwargs.fused=true",
-        f"{WARM_UP}=10",
-        f"policy.tokenizer.name={tiny.MODEL}",
-    ),
-    "val:val_loss",
-    steps=64,
-    val_period=16,
-    seed_key="sft.seed",
-)
 TRAINERS = {
     "dpo": (run_dpo.train, run_dpo.USED),
-    "sft": (run_sft.train, run_sft.USED),
     "grpo": (run_grpo.train, (*USED_KEYS, *RL_KEYS)),
 }
 
@@ -305,8 +287,7 @@ class Trainings:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 train(config, observe=observe)
-            if task.name in TASKS:
-                record["kl"] = round(self.divergence(task), 5)
+            record["kl"] = round(self.divergence(task), 5)
         except FloatingPointError as error:
             record["failure"] = str(error).split(";")[0]
         finally:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """TPE with successive halving beside random search, at equal compute, and with fresh seeds.
 
-    python tests/benchmarks/search_samplers.py    # a quarter of an hour on one core; again to go on
+    python tests/benchmarks/search_samplers.py    # ten minutes on one core; again to go on
 
-A search may spend as many optimizer steps as 16 whole runs for DPO and as 12 for GRPO. Random search,
-with 24 runs, is the part `random` of search_pool.py. The best settings of DPO's searches are trained
-again with three fresh seeds. They are written to results/search-samplers-dpo.json and
-results/search-samplers-grpo.json.
+A search for DPO may spend as many optimizer steps as 16 whole runs. Random search, with 24 runs, is the
+part `random` of search_pool.py. The best settings of both are trained again with three fresh seeds.
+Written to results/search-samplers-dpo.json.
 """
 
 from __future__ import annotations
@@ -14,22 +13,15 @@ from __future__ import annotations
 import argparse
 
 import optuna
-from _search import DPO, GRPO, SEEDS, TASKS, Store, Trainings, header, write
+from _search import DPO, SEEDS, Store, Trainings, header, write
 from search_pool import random_values
 
 from nemo_rl_ref.tune.samplers import REDUCTION, SeededByTrial
 
 FRESH_SEEDS = (1000, 1001, 1002)
-SAMPLERS = {  # as in nemo_rl_ref.tune.samplers
-    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
-    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
-    "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
-}
+SAMPLERS = {"tpe": lambda seed: optuna.samplers.TPESampler(seed=seed)}  # as nemo_rl_ref.tune has it
 #: Task, method, budget in whole runs; in the order in which they are run.
-SEARCHES = (
-    (DPO, "tpe+pruning", 16),
-    (GRPO, "tpe+pruning", 12),
-)
+SEARCHES = ((DPO, "tpe+pruning", 16),)
 
 
 def pruner(task):
@@ -101,7 +93,7 @@ def main():
     parser.add_argument("--only", metavar="TASK:METHOD", help="one of the searches, not written")
     only = parser.parse_args().only
     trainings, store = Trainings(), Store("samplers")
-    runs = {name: [] for name in TASKS}
+    runs = []
 
     def again(task, method, seed, found):
         best = winner(found)
@@ -113,19 +105,18 @@ def main():
                 ),
             )
             again = {"part": f"again {method}", "number": best["number"], "search": seed}
-            runs[task.name].append({**again, **record})
+            runs.append({**again, **record})
 
     for task, method, trials in SEARCHES:
         if only not in (None, f"{task.name}:{method}"):
             continue
         for seed in SEEDS:
             found = search(task, method, trials, seed, trainings, store)
-            runs[task.name] += found
-            if task is DPO and method == "tpe+pruning":
-                again(task, method, seed, found)
-                again(task, "random", seed, random_search(task, seed))
-    for task in TASKS.values() if only is None else ():
-        write(f"samplers-{task.name}", {**header(task), "runs": runs[task.name]})
+            runs += found
+            again(task, method, seed, found)
+            again(task, "random", seed, random_search(task, seed))
+    if only is None:
+        write("samplers-dpo", {**header(DPO), "runs": runs})
 
 
 if __name__ == "__main__":
