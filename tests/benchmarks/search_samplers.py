@@ -3,9 +3,10 @@
 
     python tests/benchmarks/search_samplers.py    # ten minutes on one core; again to go on
 
-A search for DPO may spend as many optimizer steps as 16 whole runs. Random search, with 24 runs, is the
-part `random` of search_pool.py. The best settings of both are trained again with three fresh seeds.
-Written to results/search-samplers-dpo.json.
+A search may spend as many optimizer steps as 16 whole runs for DPO and as 12 for GRPO. Random search,
+with 24 runs, is the part `random` of search_pool.py. The best settings of DPO's searches are trained
+again with three fresh seeds. Written to results/search-samplers-dpo.json and
+results/search-samplers-grpo.json.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 import optuna
-from _search import DPO, SEEDS, Store, Trainings, header, write
+from _search import DPO, GRPO, SEEDS, TASKS, Store, Trainings, header, write
 from search_pool import random_values
 
 from nemo_rl_ref.tune.samplers import REDUCTION, SeededByTrial
@@ -21,7 +22,7 @@ from nemo_rl_ref.tune.samplers import REDUCTION, SeededByTrial
 FRESH_SEEDS = (1000, 1001, 1002)
 SAMPLERS = {"tpe": lambda seed: optuna.samplers.TPESampler(seed=seed)}  # as nemo_rl_ref.tune has it
 #: Task, method, budget in whole runs; in the order in which they are run.
-SEARCHES = ((DPO, "tpe+pruning", 16),)
+SEARCHES = ((DPO, "tpe+pruning", 16), (GRPO, "tpe+pruning", 12))
 
 
 def pruner(task):
@@ -93,7 +94,7 @@ def main():
     parser.add_argument("--only", metavar="TASK:METHOD", help="one of the searches, not written")
     only = parser.parse_args().only
     trainings, store = Trainings(), Store("samplers")
-    runs = []
+    runs = {name: [] for name in TASKS}
 
     def again(task, method, seed, found):
         best = winner(found)
@@ -105,18 +106,19 @@ def main():
                 ),
             )
             again = {"part": f"again {method}", "number": best["number"], "search": seed}
-            runs.append({**again, **record})
+            runs[task.name].append({**again, **record})
 
     for task, method, trials in SEARCHES:
         if only not in (None, f"{task.name}:{method}"):
             continue
         for seed in SEEDS:
             found = search(task, method, trials, seed, trainings, store)
-            runs += found
-            again(task, method, seed, found)
-            again(task, "random", seed, random_search(task, seed))
-    if only is None:
-        write("samplers-dpo", {**header(DPO), "runs": runs})
+            runs[task.name] += found
+            if task is DPO:
+                again(task, method, seed, found)
+                again(task, "random", seed, random_search(task, seed))
+    for task in TASKS.values() if only is None else ():
+        write(f"samplers-{task.name}", {**header(task), "runs": runs[task.name]})
 
 
 if __name__ == "__main__":
