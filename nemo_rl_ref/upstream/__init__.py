@@ -3,7 +3,7 @@
 
 ``manifest.json`` lists symbols, signatures and configuration keys. ``golden.json`` lists inputs
 and the outputs that NeMo RL's own code returned for them. ``keys.json`` lists every key that a
-configuration of NeMo RL may have.
+configuration of NeMo RL may have, ``places.json`` where in its source each of them stands.
 """
 
 import json
