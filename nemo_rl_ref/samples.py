@@ -162,7 +162,8 @@ def load_datasets(
         ``train`` or ``validation``, the entry and the dataset.
 
     Raises:
-        ValueError, FileNotFoundError: What `load` raises, with the part's key before it.
+        ValueError: What `load` raises, with the part's key before it.
+        FileNotFoundError: Likewise.
     """
     for part in ("train", "validation"):
         entries = data.get(part) or []

@@ -240,7 +240,7 @@ def update(
     max_grad_norm: float | None,
     loss: RunLoss = compute_loss,
     rows: int = 1,
-    place: Callable[[int], str] = "sample {}".format,
+    place: Callable[[int], str] | None = None,
 ) -> dict[str, float]:
     """Take one optimizer step on a global batch.
 
@@ -254,7 +254,8 @@ def update(
         max_grad_norm: A longer gradient is scaled down to this norm; None for no limit.
         loss: See `run_batch`.
         rows: Rows of a sample: 2 for pairs.
-        place: What a sample of the batch is called in messages, by its number.
+        place: What a sample of the batch is called in messages, by its number; its number if not
+            given.
 
     Returns:
         The metrics of `run_batch`, ``grad_norm`` before clipping and ``lr`` of this step.
@@ -279,7 +280,8 @@ def update(
             if accelerator.is_main_process
             else None
         )
-        shown = [place(number) for number in origin.samples if rows < batch.size]
+        name = place or "sample {}".format
+        shown = [name(number) for number in origin.samples if rows < batch.size]
         error = NotFinite(
             f"loss {metrics['loss']}, gradient norm {norm}; it starts in "
             + origin.where
