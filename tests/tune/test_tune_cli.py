@@ -43,7 +43,7 @@ def test_a_search_runs_goes_on_and_ends_with_a_line_that_loads(tmp_path, capfd):
     assert "(1/1)" in output
     assert "(2/2)" in output
     assert "2 trials: 2 complete" in output
-    line = output.strip().splitlines()[-1]
+    line = next(text for text in output.splitlines()[::-1] if f"{LR}=" in text)
     trainer = trainer_of("dpo")
     config, report = read_config("configs/dpo.yaml", shlex.split(line), trainer.used)
     assert 1e-5 <= config["policy"]["optimizer"]["kwargs"]["lr"] <= 1e-3
