@@ -50,7 +50,7 @@ def test_a_search_runs_goes_on_and_ends_with_a_line_that_loads(tmp_path, capfd):
     assert "(1/1)" in output
     assert "(2/2)" in output
     assert "2 trials: 2 complete" in output
-    line = output.strip().splitlines()[-1]
+    line = next(text for text in output.splitlines()[::-1] if f"{LR}=" in text)
     trainer = trainer_of("dpo")
     config, report = read_config("configs/dpo.yaml", shlex.split(line), trainer.used)
     assert 1e-5 <= config["policy"]["optimizer"]["kwargs"]["lr"] <= 1e-3
@@ -138,7 +138,7 @@ def test_a_training_that_fails_is_recorded_with_its_reason(tmp_path):
     assert trial.state.name == "FAIL"
     assert trial.user_attrs["failure"].startswith("step 2: ")
     assert "nan" in trial.user_attrs["failure"]
-    assert "FloatingPointError" in (tmp_path / "s/trial_0000/output.txt").read_text()
+    assert "The step was not taken" in (tmp_path / "s/trial_0000/output.txt").read_text()
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
