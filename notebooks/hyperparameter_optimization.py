@@ -94,7 +94,7 @@ for place, (rate, runs) in enumerate(losses.items()):
 axis.set_xticks(range(len(losses)), [f"{rate:g}" for rate in losses])
 axis.set_xlim(-0.5, len(losses) - 0.5)
 axis.set_xlabel("policy.optimizer.kwargs.lr")
-axis.set_title("Held-out loss (nats), one dot a seed")
+axis.set_title("Held-out loss (nats), one dot a seed");
 # %%
 #| label: noise-numbers
 near, far = losses[LEARNING_RATES[1]], losses[LEARNING_RATES[2]]
@@ -288,7 +288,7 @@ for line, task in enumerate(POOL):
 axis.set_ylim(0)
 axis.set_xlabel("seeds of each of the two settings")
 axis.set_title("Difference that can be seen (percentage points)")
-axis.legend()
+axis.legend();
 # %% [markdown]
 # ## Which keys matter
 
@@ -362,7 +362,7 @@ for axis, task in zip(axes, POOL, strict=True):
     most = max(max(IMPORTANCE[task, share]["found"].values()) for share in SHARES)
     axis.set_xlim(0, 1.7 * most)
     axis.set_title(f"Importance, {NAMES[task]}")
-axes[0].legend(fontsize=8, loc="lower right")
+axes[0].legend(fontsize=8, loc="lower right");
 # %%
 #| label: importance-numbers
 rows = [
@@ -408,7 +408,7 @@ for axis, task in zip(axes, POOL, strict=True):
         [run["values"][RATE] for run in sorted(runs, key=final)[-len(runs) // 10 :]], (0, 1)
     )
     values(**{f"slice_{task}_low": f"{low:.1g}", f"slice_{task}_high": f"{high:.1g}"})
-axes[-1].set_xlabel(RATE)
+axes[-1].set_xlabel(RATE);
 
 # %%
 #| label: fig-other-slices
@@ -497,7 +497,7 @@ for axis, table, levels, title in (
     axis.grid(False)
     axis.set_ylabel("β")
     axis.set_title(title)
-axes[-1].set_xlabel(RATE)
+axes[-1].set_xlabel(RATE);
 # %%
 #| label: rate-beta-numbers
 best_rates = rates[accuracy.argmax(1)]
@@ -545,7 +545,7 @@ for axis, epoch in zip(axes, shown_epochs, strict=True):
     axis.set_xscale("log")
     axis.set_title(f"Pairs in the right order (%), epoch {epoch}")
 axes[0].legend(title="pairs a step", fontsize=8, title_fontsize=8)
-axes[-1].set_xlabel(RATE)
+axes[-1].set_xlabel(RATE);
 
 # %%
 #| label: batch-numbers
@@ -631,7 +631,7 @@ for axis, task in zip(axes, POOL, strict=True):
     axis.set_ylim(-0.35, 1.02)
     axis.set_title(f"Rank correlation with the end, {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
-axes[-1].set_xlabel("fraction of the run")
+axes[-1].set_xlabel("fraction of the run");
 # %%
 #| label: early-numbers
 for (task, group), found in EARLY.items():
@@ -800,7 +800,7 @@ for line, (method, runs) in enumerate(searches.items()):
     )
 axis.set_xlabel("trials")
 axis.set_title("True accuracy of what would be taken (%)")
-axis.legend(fontsize=8, loc="lower right")
+axis.legend(fontsize=8, loc="lower right");
 # %%
 #| label: claim
 SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
@@ -885,9 +885,10 @@ for axis, task in zip(axes, LIMIT, strict=True):
         shown = np.isfinite(middle)
         axis.plot(until[shown], 100 * middle[shown], label=name, markevery=3, **LINES[line])
     axis.axvline(BUDGET / 2, color="#777777", linewidth=1, linestyle=":")
+    axis.set_ylim(bottom=70)
     axis.set_title(f"Best {POOL[task]['objective']} so far (%), {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
-axes[-1].set_xlabel("compute spent (whole runs)")
+axes[-1].set_xlabel("compute spent (whole runs)");
 
 # %%
 #| label: fresh
@@ -947,7 +948,7 @@ axis.semilogx(kl, 100 * value, "o", color=LINES[0]["color"], alpha=0.4, markersi
 kl, value = np.array(front_of(random_points)).T
 axis.step([*kl, max(random_points)[0]], [*100 * value, 100 * value[-1]], where="post", color="k")
 axis.set_title("val:accuracy (%), GRPO")
-axis.set_xlabel("KL to the reference (nats an answer)")
+axis.set_xlabel("KL to the reference (nats an answer)");
 # %%
 #| label: front-numbers
 best_kl, best_value = front_of(random_points)[-1]
