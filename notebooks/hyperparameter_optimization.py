@@ -94,7 +94,7 @@ for place, (rate, runs) in enumerate(losses.items()):
 axis.set_xticks(range(len(losses)), [f"{rate:g}" for rate in losses])
 axis.set_xlim(-0.5, len(losses) - 0.5)
 axis.set_xlabel("policy.optimizer.kwargs.lr")
-axis.set_title("Held-out loss (nats), one dot a seed")
+axis.set_title("Held-out loss (nats), one dot a seed");
 # %%
 #| label: noise-numbers
 near, far = losses[LEARNING_RATES[1]], losses[LEARNING_RATES[2]]
@@ -102,7 +102,7 @@ base = losses[LEARNING_RATES[0]]
 
 
 def difference(a, b):
-    """Mean of a - b over the seeds, which share the order of their pairs, and its standard error."""
+    """Mean of a - b over the seeds, which share the order of the pairs, and its standard error."""
     paired = [x - y for x, y in zip(a, b, strict=True)]
     return statistics.mean(paired), statistics.stdev(paired) / len(paired) ** 0.5
 
@@ -137,7 +137,8 @@ values(
 # ## Recorded runs
 #
 # What needs hundreds of runs was run once. `make studies` makes these files again, in about an hour
-# on one core: `tests/benchmarks/search_pool.py`, `search_samplers.py`, `search_batch.py`, `search_modelled.py`.
+# on one core: `search_pool.py`, `search_samplers.py`, `search_batch.py` and `search_modelled.py` in
+# `tests/benchmarks`.
 
 # %%
 #| label: search-recorded
@@ -156,7 +157,8 @@ def read(name):
 
 
 POOL = {task: read(f"pool-{task}") for task in ("dpo", "grpo")}
-SEARCHED, BATCHES, MODELLED = read("samplers-dpo"), read("batch"), read("modelled")
+SEARCHED = {task: read(f"samplers-{task}") for task in ("dpo",)}
+BATCHES, MODELLED = read("batch"), read("modelled")
 RATE, BETA = "policy.optimizer.kwargs.lr", "dpo.reference_policy_kl_penalty"
 PENALTY, BATCH = "loss_fn.reference_policy_kl_penalty", "policy.train_global_batch_size"
 NAMES = {"dpo": "DPO", "grpo": "GRPO"}
@@ -178,7 +180,7 @@ def percent(value, digits=1):
     return f"{100 * value:.{digits}f}"
 
 
-files = [*POOL.values(), SEARCHED, BATCHES]
+files = [*POOL.values(), *SEARCHED.values(), BATCHES]
 seconds = sum(run["seconds"] for found in files for run in found["runs"])
 failed = sum("failure" in run for found in files for run in found["runs"])
 assert failed == 0, failed  # the page says so
@@ -286,7 +288,7 @@ for line, task in enumerate(POOL):
 axis.set_ylim(0)
 axis.set_xlabel("seeds of each of the two settings")
 axis.set_title("Difference that can be seen (percentage points)")
-axis.legend()
+axis.legend();
 # %% [markdown]
 # ## Which keys matter
 
@@ -297,7 +299,7 @@ import optuna
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 SHARES = {"best half": 0.5, "best fifth": 0.2}  # that PED-ANOVA compares with all runs
-BOOTSTRAPS, SHUFFLES = 40, 25
+BOOTSTRAPS, SHUFFLES = 30, 20
 
 
 def importances(task, runs, scores, share):
@@ -360,7 +362,7 @@ for axis, task in zip(axes, POOL, strict=True):
     most = max(max(IMPORTANCE[task, share]["found"].values()) for share in SHARES)
     axis.set_xlim(0, 1.7 * most)
     axis.set_title(f"Importance, {NAMES[task]}")
-axes[0].legend(fontsize=8, loc="lower right")
+axes[0].legend(fontsize=8, loc="lower right");
 # %%
 #| label: importance-numbers
 rows = [
@@ -406,15 +408,15 @@ for axis, task in zip(axes, POOL, strict=True):
         [run["values"][RATE] for run in sorted(runs, key=final)[-len(runs) // 10 :]], (0, 1)
     )
     values(**{f"slice_{task}_low": f"{low:.1g}", f"slice_{task}_high": f"{high:.1g}"})
-axes[-1].set_xlabel(RATE)
+axes[-1].set_xlabel(RATE);
 
 # %%
 #| label: fig-other-slices
-#| alt: The objective over the ratio of SFT weight and β, and over β, for DPO, and over the group size
-#|   for GRPO, for runs with a learning rate that is not too large. DPO's accuracy falls where the
+#| alt: The objective over the ratio of SFT weight and β, and over β, for DPO, and over the group
+#|   size for GRPO, for runs with a learning rate that is not too large. DPO's accuracy falls where the
 #|   ratio is above eight and rises with β; GRPO's falls with the group size.
-#| caption: Random runs with a learning rate below 3e-4. Squares are means of a fifth of the runs, or
-#|   of a group size, with 95 % intervals.
+#| caption: Random runs with a learning rate below 3e-4. Squares are means of a fifth of the runs,
+#|   or of a group size, with 95 % intervals.
 SFT, GROUPS = "dpo.sft_loss_weight", "grpo.num_generations_per_prompt"
 SLICES = {
     "DPO (%) over sft_loss_weight / reference_policy_kl_penalty": (
@@ -472,10 +474,10 @@ for key, scale in MODELLED["length_scales"].items():
 
 # %%
 #| label: fig-rate-beta
-#| alt: Two maps over the learning rate and β. Accuracy is high left of a boundary that lies at a rate
-#|   of a few times 1e-4, and higher for large β. Lines of equal KL divergence run nearly upright, so
-#|   it is the learning rate that decides about it.
-#| caption: Dots are the random runs, of which the other keys differ. White lines are at equal height.
+#| alt: Two maps over the learning rate and β. Accuracy is high left of a boundary that lies at a
+#|   rate of a few times 1e-4, and higher for large β. Lines of equal KL divergence run nearly
+#|   upright, so it is the learning rate that decides about it.
+#| caption: Dots are the random runs, of which the other keys differ. White lines are level lines.
 figure, axes = panels(2, height=3.1)
 runs = part(POOL["dpo"], "random")
 for axis, table, levels, title in (
@@ -495,7 +497,7 @@ for axis, table, levels, title in (
     axis.grid(False)
     axis.set_ylabel("β")
     axis.set_title(title)
-axes[-1].set_xlabel(RATE)
+axes[-1].set_xlabel(RATE);
 # %%
 #| label: rate-beta-numbers
 best_rates = rates[accuracy.argmax(1)]
@@ -528,9 +530,9 @@ batch_seeds = len(batches[epochs[0], sizes[0], batch_rates[0]])
 
 # %%
 #| label: fig-batch
-#| alt: Three panels, after one, two and four epochs: accuracy over the learning rate for three batch
-#|   sizes. After one epoch the smallest batch is ahead; after four, all have the same top, the larger
-#|   the batch the further to the right.
+#| alt: Three panels, after one, two and four epochs: accuracy over the learning rate for three
+#|   batch sizes. After one epoch the smallest batch is ahead; after four, all have the same top, the
+#|   larger the batch the further to the right.
 #| caption: One run a point. A lone run has the noise of its seed.
 from nemo_rl_ref.plotting import band
 
@@ -543,7 +545,7 @@ for axis, epoch in zip(axes, shown_epochs, strict=True):
     axis.set_xscale("log")
     axis.set_title(f"Pairs in the right order (%), epoch {epoch}")
 axes[0].legend(title="pairs a step", fontsize=8, title_fontsize=8)
-axes[-1].set_xlabel(RATE)
+axes[-1].set_xlabel(RATE);
 
 # %%
 #| label: batch-numbers
@@ -629,7 +631,7 @@ for axis, task in zip(axes, POOL, strict=True):
     axis.set_ylim(-0.35, 1.02)
     axis.set_title(f"Rank correlation with the end, {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
-axes[-1].set_xlabel("fraction of the run")
+axes[-1].set_xlabel("fraction of the run");
 # %%
 #| label: early-numbers
 for (task, group), found in EARLY.items():
@@ -798,7 +800,7 @@ for line, (method, runs) in enumerate(searches.items()):
     )
 axis.set_xlabel("trials")
 axis.set_title("True accuracy of what would be taken (%)")
-axis.legend(fontsize=8, loc="lower right")
+axis.legend(fontsize=8, loc="lower right");
 # %%
 #| label: claim
 SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
@@ -808,7 +810,7 @@ LIMIT = {"dpo": 16}  # of a pruned one
 
 def search_of(task, method, seed):
     """The runs of a search in their order."""
-    found = POOL[task] if method == "random" else SEARCHED
+    found = POOL[task] if method == "random" else SEARCHED[task]
     runs = [run for run in part(found, method) if run["seed"] == seed]
     return sorted(runs, key=lambda run: run["number"])
 
@@ -862,9 +864,9 @@ Markdown("\n".join(rows))
 # %%
 #| label: fig-claim
 #| alt: The best value found so far over the compute spent, for random search and for TPE with
-#|   pruning, five DPO searches each. The pruned ones rise earlier and end higher, but for one.
-#| caption: Thin lines are searches, thick ones their medians. The unit of compute is a whole run; the
-#|   dotted line marks half of what random search was given.
+#|   pruning, five searches each.
+#| caption: Thin lines are searches, thick ones their medians. The unit of compute is a whole run;
+#|   the dotted line marks half of what random search was given.
 figure, axes = panels(len(LIMIT), height=3.2)
 for axis, task in zip(axes, LIMIT, strict=True):
     for line, (method, name) in enumerate((("random", "random"), ("tpe+pruning", "TPE, pruned"))):
@@ -883,9 +885,10 @@ for axis, task in zip(axes, LIMIT, strict=True):
         shown = np.isfinite(middle)
         axis.plot(until[shown], 100 * middle[shown], label=name, markevery=3, **LINES[line])
     axis.axvline(BUDGET / 2, color="#777777", linewidth=1, linestyle=":")
+    axis.set_ylim(bottom=70)
     axis.set_title(f"Best {POOL[task]['objective']} so far (%), {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
-axes[-1].set_xlabel("compute spent (whole runs)")
+axes[-1].set_xlabel("compute spent (whole runs)");
 
 # %%
 #| label: fresh
@@ -893,7 +896,7 @@ axes[-1].set_xlabel("compute spent (whole runs)")
 
 def fresh(method):
     """For each DPO search, the mean of its winner over fresh seeds."""
-    again = part(SEARCHED, f"again {method}")
+    again = part(SEARCHED["dpo"], f"again {method}")
     return [
         statistics.mean(final(run) for run in again if run["search"] == seed) for seed in SEARCHES
     ]
@@ -945,7 +948,7 @@ axis.semilogx(kl, 100 * value, "o", color=LINES[0]["color"], alpha=0.4, markersi
 kl, value = np.array(front_of(random_points)).T
 axis.step([*kl, max(random_points)[0]], [*100 * value, 100 * value[-1]], where="post", color="k")
 axis.set_title("val:accuracy (%), GRPO")
-axis.set_xlabel("KL to the reference (nats an answer)")
+axis.set_xlabel("KL to the reference (nats an answer)");
 # %%
 #| label: front-numbers
 best_kl, best_value = front_of(random_points)[-1]
@@ -979,7 +982,7 @@ Markdown("\n".join(rows))
 from nemo_rl_ref.memory import Model, Step, compare, estimate, measure_peak
 from nemo_rl_ref.memory import table as memory_table
 
-#: Llama 3.2 1B, the model of NeMo RL's dpo.yaml, and that file's micro-batch: 2 pairs of 1,024 tokens.
+#: Llama 3.2 1B, the model of NeMo RL's dpo.yaml; its micro-batch is 2 pairs of 1,024 tokens.
 llama = Model(
     vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
     num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
@@ -1118,7 +1121,7 @@ def write_pairs(name, of):
 
 trained_on, never_seen = problems()
 write_pairs("train.jsonl", trained_on[:2048])
-write_pairs("validation.jsonl", never_seen[:400])
+write_pairs("validation.jsonl", never_seen[:200])
 
 # %%
 #| label: live-spec
@@ -1145,15 +1148,15 @@ spec = make_spec(
         "dpo.val_period=8",
         "dpo.val_at_start=false",
         "dpo.val_batches=-1",
-        "dpo.val_global_batch_size=400",
-        "dpo.val_micro_batch_size=400",
+        "dpo.val_global_batch_size=200",
+        "dpo.val_micro_batch_size=200",
     ],
 )
 
 # %%
 #| label: live-run
 study = optimize(
-    spec, folder=folder / "study", trials=12, sampler="tpe", pruner="successive-halving", seed=1
+    spec, folder=folder / "study", trials=10, sampler="tpe", pruner="successive-halving", seed=1
 )
 for trial in study.trials:
     at = trial.user_attrs
@@ -1172,7 +1175,7 @@ print(best.override_line)
 #| label: live-again
 from nemo_rl_ref.tune.reevaluate import reevaluate
 
-again = reevaluate(study, folder / "study", top=1, seeds=4, show=lambda line: None)
+again = reevaluate(study, folder / "study", top=1, seeds=3, show=lambda line: None)
 print("\n".join(again.sentences()))
 winner = again.winner
 pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
