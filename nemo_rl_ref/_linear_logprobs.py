@@ -223,6 +223,9 @@ def forward(
     logprobs, entropy, state = empty_outputs(hidden, return_entropy)
     if not n:
         return logprobs, entropy, state
+    if hidden.device.type == "cuda" and not kernels:  # the kernels look themselves
+        inside = (targets >= 0) & (targets < v) | (targets == IGNORE_INDEX)
+        torch._assert_async(inside.all(), "a target is neither -100 nor in [0, V)")
     sizes = plan(hidden, weight, softcap, max_extra_bytes, return_entropy, kernels)
     row_step, column_step = sizes.forward
     tiles = _Tiles(

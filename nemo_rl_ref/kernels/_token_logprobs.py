@@ -122,6 +122,18 @@ def backward(
     loader.launch("token_logprobs", name, targets.numel(), block, arguments, logits.device)
 
 
+def instances() -> list[tuple[str, str]]:
+    """Every kernel that these functions can ask for: source and expression."""
+    return [
+        ("token_logprobs", f"token_logprobs_{name}<{dtype}, {block}, {entropy}, {softcap}>")
+        for name in ("forward", "backward")
+        for dtype in _NAMES.values()
+        for block in (_SMALL_BLOCK, _BLOCK)
+        for entropy in ("true", "false")
+        for softcap in ("false", "true")
+    ]
+
+
 def _expression(
     kernel: str, logits: Tensor, block: int, entropy: bool, softcap: float | None
 ) -> str:

@@ -18,6 +18,13 @@
 #include <utility>
 #include <vector>
 
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include <ctime>
+#endif
+
 namespace harness {
 
 struct Fault : std::runtime_error { using std::runtime_error::runtime_error; };
@@ -35,6 +42,23 @@ inline std::atomic<bool> faulted;
   throw Fault(text);
 }
 
+// Sleeps for some milliseconds, or until another thread changes the number and wakes this one. The
+// standard library's wait would order threads beyond that, as a mutex does: see below.
+#ifdef __linux__
+inline void sleep_while(std::atomic<int>& number, int value) {
+  const timespec most = {0, 20'000'000};
+  syscall(SYS_futex, &number, FUTEX_WAIT_PRIVATE, value, &most, nullptr, 0);
+}
+inline void wake(std::atomic<int>& number) {
+  syscall(SYS_futex, &number, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
+}
+#else
+inline void sleep_while(std::atomic<int>&, int) {
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
+}
+inline void wake(std::atomic<int>&) {}
+#endif
+
 // Waits for a number of threads. A thread that will not come any more makes the others fail. Those
 // who wait only look at the generation: taking a mutex on the way out would order them after threads
 // that are already further on, and hide races from ThreadSanitizer.
@@ -42,10 +66,11 @@ class Barrier {
  public:
   explicit Barrier(int count) : count_(count) {}
   void wait(const char* what) {
-    const long generation = generation_.load(std::memory_order_relaxed);
+    const int generation = generation_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
       arrived_.store(0, std::memory_order_relaxed);
       generation_.store(generation + 1, std::memory_order_release);
+      wake(generation_);
       return;
     }
     for (int turn = 0; generation_.load(std::memory_order_acquire) == generation; ++turn) {
@@ -54,8 +79,8 @@ class Barrier {
       if (left && arrived_.load(std::memory_order_relaxed) + left == count_ &&
           generation_.load(std::memory_order_acquire) == generation)
         fail(std::string(what) + ": " + std::to_string(left) + " threads have returned");
-      if (turn < 50) std::this_thread::yield();
-      else std::this_thread::sleep_for(std::chrono::microseconds(50));
+      if (turn < 4) std::this_thread::yield();
+      else sleep_while(generation_, generation);
     }
   }
   void leave() { left_.fetch_add(1, std::memory_order_relaxed); }
@@ -64,7 +89,7 @@ class Barrier {
  private:
   const int count_;
   std::atomic<int> arrived_ = 0, left_ = 0;
-  std::atomic<long> generation_ = 0;
+  std::atomic<int> generation_ = 0;
 };
 
 // The lanes that shuffle together under one mask. Two sets of slots take turns, so that one barrier

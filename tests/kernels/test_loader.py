@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from nemo_rl_ref.kernels import loader
+from nemo_rl_ref.kernels import __main__ as report
+from nemo_rl_ref.kernels import _token_logprobs, loader
 from nemo_rl_ref.kernels._token_logprobs import _BLOCK, _NAMES, _SMALL_BLOCK
 
 try:
@@ -22,11 +23,7 @@ FORWARD = "token_logprobs_forward<float, 128, false, false>"
 
 
 def instances(dtype, block):
-    return [
-        f"token_logprobs_{name}<{dtype}, {block}, {flags}>"
-        for name in ("forward", "backward")
-        for flags in ("true, true", "true, false", "false, true", "false, false")
-    ]
+    return [e for _, e in _token_logprobs.instances() if f"<{dtype}, {block}, " in e]
 
 
 # Every instance for the architecture in the middle; for the others those with the most registers.
@@ -75,6 +72,24 @@ def test_planted_fault(edit, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "SOURCES", tmp_path)
     with pytest.raises(AssertionError):
         test_registers_are_enough("sm_90", "bfloat16", lambda *_: None)
+
+
+@needs_compiler
+def test_report(capsys, monkeypatch):
+    assert report.main(["sm_90", "--only", "backward<float, 128, false"]) == 0
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["kernel", "registers", "shared", "stack", "spills"]
+    assert len(lines) == 2 and all(line.split()[-2:] == ["0", "0"] for line in lines)
+    assert report.main(["sm_1", "--only", "backward<float, 128, false, true"]) == 2
+    assert "does not compile for sm_1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main(["sm_90", "--only", "nothing"])
+    assert "--only: no kernel's name holds 'nothing'" in capsys.readouterr().err
+    spilled = loader.Compiled(
+        "f", b"", "Used 9 registers 8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads"
+    )
+    monkeypatch.setattr(loader, "compile_kernel", lambda *_, **__: spilled)
+    assert report.main(["sm_90", "--only", "backward<float, 128, false, true"]) == 1
 
 
 @needs_compiler

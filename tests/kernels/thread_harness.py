@@ -62,10 +62,13 @@ def _compiles(command: str, *flags: str, run: bool = False) -> bool:
         )
         program = Path(folder) / "try"
         built = subprocess.run(
-            [command, *_FLAGS, *flags, str(source), "-o", str(program)], capture_output=True
+            [command, *_FLAGS, *flags, str(source), "-o", str(program)],
+            check=False,
+            capture_output=True,
         )
         return built.returncode == 0 and (
-            not run or subprocess.run([str(program)], capture_output=True).returncode == 0
+            not run
+            or subprocess.run([str(program)], check=False, capture_output=True).returncode == 0
         )
 
 
@@ -150,6 +153,7 @@ class ThreadHarness:
             file.write_bytes(b"".join(parts))
             done = subprocess.run(
                 [str(self.path), str(file)],
+                check=False,
                 capture_output=True,
                 text=True,
                 env={**os.environ, "TSAN_OPTIONS": "exitcode=66 halt_on_error=1"},
@@ -187,6 +191,7 @@ class ThreadHarness:
             built = subprocess.run(
                 [compiler(), *flags, "harness.cpp", "-o", "out"],
                 cwd=folder,
+                check=False,
                 capture_output=True,
                 text=True,
             )
