@@ -37,6 +37,16 @@ TERMS = (
     "positive_nll_loss",
 )
 
+# The methods of `ClippedPGLossFn` that the kernels do the work of.
+_PARTS = (
+    "_terms",
+    "_ratios",
+    "_surrogate",
+    "_importance_weights",
+    "_kl_estimate",
+    "_importance_metrics",
+)
+
 # Bits that tell the kernels what to compute, as in clipped_pg.cu.
 _FLAGS = {
     name: 1 << bit
@@ -120,7 +130,10 @@ def clipped_pg_terms(
       the kernels do not give;
     - where `config` is a `ClippedPGLossFn` of a class that replaces one of its parts.
 
-    What stands under a mask is multiplied by 0: a NaN there makes the loss NaN, as in NeMo RL.
+    What stands under a mask is multiplied by 0: a NaN there makes the loss NaN, as in NeMo RL. Two
+    values can be a number or an infinity from the kernels where plain PyTorch has NaN: the terms
+    of a response whose ratio (``sequence_level_importance_ratios``) is more than float32 can hold,
+    and ``js_divergence_error`` where both policies give a token less than e^-100.
 
     Args:
         logprobs: log π_θ, (B, T) floating, nats, one a predicted token.
@@ -225,7 +238,7 @@ def needs_plain(
     fixed = (prev, generation, reference, advantages, mask, sample_mask, rewards)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in fixed):
         return "another tensor than the log-probabilities of the policy requires a gradient"
-    for part in ClippedPGLossFn._PARTS:
+    for part in _PARTS:
         if getattr(type(loss_fn), part) is not getattr(ClippedPGLossFn, part):
             return f"{type(loss_fn).__name__} has its own {part}"
     return None

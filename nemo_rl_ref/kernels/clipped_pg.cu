@@ -4,12 +4,12 @@
 // Forward: a block takes a segment of a row and sums what each token adds. What belongs to a whole
 // row (a response's ratio and weight, the length to divide by) is a factor of sums over the row, so
 // it can wait: the last block to finish adds the segments of each row, multiplies, and adds the
-// rows. Every addition has its place, so the same input gives the same bits. Backward: each token by
-// itself, with what the forward kernel has kept of its row.
+// rows. Every addition has its place, so the same input gives the same bits. Backward: each token
+// by itself, with what the forward kernel has kept of its row.
 //
-// Expressions and their order are those of algorithms/loss/_policy_gradient.py, and slopes are those
-// of PyTorch's operators: a tie gives half to either side, and 0 times infinity is NaN under a mask,
-// too.
+// Expressions and their order are those of algorithms/loss/_policy_gradient.py, and slopes are
+// those of PyTorch's operators: a tie gives half to either side, and 0 times infinity is NaN under
+// a mask, too.
 #include "common.cuh"
 
 constexpr int kThreads = 256;   // of a block, at most
@@ -69,7 +69,9 @@ template <class T> __device__ inline T minimum(T a, T b) { return a <= b || a !=
 // ---- one token ----------------------------------------------------------------------------------
 
 // What is read of it.
-template <class T> struct Token { T logprob, prev, generation, reference, advantage, policy, mask; };
+template <class T> struct Token {
+  T logprob, prev, generation, reference, advantage, policy, mask;
+};
 
 // Its ratio and what it is clipped to. That of a whole response comes later: 1 until then.
 template <class T>
@@ -84,9 +86,12 @@ __device__ inline void ratio_of(const Settings& s, T logprob, T prev, T& ratio, 
 template <class T>
 __device__ inline T surrogate(const Settings& s, T advantage, T ratio, T clipped, T& slope) {
   const T plain = -advantage * ratio, bounded = -advantage * clipped;
-  const bool free = s.has(kRatioIsLogprob | kRatioIsOne) || within(ratio, s.ratio_low, s.ratio_high);
+  const bool free =
+      s.has(kRatioIsLogprob | kRatioIsOne) || within(ratio, s.ratio_low, s.ratio_high);
   const T share = plain == bounded ? T(0.5) : T(1);
-  slope = -advantage * ((plain < bounded ? T(0) : share) + (bounded < plain || !free ? T(0) : share));
+  const T of_plain = plain < bounded ? T(0) : share;
+  const T of_bounded = bounded < plain || !free ? T(0) : share;
+  slope = -advantage * (of_plain + of_bounded);
   T loss = maximum(plain, bounded);
   if (s.has(kDualClip) && advantage < 0) {
     const T limit = -advantage * (T)s.dual_limit;
@@ -216,7 +221,8 @@ __device__ inline void write_terms(const Settings& s, const double* total, doubl
   const double kl = total[kTermKl] / by_loss, nll = total[kTermNll] / (positives + kEpsilon);
 #pragma unroll
   for (int term = 0; term < kTerms; ++term) terms[term] = (T)(total[term] / tokens);
-  terms[kTermLoss] = (T)(total[kTermLoss] / by_loss + s.kl_coefficient * kl + s.nll_coefficient * nll);
+  terms[kTermLoss] =
+      (T)(total[kTermLoss] / by_loss + s.kl_coefficient * kl + s.nll_coefficient * nll);
   terms[kTermKl] = (T)kl;
   terms[kTermNll] = (T)nll;
   terms[kTermValid] = (T)total[kTermValid];
@@ -252,8 +258,8 @@ template <class T> __device__ inline T merge_lanes(T x, bool lowest, bool highes
 
 // Grid: `segments` blocks a row, each for `length` tokens of it; 32 to 256 threads. Tensors are
 // (rows, steps) with rows `..._stride` elements apart. `reference` is read with kKl only;
-// `unfiltered` may be null: `logprobs` then. `partial` holds kValues numbers a block; `arrived` is 0
-// before and after; `kept` is kHeader + kKept * rows numbers; `terms` are kTerms. With FLAGS the
+// `unfiltered` may be null: `logprobs` then. `partial` holds kValues numbers a block; `arrived` is
+// 0 before and after; `kept` is kHeader + kKept * rows numbers; `terms` are kTerms. With FLAGS the
 // compiler knows what is asked for; with -1 `flags` tells.
 template <class T, class M, int FLAGS>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 1)
@@ -269,8 +275,8 @@ clipped_pg_forward(
     double* partial_, unsigned* arrived, double* kept, T* terms, long long flags, double ratio_low,
     double ratio_high, double dual_limit, double kl_input, double kl_output, double weight_low,
     double weight_high, double kl_coefficient, double nll_coefficient) {
-  const Settings s = {FLAGS < 0 ? (int)flags : FLAGS, ratio_low, ratio_high, dual_limit, kl_input, kl_output,
-                      weight_low, weight_high, kl_coefficient, nll_coefficient};
+  const Settings s = {FLAGS < 0 ? (int)flags : FLAGS, ratio_low, ratio_high, dual_limit, kl_input,
+                      kl_output, weight_low, weight_high, kl_coefficient, nll_coefficient};
   constexpr int kMostWarps = kThreads / kWarp;
   SHARED_ARRAY(double, warp_values, kValues * kMostWarps);
   SHARED_ARRAY(double, totals, kTotals);
@@ -307,8 +313,9 @@ clipped_pg_forward(
 
     const T log_weight = before - drawn;
     const T distance = log_weight < 0 ? -log_weight : log_weight;
-    const T above = exp_of(distance), below = exp_of(-distance);  // the weight and its inverse
+    const T above = exp_of(distance), below = exp_of(-distance);
     const T raw_weight = log_weight < 0 ? below : above;
+    const T inverse = log_weight < 0 ? above : below;
     T weight = 1;
     if (s.has(kWeightOfResponse)) {
       sum[kLogWeight] += log_weight * m;
@@ -335,7 +342,7 @@ clipped_pg_forward(
 
     T gen_kl = -log_weight, policy_kl = log_weight;
     if (s.has(kKl2)) gen_kl = policy_kl = log_weight * log_weight / 2;
-    else if (!s.has(kKl1)) gen_kl += raw_weight - 1, policy_kl += (log_weight < 0 ? above : below) - 1;
+    else if (!s.has(kKl1)) gen_kl += raw_weight - 1, policy_kl += inverse - 1;
     sum[kGenKl] += gen_kl * m;
     sum[kPolicyKl] += policy_kl * m;
     // The mean of two k3 against the mixture (p + q) / 2 is log cosh(log(p / q) / 2).
@@ -361,7 +368,8 @@ clipped_pg_forward(
   if (thread < kValues) {
     double x = warp_values[thread * kMostWarps];
     for (int other = 1; other < warps; ++other)
-      x = merged(x, warp_values[thread * kMostWarps + other], thread == kLowest, thread == kHighest);
+      x = merged(x, warp_values[thread * kMostWarps + other], thread == kLowest,
+                 thread == kHighest);
     partial[thread * (long long)gridDim.x + blockIdx.x] = x;
     __threadfence();
   }
@@ -406,8 +414,8 @@ clipped_pg_forward(
 
 // ---- the backward kernel ------------------------------------------------------------------------
 
-// Grid and arguments as in the forward kernel. `grad_terms` are the gradients of the terms, of which
-// the loss, the KL and the NLL count. `grad_unfiltered` may be null.
+// Grid and arguments as in the forward kernel. `grad_terms` are the gradients of the terms, of
+// which the loss, the KL and the NLL count. `grad_unfiltered` may be null.
 template <class T, class M, int FLAGS>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 4 : 1)
 clipped_pg_backward(
@@ -423,8 +431,8 @@ clipped_pg_backward(
     T* __restrict__ grad, T* __restrict__ grad_unfiltered, long long flags, double ratio_low,
     double ratio_high, double dual_limit, double kl_input, double kl_output, double weight_low,
     double weight_high, double kl_coefficient, double nll_coefficient) {
-  const Settings s = {FLAGS < 0 ? (int)flags : FLAGS, ratio_low, ratio_high, dual_limit, kl_input, kl_output,
-                      weight_low, weight_high, kl_coefficient, nll_coefficient};
+  const Settings s = {FLAGS < 0 ? (int)flags : FLAGS, ratio_low, ratio_high, dual_limit, kl_input,
+                      kl_output, weight_low, weight_high, kl_coefficient, nll_coefficient};
   const long long row = blockIdx.x / segments, segment = blockIdx.x % segments;
   logprobs += row * logprobs_stride, prev += row * prev_stride;
   generation += row * generation_stride, advantages += row * advantages_stride;

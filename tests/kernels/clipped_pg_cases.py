@@ -163,7 +163,7 @@ def sizes(device, steps):
 def flags(device):
     """Every mode with every truncation."""
     for seed, (name, chosen) in enumerate(combinations()):
-        check(batch(3, 10, seed=seed), chosen, device, what=name)
+        check(batch(2, 8, seed=seed), chosen, device, what=name)
 
 
 def empty(device):

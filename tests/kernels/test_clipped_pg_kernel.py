@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of ``clipped_pg.cu``: executed on threads of the CPU, compiled, and run on a GPU."""
 
-import re
-
 import pytest
 import torch
 
 import clipped_pg_cases as cases
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl_ref.kernels import TERMS, _clipped_pg, clipped_pg_terms, loader
+from test_loader import needs_compiler
 from thread_harness import SKIPPED, KernelFault, ThreadHarness, compiler, has_thread_sanitizer
 
 executed = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
@@ -231,16 +230,17 @@ def test_when_the_kernels_run(on_threads, monkeypatch):
 # ---- without a GPU ------------------------------------------------------------------------------
 
 
+@needs_compiler
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
     "expression", [*SINGLE, *(f"{k}<float, float, {f}>" for k in KERNELS for f in COMMON_FLAGS)]
 )
 def test_compiled_without_spills_and_stack(expression, architecture):
-    log = loader.compile_kernel("clipped_pg", expression, architecture, verbose=True).log
-    found = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log)
-    assert found and set(found.groups()) == {"0"}, log
+    compiled = loader.compile_kernel("clipped_pg", expression, architecture, verbose=True)
+    took = compiled.resources
+    assert took.stack_bytes == 0 and took.spill_bytes == 0, took
     # Three blocks of 256 threads share the 65536 registers of a multiprocessor.
-    assert int(re.search(r"Used (\d+) registers", log)[1]) <= 80
+    assert took.registers <= 80, took
 
 
 def arguments_of(flags, device="cpu", kernels=False):

@@ -124,6 +124,9 @@ class ClippedPGLossFn(LossFunction):
     RL, no mean: it is the sum of the weights of all rows of the micro-batch, masked ones
     included, times its valid rows over those of the global batch.
 
+    On CUDA, loss and metrics are one kernel and the gradient another, see
+    `nemo_rl_ref.kernels.clipped_pg_terms`; the host waits once, for the metrics.
+
     Args:
         cfg: the flags.
         use_fused_linear_logprobs: kept on the instance, see `NLLLossFn`; changes no number.
@@ -138,15 +141,6 @@ class ClippedPGLossFn(LossFunction):
     """
 
     input_type = LossInputType.LOGPROB
-    # What the CUDA kernels compute at once. Where a subclass replaces one, they are not used.
-    _PARTS = (
-        "_terms",
-        "_ratios",
-        "_surrogate",
-        "_importance_weights",
-        "_kl_estimate",
-        "_importance_metrics",
-    )
 
     def __init__(self, cfg: ClippedPGLossConfig, use_fused_linear_logprobs: bool = False):
         if isinstance(cfg, Mapping):
