@@ -157,7 +157,7 @@ def read(name):
 
 
 POOL = {task: read(f"pool-{task}") for task in ("dpo", "grpo")}
-SEARCHED = {task: read(f"samplers-{task}") for task in ("dpo",)}
+SEARCHED = {task: read(f"samplers-{task}") for task in POOL}
 BATCHES, MODELLED = read("batch"), read("modelled")
 RATE, BETA = "policy.optimizer.kwargs.lr", "dpo.reference_policy_kl_penalty"
 PENALTY, BATCH = "loss_fn.reference_policy_kl_penalty", "policy.train_global_batch_size"
@@ -805,7 +805,7 @@ axis.legend(fontsize=8, loc="lower right");
 #| label: claim
 SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
 BUDGET = 24  # whole runs of a random search
-LIMIT = {"dpo": 16}  # of a pruned one
+LIMIT = {"dpo": 16, "grpo": 12}  # of a pruned one
 
 
 def search_of(task, method, seed):
@@ -864,7 +864,7 @@ Markdown("\n".join(rows))
 # %%
 #| label: fig-claim
 #| alt: The best value found so far over the compute spent, for random search and for TPE with
-#|   pruning, five searches each.
+#|   pruning, for DPO and GRPO, five searches each.
 #| caption: Thin lines are searches, thick ones their medians. The unit of compute is a whole run;
 #|   the dotted line marks half of what random search was given.
 figure, axes = panels(len(LIMIT), height=3.2)
@@ -885,7 +885,7 @@ for axis, task in zip(axes, LIMIT, strict=True):
         shown = np.isfinite(middle)
         axis.plot(until[shown], 100 * middle[shown], label=name, markevery=3, **LINES[line])
     axis.axvline(BUDGET / 2, color="#777777", linewidth=1, linestyle=":")
-    axis.set_ylim(bottom=70)
+    axis.set_ylim(bottom={"dpo": 70, "grpo": 12}[task])
     axis.set_title(f"Best {POOL[task]['objective']} so far (%), {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
 axes[-1].set_xlabel("compute spent (whole runs)");
