@@ -4,7 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help html test serve notebooks bench gpu clean distclean venv
+.PHONY: help html test serve notebooks bench studies gpu clean distclean venv
 
 # Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
 #   PYTHON        the interpreter that makes .venv
@@ -55,6 +55,12 @@ bench: venv ## run the benchmarks, tests/benchmarks/bench_*.py
 	@for script in tests/benchmarks/bench_*.py; do \
 		[ -f "$$script" ] || { echo "error: no script in tests/benchmarks" >&2; exit 1; }; \
 		echo "$$script"; $(PY) "$$script" || exit 1; \
+	done
+
+studies: venv ## run the searches that the site shows, about an hour; goes on where it was stopped
+	@for script in pool samplers batch modelled; do \
+		echo "tests/benchmarks/search_$$script.py"; \
+		OMP_NUM_THREADS=1 $(PY) "tests/benchmarks/search_$$script.py" || exit 1; \
 	done
 
 gpu: venv ## on a GPU: test the kernels, execute the notebooks, run the benchmarks

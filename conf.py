@@ -21,6 +21,7 @@ extensions = [
     "notebook_pages",
     "embed",
     "stored_values",
+    "config_links",
     "equations",
     "glossary_links",
     # others

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from nemo_rl_ref.sealed import CheckpointError, broken, check_checkpoint, clear_leftovers
+from nemo_rl_ref.processes import from_main, is_deepspeed, is_sharded
+from nemo_rl_ref.sealed import CheckpointError, broken
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
 from nemo_rl_ref.utils.logger import flatten_dict
 
@@ -45,7 +46,7 @@ class Trained:
 
     Attributes:
         model: From ``accelerator.prepare``. If it has ``save_pretrained``, that writes it.
-        optimizer: From ``accelerator.prepare``.
+        optimizer: Its optimizer.
         scheduler: The learning-rate scheduler, not prepared.
     """
 
@@ -84,40 +85,46 @@ def save_checkpoint(
         CheckpointError: If a file cannot be written. What was written is removed; earlier
             checkpoints are untouched.
     """
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import gather_object
 
     states = {name: accelerator.get_state_dict(trained.model) for name, trained in models.items()}
+    optimizers = {
+        name: _optimizer_state(trained, accelerator)
+        for name, trained in models.items()
+        if manager.save_optimizer and not is_deepspeed(accelerator)
+    }
     random_states = gather_object([random_state or get_random_state()])
-    problem: list[str | None] = [None]
+    if not manager.save_optimizer:
+        random_states = []
+    problem: str | None = None
     if accelerator.is_main_process:
         name = "training_info.json"
         try:
             folder = Path(manager.init_tmp_checkpoint(step, training_info, run_config))
             for name, write in _parts(
-                models, states, random_states, tokenizer, accelerator, manager.save_optimizer
+                models, states, optimizers, random_states, tokenizer, accelerator
             ):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 write(folder / name)
             name = "files.json"
-            if not _is_sharded(accelerator):
+            if not is_deepspeed(accelerator):
                 manager.finalize_checkpoint(folder)
         except Exception as error:  # OSError, or what safetensors and torch make of one
             shutil.rmtree(manager.checkpoint_dir / f"tmp_step_{step}", ignore_errors=True)
             latest = manager.get_latest_checkpoint_path()
-            problem[0] = (
+            problem = (
                 f"{manager.checkpoint_dir / f'tmp_step_{step}' / name}: cannot be written: "
                 f"{error}. Step {step} is not saved. "
                 + (f"{latest} is whole: " if latest else "There is no earlier checkpoint: ")
                 + "free space, or move the folder to a larger disk and set "
                 "checkpointing.checkpoint_dir, and start the same command again"
             )
-    if accelerator.num_processes > 1:
-        broadcast_object_list(problem)
-    if problem[0]:
-        raise CheckpointError(problem[0])
-    if _is_sharded(accelerator):
+    if problem := from_main(problem):
+        raise CheckpointError(problem)
+    if is_deepspeed(accelerator):
         folder = (manager.checkpoint_dir / f"tmp_step_{step}").absolute()
-        accelerator.save_state(str(folder / "policy" / "optimizer"))
+        if manager.save_optimizer:
+            accelerator.save_state(str(folder / "policy" / "optimizer" / "deepspeed"))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             manager.finalize_checkpoint(folder)
@@ -145,13 +152,13 @@ def load_checkpoint(
         _, folder = CheckpointManager.get_resume_paths(checkpoint_path, model_component=name)
         if folder is None:
             continue
-        if _is_sharded(accelerator):
-            accelerator.load_state(str(folder))
+        if is_deepspeed(accelerator):
+            accelerator.load_state(str(folder / "deepspeed"))
         else:
             path = folder / "optimizer.pt"
             state = _torch_load(path)
             try:
-                trained.optimizer.load_state_dict(state["optimizer"])
+                _load_optimizer(trained, state["optimizer"], accelerator)
                 trained.scheduler.load_state_dict(state["scheduler"])
             except (ValueError, KeyError) as error:
                 raise CheckpointError(
@@ -207,6 +214,13 @@ def get_random_state() -> dict[str, Any]:
     return {
         "python": [version, list(internal), gauss],
         "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
+        **get_torch_random_state(),
+    }
+
+
+def get_torch_random_state() -> dict[str, Any]:
+    """PyTorch's part of `get_random_state`, which takes a few microseconds."""
+    return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -228,31 +242,53 @@ def set_random_state(state: dict[str, Any]) -> None:
 def _parts(
     models: Mapping[str, Trained],
     states: Mapping[str, Any],
+    optimizers: Mapping[str, Any],
     random_states: list[dict[str, Any]],
     tokenizer: Any,
     accelerator: Any,
-    save_optimizer: bool,
 ) -> list[tuple[str, Callable[[Path], None]]]:
     """What a checkpoint consists of: the name of each part, and what writes it."""
     parts: list[tuple[str, Callable[[Path], None]]] = []
     for name, trained in models.items():
         model = accelerator.unwrap_model(trained.model)
         parts.append((f"{name}/weights", lambda p, m=model, s=states[name]: _save_weights(m, s, p)))
-        if save_optimizer and not _is_sharded(accelerator):
-            state = {
-                "optimizer": trained.optimizer.state_dict(),
-                "scheduler": trained.scheduler.state_dict(),
-            }
+        if name in optimizers:
+            state = {"optimizer": optimizers[name], "scheduler": trained.scheduler.state_dict()}
             parts.append((f"{name}/optimizer/optimizer.pt", lambda p, s=state: torch.save(s, p)))
     first = next(iter(models))
-    if save_optimizer:
+    if random_states:
         parts.append((f"{first}/optimizer/random.pt", lambda p: torch.save(random_states, p)))
     if tokenizer is not None:
         parts.append((f"{first}/tokenizer", lambda p: tokenizer.save_pretrained(p)))
     return parts
 
 
+def _optimizer_state(trained: Trained, accelerator: Any) -> dict[str, Any]:
+    """The optimizer's whole state, which with FSDP only the main process gets."""
+    if not is_sharded(accelerator):
+        return trained.optimizer.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(trained.model, trained.optimizer, options=options)
+
+
+def _load_optimizer(trained: Trained, state: dict[str, Any], accelerator: Any) -> None:
+    if not is_sharded(accelerator):
+        trained.optimizer.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(trained.model, trained.optimizer, state, options=options)
+
+
 def _save_weights(model: Any, state: dict[str, Any], folder: Path) -> None:
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared = first.setdefault(id(parameter), name)
+        if name in state and shared in state:  # tied weights are two tensors in a gathered state
+            state[name] = state[shared]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(folder, state_dict=state)
     else:
@@ -260,11 +296,6 @@ def _save_weights(model: Any, state: dict[str, Any], folder: Path) -> None:
 
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
-
-
-def _is_sharded(accelerator: Any) -> bool:
-    """Whether no process has the whole optimizer: FSDP and DeepSpeed, which save it themselves."""
-    return str(getattr(accelerator.distributed_type, "value", "")) in ("FSDP", "DEEPSPEED")
 
 
 def _torch_load(path: Path) -> Any:

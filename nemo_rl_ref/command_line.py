@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nemo_rl_ref.trainer import process_state
+from nemo_rl_ref.processes import from_main, process_state
 from nemo_rl_ref.utils.config_keys import NOT_HERE
 
 
@@ -64,7 +64,8 @@ def run(
         config, report = read_config(options.config, overrides, used, not_here=not_here)
         if process_state().is_main_process:
             print(report)
-        config["logger"]["log_dir"] = _on_all(get_next_experiment_dir, config["logger"]["log_dir"])
+            config["logger"]["log_dir"] = get_next_experiment_dir(config["logger"]["log_dir"])
+        config["logger"]["log_dir"] = from_main(config["logger"]["log_dir"])
         train(
             config,
             loss=options.loss,
@@ -78,13 +79,3 @@ def run(
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _on_all(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns on the main process, which alone calls it."""
-    from accelerate.utils import broadcast_object_list
-
-    result = [function(*arguments) if process_state().is_main_process else None]
-    if process_state().num_processes > 1:
-        broadcast_object_list(result)
-    return result[0]

@@ -95,7 +95,8 @@ def response_logprobs(
     ids, starts = data["input_ids"], data["prompt_lengths"]
     rows, width = ids.shape
     sizes = data["input_lengths"] - starts
-    longest = int(sizes.max())
+    # At least 2: where processes share the weights, each must run the model as often as the others.
+    longest = max(int(sizes.max()), 2)
     logits, cache, prompt_mask = _prefill(model, ids, starts)
 
     steps = torch.arange(longest, device=ids.device)
@@ -104,16 +105,15 @@ def response_logprobs(
     padded = torch.nn.functional.pad(ids, (0, longest))
     tokens = padded.gather(1, columns)
     logprobs = [_score(logits.unsqueeze(1), tokens[:, :1], sampling, filtered)]
-    if longest > 1:
-        # The last token of a response predicts nothing, so it is not run.
-        out = model(
-            input_ids=tokens[:, :-1],
-            attention_mask=torch.cat([prompt_mask, valid[:, :-1].long()], 1),
-            position_ids=columns[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logprobs.append(_score(out.logits, tokens[:, 1:], sampling, filtered))
+    # The last token of a response predicts nothing, so it is not run.
+    out = model(
+        input_ids=tokens[:, :-1],
+        attention_mask=torch.cat([prompt_mask, valid[:, :-1].long()], 1),
+        position_ids=columns[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logprobs.append(_score(out.logits, tokens[:, 1:], sampling, filtered))
     scores = torch.where(valid, torch.cat(logprobs, 1), 0.0)
     whole = scores.new_zeros(rows, width + longest).scatter(1, columns, scores)
     return whole[:, 1:width]

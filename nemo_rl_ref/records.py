@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records: read from a JSON Lines file or the Hugging Face hub, each with its place for errors."""
+"""Records, each with its place for errors, from all that NeMo RL reads data from.
+
+That is a JSON Lines, Parquet, Arrow or CSV file; a folder that ``save_to_disk`` of Hugging Face's
+``datasets`` has written; and what its ``load_dataset`` takes, a folder of data files or a name on
+the hub.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+
+#: Suffixes of files with one JSON object a line.
+JSON_LINES = (".json", ".jsonl")
+
+#: Suffixes of other files, and what the ``datasets`` library calls them.
+TABLES = {".arrow": "arrow", ".csv": "csv", ".parquet": "parquet"}
 
 
 class DataError(ValueError):
@@ -18,7 +30,7 @@ class Records:
 
     Attributes:
         dataset: The records, one dict each.
-        places: For every record, ``file:line`` (or ``dataset[row]`` for hub data), used in errors.
+        places: For every record, ``file:line`` (or ``dataset[split][row]``), used in errors.
         task_name: The last two parts of the path joined by ``-``, without the suffix.
     """
 
@@ -28,15 +40,15 @@ class Records:
 
     def __init__(self, data_path: str, subset: str | None = None, split: str | None = None) -> None:
         self.task_name = "-".join(str(data_path).split("/")[-2:]).split(".")[0].lstrip("-")
-        if str(data_path).endswith((".json", ".jsonl")):
-            if subset is not None:
-                raise ValueError(
-                    f"subset: got {subset!r} with the local file {data_path}; "
-                    "a subset exists only for Hugging Face datasets"
-                )
+        if Path(data_path).suffix in (*JSON_LINES, *TABLES) and subset is not None:
+            raise ValueError(
+                f"subset: got {subset!r} with the local file {data_path}; "
+                "a subset exists only for Hugging Face datasets"
+            )
+        if Path(data_path).suffix in JSON_LINES:
             rows = list(read_jsonl(data_path))
         else:
-            rows = list(_read_hub(data_path, subset, split))
+            rows = list(_read_datasets(str(data_path), subset, split))
         if not rows:
             raise DataError(f"{data_path}: no records; expected one JSON object a line")
         self.places = [place for place, _ in rows]
@@ -87,12 +99,28 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield place, record
 
 
-def _read_hub(
-    name: str, subset: str | None, split: str | None
+def _read_datasets(
+    path: str, subset: str | None, split: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a Hugging Face dataset; without a split, those of ``train``."""
-    from datasets import load_dataset  # only needed for hub data
+    """Yield the rows of what ``datasets`` reads; without a split, those of ``train``."""
+    import datasets  # only needed for these
 
-    split = split or "train"
-    for row, record in enumerate(load_dataset(name, subset, split=split)):
-        yield f"{name}[{split}][{row}]", dict(record)
+    kind = TABLES.get(Path(path).suffix)
+    local = kind or Path(path).is_absolute() or path.startswith(".")
+    if local and not Path(path).exists():
+        raise FileNotFoundError(f"data_path: nothing at {path}; expected a file or a folder")
+    if kind:
+        found, split = datasets.load_dataset(kind, data_files=path), None
+    elif any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        found = datasets.load_from_disk(path)
+    else:
+        found = datasets.load_dataset(path, subset)
+    name = split or "train"
+    if isinstance(found, datasets.DatasetDict):
+        if name not in found:
+            raise ValueError(f"split: got {name!r}, but {path} has {', '.join(found)}")
+        found = found[name]
+    elif split:
+        raise ValueError(f"split: got {split!r}, but {path} has no splits; set it to null")
+    for row, record in enumerate(found):
+        yield (f"{path}[{row}]" if kind else f"{path}[{name}][{row}]"), dict(record)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nemo_rl_ref.algorithms import advantage_estimator as estimators
@@ -131,6 +131,26 @@ def updates_per_step(config: Mapping[str, Any], cfg: GRPOConfig | PPOConfig) -> 
 def uses_validation(cfg: GRPOConfig | PPOConfig) -> bool:
     """Whether a run validates at any time."""
     return bool(cfg.val_period > 0 or cfg.val_at_start or cfg.val_at_end)
+
+
+def check_prompts(
+    cfg: GRPOConfig | PPOConfig, training: Sequence[Any], validation: Sequence[Any]
+) -> None:
+    """Check that there are prompts enough for a step, and some to validate on where that is set.
+
+    Raises:
+        ValueError: If there are not. The message names the key.
+    """
+    needed = int(cfg.num_prompts_per_step * cfg.batch_multiplier)
+    if len(training) < needed:
+        raise ValueError(
+            f"data.train: {len(training)} prompts, expected at least the {needed} of one step"
+        )
+    if uses_validation(cfg) and not validation:
+        raise ValueError(
+            "data.validation: not set, expected a dataset, or val_period=0, val_at_start=false "
+            "and val_at_end=false"
+        )
 
 
 def make_estimator(config: Mapping[str, Any], cfg: GRPOConfig | PPOConfig) -> Any:

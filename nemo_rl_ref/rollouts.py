@@ -13,11 +13,12 @@ from torch import Tensor
 
 from nemo_rl_ref.algorithms.logits_sampling_utils import TrainingSamplingParams
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
-from nemo_rl_ref.data.datasets.utils import update_single_dataset_config
 from nemo_rl_ref.data.processors import math_hf_data_processor
 from nemo_rl_ref.decoding import generate
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.environments import ENVIRONMENTS, Environment, score
+from nemo_rl_ref.padding import pad_right
+from nemo_rl_ref.samples import load_datasets
 
 
 @dataclass(frozen=True)
@@ -58,28 +59,20 @@ def load_prompts(
         DataError: If a record cannot be used. The message names file and line.
     """
     prompts: dict[str, list[Prompt]] = {"train": [], "validation": []}
-    for part in prompts:
-        entries = data.get(part) or []
-        for entry in [entries] if isinstance(entries, Mapping) else entries:
-            entry = dict(entry)
-            update_single_dataset_config(entry, data.get("default") or {})
-            scorer = environment or _environment(entry, part)
-            processor = entry.get("processor") or "math_hf_data_processor"
-            if processor != "math_hf_data_processor":
-                raise ValueError(
-                    f"data.{part}.processor: got {processor!r}, expected math_hf_data_processor"
+    for part, entry, dataset in load_datasets(data, load_response_dataset):
+        scorer = environment or _environment(entry, part)
+        processor = entry.get("processor") or "math_hf_data_processor"
+        if processor != "math_hf_data_processor":
+            raise ValueError(
+                f"data.{part}.processor: got {processor!r}, expected math_hf_data_processor"
+            )
+        held_out = getattr(dataset, "val_dataset", None) if part == "train" else None
+        for where, records in ((part, dataset.dataset), ("validation", held_out or [])):
+            for index, record in enumerate(records):
+                datum = math_hf_data_processor(
+                    record, dataset.task_spec, tokenizer, data["max_input_seq_length"], index
                 )
-            try:
-                dataset = load_response_dataset(entry)
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"data.{part}: {error}") from error
-            held_out = getattr(dataset, "val_dataset", None) if part == "train" else None
-            for where, records in ((part, dataset.dataset), ("validation", held_out or [])):
-                for index, record in enumerate(records):
-                    datum = math_hf_data_processor(
-                        record, dataset.task_spec, tokenizer, data["max_input_seq_length"], index
-                    )
-                    prompts[where].append(_prompt(datum, scorer))
+                prompts[where].append(_prompt(datum, scorer))
     if not prompts["train"]:
         raise ValueError("data.train: not set, expected a dataset")
     return prompts["train"], prompts["validation"]
@@ -129,6 +122,48 @@ def prompt_batches(
         yield [prompts[row] for row in order[first : first + size]]
 
 
+@dataclass(frozen=True)
+class PromptPlan:
+    """Which prompts come next, by a run's counters ``current_epoch`` and ``data_position``.
+
+    Attributes:
+        prompts: All prompts.
+        batch_size: Prompts of a batch, see `prompt_batches`.
+        max_epochs: How often to go through them.
+        shuffle: Whether to shuffle.
+        seed: Of the run.
+    """
+
+    prompts: list[Prompt]
+    batch_size: int
+    max_epochs: int
+    shuffle: bool
+    seed: int
+
+    @property
+    def batches(self) -> int:
+        """Number of batches in all epochs."""
+        return len(self.prompts) // self.batch_size * self.max_epochs
+
+    def rest(self, state: dict[str, Any]) -> Iterator[list[Prompt]]:
+        """Yield the rest of the epoch's batches; count in ``state`` those that are taken."""
+        for batch in prompt_batches(
+            self.prompts,
+            self.batch_size,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            epoch=state["current_epoch"],
+            start=state["data_position"],
+        ):
+            state["data_position"] += 1
+            yield batch
+
+    def is_used_up(self, state: Mapping[str, Any]) -> bool:
+        """Whether the last epoch has no batch left."""
+        done = state["current_epoch"] * (len(self.prompts) // self.batch_size)
+        return done + state["data_position"] >= self.batches
+
+
 def roll_out(
     model: Any,
     tokenizer: Any,
@@ -157,8 +192,8 @@ def roll_out(
         The responses, those to one prompt next to each other, the same on every process: NeMo
         RL's ``input_lengths``, ``length`` (of the prompt), ``generation_logprobs``,
         ``total_reward``, ``reward/<name>``, ``truncated``, ``loss_multiplier``, and
-        ``input_ids`` (B, S), ``response_token_lengths`` (B,), ``content`` (texts). And NeMo RL's
-        rollout metrics.
+        ``input_ids`` (B, S), ``token_mask`` int64 (B, S), 1 on the response's tokens,
+        ``response_token_lengths`` (B,), ``content`` (texts). And NeMo RL's rollout metrics.
     """
     generation, longest = policy["generation"], policy["max_total_sequence_length"]
     uniforms = torch.rand(
@@ -172,7 +207,7 @@ def roll_out(
     rows = [prompt for prompt in prompts[low:high] for _ in range(copies)]
     parts = []
     if rows:
-        ids = torch.nn.utils.rnn.pad_sequence([prompt.ids for prompt in rows], batch_first=True)
+        ids = pad_right([prompt.ids for prompt in rows])
         lengths = torch.tensor([len(prompt.ids) for prompt in rows])
         inputs = BatchedDataDict({"input_ids": ids, "input_lengths": lengths})
         out = generate(
@@ -216,10 +251,13 @@ def _scored(
     rows_of_ids = zip(out["output_ids"].tolist(), spans, strict=True)
     responses = [ids[start:stop] for ids, (start, stop) in rows_of_ids]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    columns, stops = torch.arange(out["output_ids"].shape[1]), out["unpadded_sequence_lengths"]
+    in_response = (columns >= lengths.unsqueeze(1)) & (columns < stops.unsqueeze(1))
     return BatchedDataDict(
         {
             "input_ids": out["output_ids"],
-            "input_lengths": out["unpadded_sequence_lengths"],
+            "input_lengths": stops,
+            "token_mask": in_response.long(),
             "length": lengths,
             "generation_logprobs": out["logprobs"],
             "response_token_lengths": out["generation_lengths"],
@@ -234,3 +272,24 @@ def _scored(
             ),
         }
     )
+
+
+def batch_metrics(batch: Mapping[str, Any]) -> dict[str, float]:
+    """NeMo RL's metrics of the responses that a step trains on.
+
+    Args:
+        batch: From `roll_out`, with ``baseline`` (B,), the mean reward of each response's group.
+
+    Returns:
+        Mean reward and prompt length, number of tokens, and the shares, in percent, of responses
+        whose group has the baseline 0, 1 or another one.
+    """
+    zeros, ones = ((batch["baseline"] == b).float().mean().item() * 100 for b in (0, 1))
+    return {
+        "reward": batch["total_reward"].mean().item(),
+        "mean_prompt_length": batch["length"].float().mean().item(),
+        "total_num_tokens": batch["input_lengths"].sum().item(),
+        "baseline_reward/pct_0": zeros,
+        "baseline_reward/pct_1": ones,
+        "baseline_reward/pct_mixed": 100 - zeros - ones,
+    }

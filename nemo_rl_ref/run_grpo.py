@@ -20,11 +20,8 @@ generator that runs on, so that a resumed run draws what the interrupted one wou
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,105 +29,54 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nemo_rl_ref.algorithms.advantage_estimator import (
-    GeneralizedAdvantageEstimator,
-    OPDAdvantageEstimator,
-)
-from nemo_rl_ref.algorithms.grpo import (
-    compute_and_apply_seq_logprob_error_masking,
-    dynamic_sampling,
-    scale_rewards,
-)
+from nemo_rl_ref import rl_settings as settings
+from nemo_rl_ref.algorithms import advantage_estimator as estimators
+from nemo_rl_ref.algorithms.grpo import compute_and_apply_seq_logprob_error_masking as seq_errors
+from nemo_rl_ref.algorithms.grpo import dynamic_sampling, scale_rewards
 from nemo_rl_ref.algorithms.logits_sampling_utils import need_top_k_or_top_p_filtering
-from nemo_rl_ref.algorithms.loss import (
-    ClippedPGLossConfig,
-    ClippedPGLossFn,
-    MseValueLossConfig,
-    MseValueLossFn,
-)
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+from nemo_rl_ref.algorithms.loss import MseValueLossConfig, MseValueLossFn
 from nemo_rl_ref.algorithms.reward_functions import apply_reward_shaping
-from nemo_rl_ref.algorithms.utils import (
-    calculate_baseline_and_std_per_prompt,
-    get_tokenizer,
-    mask_out_neg_inf_logprobs,
-    set_seed,
-)
-from nemo_rl_ref.checkpoints import (
-    Trained,
-    check_checkpoint,
-    check_same_config,
-    clear_leftovers,
-    load_checkpoint,
-    save_checkpoint,
-)
+from nemo_rl_ref.algorithms.utils import calculate_baseline_and_std_per_prompt, get_tokenizer
+from nemo_rl_ref.algorithms.utils import mask_out_neg_inf_logprobs, set_seed
+from nemo_rl_ref.checkpoints import Trained, load_checkpoint
 from nemo_rl_ref.command_line import run
 from nemo_rl_ref.decoding import left_pad, response_logprobs
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.divergence import Origin, find_origin
 from nemo_rl_ref.environments import Environment
-from nemo_rl_ref.optimizers import make_optimizer, make_scheduler
-from nemo_rl_ref.rl_settings import (
-    NOT_HERE_IN_RL,
-    USED_KEYS,
-    make_estimator,
-    read_settings,
-    sampling_params,
-    section_name,
-    teacher_name,
-    updates_per_step,
-    uses_validation,
-)
-from nemo_rl_ref.rollouts import Prompt, load_prompts, prompt_batches, roll_out
+from nemo_rl_ref.processes import by_share, is_sharded, make_accelerator, whole_model
+from nemo_rl_ref.progress import Timer
+from nemo_rl_ref.rl_settings import NOT_HERE_IN_RL, USED_KEYS
+from nemo_rl_ref.rollouts import Prompt, PromptPlan, batch_metrics, load_prompts, roll_out
+from nemo_rl_ref.samples import digest
 from nemo_rl_ref.tiny import load_policy
 from nemo_rl_ref.trainer import USED_KEYS as EVERY_TRAINERS_KEYS
-from nemo_rl_ref.trainer import (
-    NotFinite,
-    Observer,
-    Progress,
-    make_accelerator,
-    observed,
-    run_batch,
-)
-from nemo_rl_ref.training import valid_counts
+from nemo_rl_ref.trainer import Run, make_trained
+from nemo_rl_ref.training import NotFinite, combine_updates, update
 from nemo_rl_ref.user_code import checked_loss, load_object
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
-from nemo_rl_ref.utils.logger import Logger
 from nemo_rl_ref.value_model import load_value_model, token_values
 
 Batch = BatchedDataDict[Any]
-AVERAGED = ("lr", "global_valid_seqs", "global_valid_toks")  # over updates; others are added up
-
-
-class Timer:
-    """Seconds by name, added up until they are taken."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Measure what runs in the context."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """Return the seconds and start again."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
 
 class Trainer:
-    """The models of a run, and what one step does to them.
+    """The models of a run, and what one step does to them: a `nemo_rl_ref.trainer.Trainer`.
 
     Args:
         config: The configuration, a plain dict with all interpolations resolved.
         environment: Scores all responses; if not given, that of each dataset's ``env_name``.
         loss_fn: The loss; NeMo RL's `ClippedPGLossFn` if not given.
-        checkpoint: Folder of the checkpoint to resume from.
+        load: Whether to load the models at once; otherwise `load` does.
+
+    Raises:
+        ValueError: If the configuration cannot be used. The message names the key.
     """
+
+    counters = (
+        "consumed_samples", "current_step", "current_epoch", "total_steps", "total_valid_tokens",
+        "data_position",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -138,55 +84,76 @@ class Trainer:
         *,
         environment: Environment | None = None,
         loss_fn: Any = None,
-        checkpoint: str | None = None,
+        load: bool = True,
     ):
         policy = self.policy_config = config["policy"]
-        self.config = config
-        self.accelerator = make_accelerator(policy["precision"])
-        self.cfg = cfg = read_settings(config, self.accelerator.num_processes)
-        self.is_ppo = section_name(config) == "ppo"
-        self.updates = updates_per_step(config, cfg)
+        self.config, self.name = config, settings.section_name(config)
+        self.accelerator, self.timer = make_accelerator(policy["precision"]), Timer()
+        self.cfg = cfg = settings.read_settings(config, self.accelerator.num_processes)
+        self.section, self.is_ppo = cfg.model_dump(), self.name == "ppo"
+        self.updates = settings.updates_per_step(config, cfg)
         self.loss_config = ClippedPGLossConfig(**config["loss_fn"])
         self.loss_fn = loss_fn or ClippedPGLossFn(self.loss_config)
-        self.estimator = make_estimator(config, cfg)
+        self.estimator = settings.make_estimator(config, cfg)
         self.tokenizer = get_tokenizer(policy["tokenizer"])
         self.train_prompts, self.val_prompts = load_prompts(
             config["data"], self.tokenizer, environment
         )
-        self.sampling = sampling_params(policy["generation"])
-        self.val_sampling = sampling_params(policy["generation"], "val_")
+        self.digest = digest((prompt.text, prompt.truth) for prompt in self.train_prompts)
+        self.sampling = settings.sampling_params(policy["generation"])
+        self.val_sampling = settings.sampling_params(policy["generation"], "val_")
         self.filters = need_top_k_or_top_p_filtering(self.sampling)
-        self.timer = Timer()
+        self.samples, self.samples_per_step = len(self.train_prompts), cfg.num_prompts_per_step
+        batch_size = int(cfg.num_prompts_per_step * cfg.batch_multiplier)
+        order = (cfg.max_num_epochs, config["data"].get("shuffle", True), cfg.seed)
+        self.plan = PromptPlan(self.train_prompts, batch_size, *order)
+        self.steps, self.updates_made = min(self.plan.batches, cfg.max_num_steps), 0
+        several = getattr(cfg, "val_num_generations_per_prompt", 1) > 1
+        self.metric_names = ("accuracy", "avg_length", *(("pass_k",) if several else ()))
+        if load:
+            self.load()
 
-        set_seed(cfg.seed)
+    def load(self, checkpoint: str | None = None) -> None:
+        """Load the models, as they are in a checkpoint if one is given."""
+        config, policy = self.config, self.policy_config
+        set_seed(self.cfg.seed)
         weights, _ = CheckpointManager.get_resume_paths(checkpoint)
         model = load_policy(weights or policy["model_name"])
         self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
-        self.policy = self._trained(model, policy, "policy")
+        self.whole = self._frozen(weights or policy["model_name"], is_sharded(self.accelerator))
+        self.policy = make_trained(self.accelerator, model, policy)
         self.models = {"policy": self.policy}
-        self.reference = self.teacher = self.value_loss_fn = None
-        if self.loss_config.reference_policy_kl_penalty:
-            self.reference = self._frozen(policy["model_name"])
-        if isinstance(self.estimator, OPDAdvantageEstimator):
-            self.teacher = self._frozen(teacher_name(config))
-        if isinstance(self.estimator, GeneralizedAdvantageEstimator):
+        self.teacher = self.value_loss_fn = None
+        kl = self.loss_config.reference_policy_kl_penalty
+        self.reference = self._frozen(policy["model_name"], kl)
+        if isinstance(self.estimator, estimators.OPDAdvantageEstimator):
+            self.teacher = self._frozen(settings.teacher_name(config))
+        if isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
             weights, _ = CheckpointManager.get_resume_paths(checkpoint, model_component="value")
             model = load_value_model(weights or config["value"]["model_name"])
-            self.models["value"] = self._trained(model, config["value"], "value")
+            self.models["value"] = make_trained(self.accelerator, model, config["value"], "value")
             self.value_loss_fn = MseValueLossFn(MseValueLossConfig(**config["value_loss_fn"]))
         if checkpoint:
             load_checkpoint(checkpoint, accelerator=self.accelerator, models=self.models)
 
-    def _trained(self, model: Any, section: Mapping[str, Any], key: str) -> Trained:
-        optimizer = make_optimizer(section["optimizer"], model.parameters(), f"{key}.optimizer")
-        model, optimizer = self.accelerator.prepare(model, optimizer)
-        scheduler = section.get("scheduler")
-        return Trained(
-            model, optimizer, make_scheduler(scheduler, optimizer.optimizer, f"{key}.scheduler")
-        )
+    def _frozen(self, name: Any, wanted: Any = True) -> Any:
+        if wanted:
+            return load_policy(name).eval().requires_grad_(False).to(self.accelerator.device)
 
-    def _frozen(self, name: str) -> Any:
-        return load_policy(name).eval().requires_grad_(False).to(self.accelerator.device)
+    def next_step(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """A step with the prompts that follow; see `nemo_rl_ref.trainer.Trainer`."""
+        while state["current_epoch"] < self.cfg.max_num_epochs:
+            metrics = self.step(self.plan.rest(state), state["total_steps"])
+            if metrics is not None:
+                state["current_step"] += 1
+                return metrics
+            state["current_epoch"] += 1
+            state["current_step"] = state["data_position"] = 0
+        return None
+
+    def is_last(self, state: Mapping[str, Any]) -> bool:
+        """See `nemo_rl_ref.trainer.Trainer`."""
+        return state["total_steps"] >= self.cfg.max_num_steps or self.plan.is_used_up(state)
 
     def step(self, batches: Iterator[list[Prompt]], number: int) -> dict[str, Any] | None:
         """Rollouts, advantages, updates.
@@ -199,6 +166,7 @@ class Trainer:
             NeMo RL's training metrics; None if the prompts ran out before the step was full.
         """
         cfg, cache, complete, tried = self.cfg, None, False, 0
+        self.updates_made = 0
         while not complete:
             prompts = next(batches, None)
             if prompts is None:
@@ -234,18 +202,7 @@ class Trainer:
                     metrics.update(self.update_policy(data))
         if not self._prev_logprobs_first and not self.loss_config.force_on_policy_ratio:
             metrics.update(_seq_errors(data, batch["total_reward"], None))
-        zeros, ones = ((batch["baseline"] == b).float().mean().item() * 100 for b in (0, 1))
-        return {
-            **metrics,
-            **sampled,
-            **rollout_metrics,
-            "reward": batch["total_reward"].mean().item(),
-            "mean_prompt_length": batch["length"].float().mean().item(),
-            "total_num_tokens": batch["input_lengths"].sum().item(),
-            "baseline_reward/pct_0": zeros,
-            "baseline_reward/pct_1": ones,
-            "baseline_reward/pct_mixed": 100 - zeros - ones,
-        }
+        return {**metrics, **sampled, **rollout_metrics, **batch_metrics(batch)}
 
     def _roll_out(
         self, prompts: list[Prompt], copies: int, sampling: Any, number: tuple[int, ...]
@@ -255,7 +212,7 @@ class Trainer:
             seed = (seed * 1_000_003 + part) % (1 << 62)
         with self.timer.time("generation"):
             return roll_out(
-                self.accelerator.unwrap_model(self.policy.model),
+                whole_model(self.policy.model, self.whole, self.accelerator),
                 self.tokenizer,
                 prompts,
                 self.policy_config,
@@ -279,22 +236,13 @@ class Trainer:
         """
         cfg = self.cfg
         rewards = batch["filtered_reward" if cfg.use_dynamic_sampling else "total_reward"]
-        columns = torch.arange(batch["input_ids"].shape[1], device=rewards.device)
-        starts, stops = batch["length"].unsqueeze(1), batch["input_lengths"].unsqueeze(1)
-        weight = batch["loss_multiplier"]
-        data: Batch = BatchedDataDict(
-            {
-                "input_ids": batch["input_ids"],
-                "input_lengths": batch["input_lengths"],
-                "prompt_lengths": batch["length"],
-                "generation_logprobs": batch["generation_logprobs"],
-                "token_mask": ((columns >= starts) & (columns < stops)).long(),
-                "sample_mask": (
-                    weight.masked_fill(batch["truncated"], 0) if cfg.overlong_filtering else weight
-                ),
-                **({"rewards": rewards} if self.is_ppo else {}),
-            }
-        )
+        names = ("input_ids", "input_lengths", "generation_logprobs", "token_mask")
+        data: Batch = BatchedDataDict({name: batch[name] for name in names})
+        data["prompt_lengths"], data["sample_mask"] = batch["length"], batch["loss_multiplier"]
+        if cfg.overlong_filtering:
+            data["sample_mask"] = data["sample_mask"].masked_fill(batch["truncated"], 0)
+        if self.is_ppo:
+            data["rewards"] = rewards
         if self.value_loss_fn is not None:
             with self.timer.time("value_inference"):
                 data["values"] = self._by_share(token_values, self.models["value"].model, data)
@@ -364,19 +312,12 @@ class Trainer:
         """Log π without top-k and top-p, (B, S), column t for token t."""
         return pad(response_logprobs(model, data, self.sampling, filtered=False), (1, 0))
 
-    @torch.no_grad()
     def _by_share(self, function: Callable[..., Tensor], model: Any, data: Batch) -> Tensor:
-        """Apply a function to this process's rows in batches, and gather those of all."""
-        rows = data.size // self.accelerator.num_processes
-        first = self.accelerator.process_index * rows
-        size = self.policy_config.get("logprob_batch_size") or rows
+        size = self.policy_config.get("logprob_batch_size")
         model.eval()
-        parts = [
-            function(model, data.slice(low, min(low + size, first + rows)))
-            for low in range(first, first + rows, size)
-        ]
+        found = by_share(lambda part: function(model, part), data, self.accelerator, size)
         model.train()
-        return self.accelerator.gather(torch.cat(parts))
+        return found
 
     def _update(
         self, trained: Trained, section: Mapping[str, Any], data: Batch, loss: Callable[..., Any]
@@ -391,39 +332,28 @@ class Trainer:
             NotFinite: If a loss or gradient is not finite. That update is not made.
         """
         metrics: dict[str, list[float]] = {}
-        limit = section.get("max_grad_norm") or math.inf
-        for low in range(0, data.size, section["train_global_batch_size"]):
-            batch = data.slice(low, low + section["train_global_batch_size"])
-            found = run_batch(
-                trained.model,
-                None,
-                batch,
-                self.accelerator,
-                micro_rows=section["train_micro_batch_size"],
-                backward=True,
-                loss=loss,
-            )
-            norm = float(self.accelerator.clip_grad_norm_(trained.model.parameters(), limit))
-            if not (math.isfinite(norm) and math.isfinite(found["loss"])):
-                trained.optimizer.zero_grad()
-                origin = self._origin(trained, batch, loss)
-                error = NotFinite(
-                    f"loss {found['loss']}, gradient norm {norm}; it starts in {origin.where}, "
-                    f"responses {origin.samples[:8]} of rows {low} to {low + batch.size - 1}"
+        size = section["train_global_batch_size"]
+        for low in range(0, data.size, size):
+            try:
+                found = update(
+                    trained.model,
+                    trained.optimizer,
+                    None,
+                    data.slice(low, low + size),
+                    self.accelerator,
+                    micro_rows=section["train_micro_batch_size"],
+                    max_grad_norm=section.get("max_grad_norm") or None,
+                    loss=loss,
+                    place=lambda row: f"response {low + row}",  # noqa: B023, called at once
                 )
-                error.model_is_finite = origin.model_is_finite
-                raise error
-            found["lr"] = trained.optimizer.param_groups[0]["lr"]
-            trained.optimizer.step()
-            trained.optimizer.zero_grad()
+            except NotFinite as error:
+                error.model_is_whole &= not self.updates_made
+                raise
+            self.updates_made += 1
             for name, value in found.items():
                 metrics.setdefault(name, []).append(value)
         trained.scheduler.step()
-        return {**{name: _over_updates(name, v) for name, v in metrics.items()}, "grad_norm": norm}
-
-    def _origin(self, trained: Trained, batch: Batch, loss: Callable[..., Any]) -> Origin:
-        model, counts = self.accelerator.unwrap_model(trained.model), valid_counts(batch)
-        return find_origin(model, lambda part: loss(model, None, part, counts)[0], batch, rows=1)
+        return {name: combine_updates(name, values) for name, values in metrics.items()}
 
     def update_policy(self, data: Batch) -> dict[str, float]:
         """Train the policy on a batch of rollouts once.
@@ -504,202 +434,15 @@ class Trainer:
             found["pass_k"] = (total.view(-1, copies) > 0).any(1).float().mean().item()
         return found
 
-
-def _over_updates(name: str, values: list[float]) -> float:
-    if name in AVERAGED:
-        return sum(values) / len(values)
-    if name.endswith(("_min", "_max")):  # infinite where a micro-batch has no token that counts
-        finite = [value for value in values if math.isfinite(value)]
-        return (min if name.endswith("_min") else max)(finite, default=-1.0)
-    return sum(values)
+    def validations(self, done: int) -> Iterator[tuple[str, dict[str, float]]]:
+        """See `nemo_rl_ref.trainer.Trainer`."""
+        yield "validation", self.validate(done)
 
 
 def _seq_errors(data: Batch, rewards: Tensor, threshold: float | None) -> dict[str, float]:
-    metrics = compute_and_apply_seq_logprob_error_masking(data, rewards, threshold)
+    metrics = seq_errors(data, rewards, threshold)
     metrics["num_masked_seqs_by_logprob_error"] = metrics.pop("num_masked_seqs")
     return metrics
-
-
-class Run:
-    """Steps, validations, logs and checkpoints in their order.
-
-    Args:
-        trainer: The models.
-        manager: Of the checkpoints.
-        info: The counters in the checkpoint to resume from; None to start.
-        observe: Watches the run and can end it.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        manager: CheckpointManager,
-        info: Any = None,
-        observe: Observer | None = None,
-    ):
-        self.observe = observe if trainer.accelerator.is_main_process else None
-        self.trainer, self.manager, self.cfg = trainer, manager, trainer.cfg
-        self.saving, self.logger = trainer.config["checkpointing"], None
-        names = ("consumed_samples", "current_step", "current_epoch", "total_steps")
-        names = (*names, "total_valid_tokens", "data_position")
-        self.info = {name: (info or {}).get(name, 0) for name in names}
-        self.validation: dict[str, float] = {}
-        self.batch_size = int(self.cfg.num_prompts_per_step * self.cfg.batch_multiplier)
-        if len(trainer.train_prompts) < self.batch_size:
-            raise ValueError(
-                f"data.train: {len(trainer.train_prompts)} prompts, expected at least the "
-                f"{self.batch_size} of one step"
-            )
-        if uses_validation(self.cfg) and not trainer.val_prompts:
-            raise ValueError(
-                "data.validation: not set, expected a dataset, or val_period=0, val_at_start=false "
-                "and val_at_end=false"
-            )
-        if trainer.accelerator.is_main_process:
-            if self.saving["enabled"]:
-                clear_leftovers(manager.checkpoint_dir)
-            self.logger = Logger(trainer.config["logger"])
-            self.logger.log_hyperparams(trainer.config)
-        trainer.accelerator.wait_for_everyone()
-
-    def train(self) -> dict[str, float]:
-        """Train to the end; returns the last validation's metrics."""
-        try:
-            self._train()
-        finally:
-            if self.logger is not None:
-                self.logger.finish()
-        return self.validation
-
-    def _train(self) -> None:
-        info, cfg = self.info, self.cfg
-        if cfg.val_at_start and info["total_steps"] == 0:
-            self._validate()
-            if self.observe:
-                self.observe(0, observed({}, self.validation))
-        steps = len(self.trainer.train_prompts) // self.batch_size * cfg.max_num_epochs
-        total = min(steps, cfg.max_num_steps)
-        name = section_name(self.trainer.config)
-        with Progress(name, total, info["total_steps"], self.logger is not None) as self.progress:
-            while info["current_epoch"] < cfg.max_num_epochs and not self._over():
-                batches = self._batches()
-                while not self._over() and self._step(batches):
-                    pass
-                if self._over():
-                    break
-                info["current_epoch"] += 1
-                info["current_step"] = info["data_position"] = 0
-
-    def _batches(self) -> Iterator[list[Prompt]]:
-        """The rest of the epoch's batches; counts them."""
-        for batch in prompt_batches(
-            self.trainer.train_prompts,
-            self.batch_size,
-            shuffle=self.trainer.config["data"].get("shuffle", True),
-            seed=self.cfg.seed,
-            epoch=self.info["current_epoch"],
-            start=self.info["data_position"],
-        ):
-            self.info["data_position"] += 1
-            yield batch
-
-    def _over(self) -> bool:
-        """Whether all steps are done, or validation has reached what it was to reach."""
-        name = getattr(self.cfg, "stop_at_validation_metric", None)
-        if name and self.validation and name not in self.validation:
-            raise ValueError(
-                f"grpo.stop_at_validation_metric: got {name!r}, expected "
-                f"{' or '.join(self.validation)}"
-            )
-        reached = name and self.validation.get(name, -math.inf)
-        if reached is not None and reached >= self.cfg.stop_at_validation_threshold:
-            return True
-        return self.info["total_steps"] >= self.cfg.max_num_steps
-
-    def _step(self, batches: Iterator[list[Prompt]]) -> bool:
-        """One step and what follows it; False if the epoch is over."""
-        trainer, info, cfg = self.trainer, self.info, self.cfg
-        before, start = dict(info), time.perf_counter()
-        try:
-            metrics = trainer.step(batches, info["total_steps"])
-        except NotFinite as error:
-            saved = self.saving["enabled"] and error.model_is_finite
-            if saved:
-                self._save(before)
-            where = f"step_{info['total_steps']} has the run before it" if saved else "not saved"
-            raise NotFinite(f"step {info['total_steps'] + 1}: {error}; {where}") from error
-        if metrics is None:
-            return False
-        tokens = metrics.get("global_valid_toks", 0)
-        info["total_steps"] += 1
-        info["current_step"] += 1
-        info["consumed_samples"] += cfg.num_prompts_per_step
-        info["total_valid_tokens"] += int(tokens)
-        self._log(metrics, "train")
-        done = info["total_steps"]
-        per_epoch = len(trainer.train_prompts) // self.batch_size
-        last = done >= cfg.max_num_steps or (
-            info["current_epoch"] + 1 >= cfg.max_num_epochs and info["data_position"] >= per_epoch
-        )
-        due = cfg.val_period > 0 and done % cfg.val_period == 0
-        due = due and done >= getattr(cfg, "val_start_at", -1)
-        validation = self._validate() if due or (cfg.val_at_end and last) else {}
-        periods = (self.saving["save_period"], self.saving.get("ft_save_period"))
-        saves = last or self._over() or any(p and done % p == 0 for p in periods)
-        if self.saving["enabled"] and saves:
-            self._save(self._ranked(metrics, validation))
-        seconds = {"total_step_time": time.perf_counter() - start, **trainer.timer.take()}
-        rate = tokens / seconds["total_step_time"]
-        per_gpu = rate / trainer.accelerator.num_processes
-        self._log({**seconds, "valid_tokens_per_sec_per_gpu": per_gpu}, "timing/train")
-        self.progress.show(done, metrics.get("loss", math.nan), rate)
-        if self.observe:
-            self.observe(done, observed(metrics, validation))
-        return True
-
-    def _ranked(
-        self, metrics: Mapping[str, float], validation: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """The counters, with the metric that ranks the checkpoint if it was measured."""
-        info, name = dict(self.info), self.manager.metric_name
-        if validation:
-            info["val_reward"] = validation["accuracy"]
-        if name:
-            where, _, metric = name.partition(":")
-            source = metrics if where == "train" else validation
-            if source and metric not in source:
-                raise ValueError(
-                    f"checkpointing.metric_name: got {name!r}, expected one of {sorted(source)}"
-                )
-            if source:
-                info[name] = source[metric]
-        return info
-
-    def _save(self, info: Mapping[str, Any]) -> None:
-        trainer = self.trainer
-        with trainer.timer.time("checkpointing"):
-            save_checkpoint(
-                self.manager,
-                info["total_steps"],
-                info,
-                trainer.config,
-                accelerator=trainer.accelerator,
-                models=trainer.models,
-                tokenizer=trainer.tokenizer,
-            )
-
-    def _validate(self) -> dict[str, float]:
-        start, timer = time.perf_counter(), self.trainer.timer
-        seconds = dict(timer.seconds)
-        self.validation = self.trainer.validate(self.info["total_steps"])
-        timer.seconds = seconds  # what validation took is not the step's
-        self._log(self.validation, "validation")
-        self._log({"total_validation_time": time.perf_counter() - start}, "timing/validation")
-        return self.validation
-
-    def _log(self, metrics: Mapping[str, Any], prefix: str) -> None:
-        if self.logger is not None:
-            self.logger.log_metrics(dict(metrics), self.info["total_steps"], prefix=prefix)
 
 
 def train(
@@ -708,8 +451,7 @@ def train(
     env: str | None = None,
     loss: str | None = None,
     strict: bool = False,
-    allow_config_changes: bool = False,
-    observe: Observer | None = None,
+    **options: Any,
 ) -> dict[str, float]:
     """Run GRPO or PPO to the end, from the last checkpoint if there is one.
 
@@ -719,8 +461,7 @@ def train(
             given, each dataset's ``env_name`` does.
         loss: ``file.py:Class`` to take in the place of `ClippedPGLossFn`.
         strict: Refuse such a loss if it breaks one of NeMo RL's promises.
-        allow_config_changes: Resume although the configuration has changed.
-        observe: Watches the run and can end it.
+        **options: ``allow_config_changes`` and ``observe`` of `nemo_rl_ref.trainer.Run`.
 
     Returns:
         The last validation's metrics; empty if there was none.
@@ -730,29 +471,14 @@ def train(
         CheckpointError: If the checkpoint cannot be used, or none can be written.
         NotFinite: If a loss or gradient is not finite. The message names step, samples and layer.
     """
-    read_settings(config)
+    settings.read_settings(config)
     loss_fn = None
     if loss:
-        section = config["loss_fn"]
-        loss_fn = checked_loss(loss, section, "loss_fn", pairs=False, strict=strict)
-    manager = CheckpointManager(config["checkpointing"])
-    enabled = config["checkpointing"]["enabled"]
-    checkpoint = manager.get_latest_checkpoint_path() if enabled else None
-    if checkpoint:
-        check_checkpoint(checkpoint)
-        if not allow_config_changes:
-            name = section_name(config)
-            ends = (f"{name}.max_num_steps", f"{name}.max_num_epochs")
-            check_same_config(
-                checkpoint, config, may_change=("checkpointing", "logger", "cluster", *ends)
-            )
-    trainer = Trainer(
-        config,
-        environment=load_object(env, "--env") if env else None,
-        loss_fn=loss_fn,
-        checkpoint=checkpoint,
-    )
-    return Run(trainer, manager, manager.load_training_info(checkpoint), observe).train()
+        loss_fn = checked_loss(loss, config["loss_fn"], "loss_fn", pairs=False, strict=strict)
+    environment = load_object(env, "--env") if env else None
+    trainer = Trainer(config, environment=environment, loss_fn=loss_fn, load=False)
+    settings.check_prompts(trainer.cfg, trainer.train_prompts, trainer.val_prompts)
+    return Run(trainer, **options).train()["validation"]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from nemo_rl_ref.algorithms.loss import PreferenceLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.command_line import run
-from nemo_rl_ref.run_dpo import preference_samples
+from nemo_rl_ref.samples import preference_samples
 from nemo_rl_ref.trainer import USED_KEYS, Task, fit
 from nemo_rl_ref.user_code import checked_loss
 

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rl_ref.processes import from_main, process_state
+
 
 def load_object(spec: str, option: str = "--loss") -> Any:
     """Import a file and return what a name in it stands for.
@@ -108,24 +110,19 @@ def checked_loss(
     Raises:
         ValueError: If it cannot be loaded, or, with `strict`, breaks a promise.
     """
-    from accelerate.utils import broadcast_object_list
-
     from nemo_rl_ref.contract import check_loss
-    from nemo_rl_ref.trainer import process_state
 
     loss_fn = build_loss(load_object(spec), section, key)
-    state = process_state()
-    failed: list[tuple[str, ...]] = [()]
-    if state.is_main_process:
+    failed, is_main = (), process_state().is_main_process
+    if is_main:
         report = check_loss(loss_fn, pairs=pairs or None)
-        failed = [report.failed]
+        failed = report.failed
         print(f"{spec} keeps NeMo RL's promises" if report.ok else report)
-    if state.num_processes > 1:
-        broadcast_object_list(failed)
-    if failed[0]:
-        broken = f"{spec} breaks NeMo RL's promises: {', '.join(failed[0])}"
+    failed = from_main(failed)
+    if failed:
+        broken = f"{spec} breaks NeMo RL's promises: {', '.join(failed)}"
         if strict:
             raise ValueError(f"--strict: {broken}")
-        if state.is_main_process:
+        if is_main:
             print(f"WARNING: {broken}; the table above says what that changes")
     return loss_fn

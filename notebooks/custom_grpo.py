@@ -45,7 +45,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not o
 transformers.utils.logging.disable_progress_bar()
 
 on_gpu = torch.cuda.is_available()
-STEPS = 96 if on_gpu else 32  # a run; each step samples once and updates twice
+STEPS = 96 if on_gpu else 24  # a run; each step samples once and updates twice
 SEEDS = range(5 if on_gpu else 3)  # a seed decides the order of the prompts and what is sampled
 PROBLEMS = 32  # sums to train on
 

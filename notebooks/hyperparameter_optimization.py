@@ -24,6 +24,7 @@
 #| label: noise-runs
 import itertools
 import statistics
+import warnings
 
 import torch
 from accelerate import Accelerator
@@ -94,7 +95,6 @@ axis.set_xticks(range(len(losses)), [f"{rate:g}" for rate in losses])
 axis.set_xlim(-0.5, len(losses) - 0.5)
 axis.set_xlabel("policy.optimizer.kwargs.lr")
 axis.set_title("Held-out loss (nats), one dot a seed");
-
 # %%
 #| label: noise-numbers
 near, far = losses[LEARNING_RATES[1]], losses[LEARNING_RATES[2]]
@@ -102,7 +102,7 @@ base = losses[LEARNING_RATES[0]]
 
 
 def difference(a, b):
-    """Mean of a - b over the seeds, which share the order of their pairs, and its standard error."""
+    """Mean of a - b over the seeds, which share the order of the pairs, and its standard error."""
     paired = [x - y for x, y in zip(a, b, strict=True)]
     return statistics.mean(paired), statistics.stdev(paired) / len(paired) ** 0.5
 
@@ -132,3 +132,1070 @@ values(
     noise_seeds=SEEDS,
     noise_steps=STEPS,
 )
+
+# %% [markdown]
+# ## Recorded runs
+#
+# What needs hundreds of runs was run once. `make studies` makes these files again, in about an hour
+# on one core: `search_pool.py`, `search_samplers.py`, `search_batch.py` and `search_modelled.py` in
+# `tests/benchmarks`.
+
+# %%
+#| label: search-recorded
+import json
+from pathlib import Path
+
+import numpy as np
+from IPython.display import Markdown
+
+RECORDED = Path(tiny.__file__).parents[2] / "tests" / "benchmarks" / "results"
+
+
+def read(name):
+    """A recorded file; a run's `curve` has a row a validation: step, objective, other metrics."""
+    return json.loads((RECORDED / f"search-{name}.json").read_text())
+
+
+POOL = {task: read(f"pool-{task}") for task in ("dpo", "grpo")}
+SEARCHED = {task: read(f"samplers-{task}") for task in ("dpo",)}
+BATCHES, MODELLED = read("batch"), read("modelled")
+RATE, BETA = "policy.optimizer.kwargs.lr", "dpo.reference_policy_kl_penalty"
+PENALTY, BATCH = "loss_fn.reference_policy_kl_penalty", "policy.train_global_batch_size"
+NAMES = {"dpo": "DPO", "grpo": "GRPO"}
+STEPS_OF = {task: found["steps"] for task, found in POOL.items()}
+rng = np.random.default_rng(0)  # of all resampling
+
+
+def part(found, name):
+    """The runs of a part of a file that did not fail."""
+    return [run for run in found["runs"] if run["part"] == name and "failure" not in run]
+
+
+def final(run):
+    """The objective at the end of a run."""
+    return run["curve"][-1][1]
+
+
+def percent(value, digits=1):
+    return f"{100 * value:.{digits}f}"
+
+
+files = [*POOL.values(), *SEARCHED.values(), BATCHES]
+seconds = sum(run["seconds"] for found in files for run in found["runs"])
+failed = sum("failure" in run for found in files for run in found["runs"])
+assert failed == 0, failed  # the page says so
+rows = ["| | DPO | GRPO |", "| --- " * 3 + "|"]
+for name in ("objective", "config", "steps"):
+    rows.append(f"| {name} | " + " | ".join(f"`{POOL[task][name]}`" for task in POOL) + " |")
+values(
+    search_runs=f"{sum(len(found['runs']) for found in files):,}",
+    search_hours=f"{seconds / 3600:.1f}",
+    search_date=max(found["date"] for found in files),
+    search_device=POOL["dpo"]["device"],
+    search_optuna=POOL["dpo"]["versions"]["optuna"],
+    search_torch=POOL["dpo"]["versions"]["torch"],
+    search_random=len(part(POOL["dpo"], "random")),
+    search_trials=len(part(POOL["dpo"], "random")) // 5,
+    search_steps_dpo=STEPS_OF["dpo"],
+    search_steps_grpo=STEPS_OF["grpo"],
+)
+Markdown("\n".join(rows))
+
+# %%
+#| label: search-spaces
+
+
+def shown_range(written):
+    """A distribution as people write it."""
+    kind, of = written["name"], written["attributes"]
+    if kind == "CategoricalDistribution":
+        return ", ".join(str(choice).lower() for choice in of["choices"])
+    return f"{of['low']:g} to {of['high']:g}" + (", log" if of["log"] else "")
+
+
+for task, found in POOL.items():
+    print(f"{NAMES[task]}, {found['objective']} after {found['steps']} steps")
+    for key, written in found["space"].items():
+        print(f"    {key:46} {shown_range(written)}")
+
+# %% [markdown]
+# ## The noise of these two tasks
+
+# %%
+#| label: noise-tasks
+from scipy import stats
+
+
+def noise(task):
+    """Of two settings with many seeds: deviations, that of the paired difference, correlation."""
+    runs = part(POOL[task], "noise")
+    first, second = (
+        [final(run) for run in sorted(runs, key=lambda run: run["seed"]) if run["number"] == n]
+        for n in (0, 1)
+    )
+    apart = statistics.stdev([a - b for a, b in zip(first, second, strict=True)])
+    return {
+        "deviations": (statistics.stdev(first), statistics.stdev(second)),
+        "difference": apart,
+        "correlation": stats.pearsonr(first, second)[0],
+        "seeds": len(first),
+        "mean": statistics.mean(first),
+    }
+
+
+NOISE = {task: noise(task) for task in POOL}
+#: Of one setting: both settings' variances, averaged.
+SIGMA = {
+    task: statistics.mean(s**2 for s in found["deviations"]) ** 0.5 for task, found in NOISE.items()
+}
+
+
+def detectable(sigma, seeds, level=0.95):
+    """Half the interval of a difference of two settings, each with so many seeds of its own."""
+    quantile = stats.t.ppf((1 + level) / 2, 2 * seeds - 2)
+    return quantile * sigma * (2 / seeds) ** 0.5
+
+
+assert all(abs(found["correlation"]) < 0.6 for found in NOISE.values())
+for task, found in NOISE.items():
+    n = found["seeds"]
+    low, high = ((n - 1) / stats.chi2.ppf(q, 2 * (n - 1)) * 2 for q in (0.975, 0.025))
+    values(
+        **{
+            f"noise_{task}_sd": percent(SIGMA[task]),
+            f"noise_{task}_sd_low": percent(SIGMA[task] * low**0.5),
+            f"noise_{task}_sd_high": percent(SIGMA[task] * high**0.5),
+            f"noise_{task}_seeds": n,
+            f"noise_{task}_correlation": f"{found['correlation']:+.2f}",
+            f"noise_{task}_three": percent(detectable(SIGMA[task], 3)),
+            f"noise_{task}_twelve": percent(detectable(SIGMA[task], 12)),
+        }
+    )
+
+# %%
+#| label: fig-detectable
+#| alt: Half the width of the 95 percent interval of a difference over the number of seeds, for DPO
+#|   and GRPO. Both fall steeply from two to five seeds and slowly afterwards.
+#| caption: The smallest difference of two settings that a comparison with so many seeds each can
+#|   tell from zero, from the standard deviations measured here.
+figure, (axis,) = panels(1, height=2.8)
+numbers = [2, 3, 4, 5, 6, 8, 10, 12, 16, 20]
+for line, task in enumerate(POOL):
+    axis.plot(
+        numbers, [100 * detectable(SIGMA[task], n) for n in numbers], label=NAMES[task],
+        **LINES[line],
+    )  # fmt: skip
+axis.set_ylim(0)
+axis.set_xlabel("seeds of each of the two settings")
+axis.set_title("Difference that can be seen (percentage points)")
+axis.legend();
+# %% [markdown]
+# ## Which keys matter
+
+# %%
+#| label: importance
+import optuna
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+SHARES = {"best half": 0.5, "best fifth": 0.2}  # that PED-ANOVA compares with all runs
+BOOTSTRAPS, SHUFFLES = 30, 20
+
+
+def importances(task, runs, scores, share):
+    """Optuna's PED-ANOVA by key, not normalised: 0 where the best runs' values lie as all do."""
+    space = {
+        key: optuna.distributions.json_to_distribution(json.dumps(written))
+        for key, written in POOL[task]["space"].items()
+    }
+    study = optuna.create_study(direction="maximize")
+    study.add_trials(
+        [
+            optuna.trial.create_trial(params=run["values"], distributions=space, value=score)
+            for run, score in zip(runs, scores, strict=True)
+        ]
+    )
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=share)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator, normalize=False)
+
+
+IMPORTANCE = {}
+for task, share in itertools.product(POOL, SHARES):
+    runs = part(POOL[task], "random")
+    scores = np.array([final(run) for run in runs])
+    drawn = {key: [] for key in POOL[task]["space"]}
+    for _ in range(BOOTSTRAPS):
+        chosen = rng.integers(len(runs), size=len(runs))
+        sample = importances(task, [runs[i] for i in chosen], scores[chosen], SHARES[share])
+        for key, value in sample.items():
+            drawn[key].append(value)
+    shuffled = [
+        importances(task, runs, rng.permutation(scores), SHARES[share]) for _ in range(SHUFFLES)
+    ]
+    IMPORTANCE[task, share] = {
+        "found": importances(task, runs, scores, SHARES[share]),
+        "interval": {key: np.quantile(values_, (0.05, 0.95)) for key, values_ in drawn.items()},
+        "chance": {key: np.quantile([one[key] for one in shuffled], 0.95) for key in drawn},
+    }
+
+# %%
+#| label: fig-importance
+#| alt: Importance of each searched key with its bootstrap interval, for DPO and GRPO, once for what
+#|   sets the better half of the runs apart and once for the best fifth.
+#| caption: Dots are PED-ANOVA's importances, bars 90 % bootstrap intervals over the runs. Crosses
+#|   are the 95 % quantiles for shuffled results, so a dot left of its cross says nothing.
+figure, axes = panels(2, height=3.4)
+for axis, task in zip(axes, POOL, strict=True):
+    keys = sorted(POOL[task]["space"], key=IMPORTANCE[task, "best half"]["found"].get)
+    for line, share in enumerate(SHARES):
+        found, style = IMPORTANCE[task, share], LINES[line]
+        for place, key in enumerate(keys):
+            at = place + 0.15 - 0.3 * line
+            axis.plot(found["interval"][key], [at, at], color=style["color"], linewidth=1.5)
+            axis.plot(
+                found["found"][key], at, style["marker"], color=style["color"],
+                label=share if not place else None,
+            )  # fmt: skip
+            axis.plot(found["chance"][key], at, "x", color="#666666", markersize=5)
+    shown = [key.split("kwargs.")[-1].split("policy.")[-1] for key in keys]
+    axis.set_yticks(range(len(keys)), shown, fontsize=8)
+    most = max(max(IMPORTANCE[task, share]["found"].values()) for share in SHARES)
+    axis.set_xlim(0, 1.7 * most)
+    axis.set_title(f"Importance, {NAMES[task]}")
+axes[0].legend(fontsize=8, loc="lower right");
+# %%
+#| label: importance-numbers
+rows = [
+    "| | what sets apart | keys clear of chance | importance, 90 % interval |",
+    "| --- " * 4 + "|",
+]
+CLEAR = {}
+for (task, share), found in IMPORTANCE.items():
+    CLEAR[task, share] = [
+        key for key in found["found"] if found["interval"][key][0] > found["chance"][key]
+    ]
+    shown = [
+        "{:.3f}, {:.3f} to {:.3f}".format(found["found"][key], *found["interval"][key])
+        for key in CLEAR[task, share]
+    ]
+    keys = "<br>".join(f"`{key}`" for key in CLEAR[task, share])
+    rows.append(f"| {NAMES[task]} | the {share} | {keys or 'none'} | {'<br>'.join(shown)} |")
+# What the page says of them.
+assert CLEAR["dpo", "best half"] == [RATE, "dpo.sft_loss_weight"]
+assert set(CLEAR["dpo", "best fifth"]) == {RATE, BETA}
+assert all(CLEAR["grpo", s] == [RATE, "grpo.num_generations_per_prompt"] for s in SHARES)
+Markdown("\n".join(rows))
+
+# %%
+#| label: fig-slices
+#| alt: The objective of every random run over the learning rate, for DPO and GRPO. Each has a
+#|   broad top and falls off steeply towards high rates.
+#| caption: Every random run, and the median of each tenth of them.
+figure, axes = panels(2, height=2.5)
+BESTS = {}
+for axis, task in zip(axes, POOL, strict=True):
+    runs = sorted(part(POOL[task], "random"), key=lambda run: run["values"][RATE])
+    x, y = [run["values"][RATE] for run in runs], [100 * final(run) for run in runs]
+    axis.semilogx(x, y, "o", color=LINES[0]["color"], alpha=0.5, markersize=3.5)
+    tenths = np.array_split(np.arange(len(runs)), 10)
+    middle = [
+        (np.exp(np.mean(np.log([x[i] for i in t]))), np.median([y[i] for i in t])) for t in tenths
+    ]
+    axis.semilogx(*zip(*middle, strict=True), **LINES[1])
+    axis.set_title(f"{NAMES[task]}: {POOL[task]['objective']} (%)")
+    BESTS[task] = max(middle, key=lambda point: point[1])
+    low, high = np.quantile(
+        [run["values"][RATE] for run in sorted(runs, key=final)[-len(runs) // 10 :]], (0, 1)
+    )
+    values(**{f"slice_{task}_low": f"{low:.1g}", f"slice_{task}_high": f"{high:.1g}"})
+axes[-1].set_xlabel(RATE);
+
+# %%
+#| label: fig-other-slices
+#| alt: The objective over the ratio of SFT weight and β, and over β, for DPO, and over the group
+#|   size for GRPO, for runs with a learning rate that is not too large. DPO's accuracy falls where the
+#|   ratio is above eight and rises with β; GRPO's falls with the group size.
+#| caption: Random runs with a learning rate below 3e-4. Squares are means of a fifth of the runs,
+#|   or of a group size, with 95 % intervals.
+SFT, GROUPS = "dpo.sft_loss_weight", "grpo.num_generations_per_prompt"
+SLICES = {
+    "DPO (%) over sft_loss_weight / reference_policy_kl_penalty": (
+        "dpo", lambda run: run["values"][SFT] / run["values"][BETA]
+    ),
+    "DPO (%) over reference_policy_kl_penalty": ("dpo", lambda run: run["values"][BETA]),
+    "GRPO (%) over num_generations_per_prompt": ("grpo", lambda run: run["values"][GROUPS]),
+}  # fmt: skip
+MEANS = []
+figure, axes = panels(3, height=2.1)
+for axis, (title, (task, value)) in zip(axes, SLICES.items(), strict=True):
+    runs = [run for run in part(POOL[task], "random") if run["values"][RATE] < 3e-4]
+    runs.sort(key=value)
+    x, y = np.array([(value(run), 100 * final(run)) for run in runs]).T
+    axis.semilogx(x, y, "o", color=LINES[0]["color"], alpha=0.5, markersize=3.5)
+    if task == "grpo":
+        groups = [np.flatnonzero(x == one) for one in sorted(set(x))]
+        axis.set_xticks(sorted(set(x)), [f"{one:.0f}" for one in sorted(set(x))])
+        axis.minorticks_off()
+    else:
+        groups = np.array_split(np.arange(len(x)), 5)
+    MEANS.append([])
+    for group in groups:
+        middle = y[group].mean()
+        half = stats.sem(y[group]) * stats.t.ppf(0.975, len(group) - 1)
+        MEANS[-1].append(f"{middle:.1f} ± {half:.1f}")
+        at = np.exp(np.log(x[group]).mean())
+        axis.errorbar(at, middle, half, capsize=4, color=LINES[1]["color"], marker="s")
+    axis.set_title(title, fontsize=9)
+
+# %%
+#| label: slice-numbers
+values(
+    **{
+        f"slice_{name}_{end}": means[at]
+        for name, means in zip(("ratio", "beta", "groups"), MEANS, strict=True)
+        for end, at in (("first", 0), ("last", -1))
+    }
+)
+
+# %% [markdown]
+# ## Learning rate and β
+#
+# What a Gaussian process, fitted to the random runs, says over the two keys, the others fixed
+# (`tests/benchmarks/search_modelled.py`).
+
+# %%
+#| label: rate-beta
+surface = MODELLED["surface"]
+rates, betas = (np.array(surface[name]) for name in ("rates", "betas"))
+accuracy, error, divergence = (100 * np.array(surface[n]) for n in ("accuracy", "error", "kl"))
+divergence /= 100
+for key, scale in MODELLED["length_scales"].items():
+    print(f"{key:46} length scale {scale:5.2f} of its range")
+
+# %%
+#| label: fig-rate-beta
+#| alt: Two maps over the learning rate and β. Accuracy is high left of a boundary that lies at a
+#|   rate of a few times 1e-4, and higher for large β. Lines of equal KL divergence run nearly
+#|   upright, so it is the learning rate that decides about it.
+#| caption: Dots are the random runs, of which the other keys differ. White lines are level lines.
+figure, axes = panels(2, height=3.1)
+runs = part(POOL["dpo"], "random")
+for axis, table, levels, title in (
+    (axes[0], accuracy, range(50, 90, 5), "Pairs in the right order (%)"),
+    (axes[1], np.log10(divergence), np.arange(-2, 1.1, 0.5), "KL to the reference (nats, log)"),
+):
+    axis.pcolormesh(rates, betas, table, cmap="cividis", shading="gouraud")
+    lines = axis.contour(rates, betas, table, levels=levels, colors="white", linewidths=1)
+    label = (lambda v: f"{v:.0f}") if table is accuracy else (lambda v: f"{10**v:.2g}")
+    axis.clabel(lines, fmt=label, fontsize=8)
+    axis.plot(
+        [run["values"][RATE] for run in runs], [run["values"][BETA] for run in runs], ".",
+        color="black", markersize=2,
+    )  # fmt: skip
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.grid(False)
+    axis.set_ylabel("β")
+    axis.set_title(title)
+axes[-1].set_xlabel(RATE);
+# %%
+#| label: rate-beta-numbers
+best_rates = rates[accuracy.argmax(1)]
+ends = {name: row for name, row in (("low", 0), ("high", -1))}
+values(
+    surface_fitted=MODELLED["fitted_to"],
+    surface_correlation=f"{MODELLED['left_out_rank_correlation']:.2f}",
+    surface_correlation_kl=f"{MODELLED['left_out_rank_correlation_kl']:.2f}",
+    surface_error=f"{np.median(error):.1f}",
+    **{f"surface_best_{name}": f"{best_rates[row]:.1g}" for name, row in ends.items()},
+    **{f"surface_top_{name}": f"{accuracy[row].max():.0f}" for name, row in ends.items()},
+    surface_beta_low=f"{betas[0]:g}",
+    surface_beta_high=f"{betas[-1]:g}",
+    surface_kl_rates=f"{np.median(divergence[:, -1] / divergence[:, 0]):.0f}",
+    surface_kl_betas=f"{np.median(divergence.max(0) / divergence.min(0)):.1f}",
+)
+
+# %% [markdown]
+# ## Batch size, learning rate, epochs
+
+# %%
+#| label: batch
+batches = {}
+for run in part(BATCHES, "batch"):
+    for epoch, row in enumerate(run["curve"], start=1):
+        key = epoch, run["values"][BATCH], run["values"][RATE]
+        batches.setdefault(key, []).append(row[1])
+epochs, sizes, batch_rates = (sorted({key[i] for key in batches}) for i in range(3))
+batch_seeds = len(batches[epochs[0], sizes[0], batch_rates[0]])
+
+# %%
+#| label: fig-batch
+#| alt: Three panels, after one, two and four epochs: accuracy over the learning rate for three
+#|   batch sizes. After one epoch the smallest batch is ahead; after four, all have the same top, the
+#|   larger the batch the further to the right.
+#| caption: One run a point. A lone run has the noise of its seed.
+from nemo_rl_ref.plotting import band
+
+shown_epochs = (1, 2, 4)
+figure, axes = panels(len(shown_epochs), height=2.2)
+for axis, epoch in zip(axes, shown_epochs, strict=True):
+    for line, size in enumerate(sizes):
+        of_rates = [[100 * v for v in batches[epoch, size, rate]] for rate in batch_rates]
+        band(axis, batch_rates, [list(one) for one in zip(*of_rates, strict=True)], f"{size}", line)
+    axis.set_xscale("log")
+    axis.set_title(f"Pairs in the right order (%), epoch {epoch}")
+axes[0].legend(title="pairs a step", fontsize=8, title_fontsize=8)
+axes[-1].set_xlabel(RATE);
+
+# %%
+#| label: batch-numbers
+
+
+def top(epoch, size):
+    """The best mean over the rates of the grid, and its rate."""
+    return max((np.mean(batches[epoch, size, rate]), rate) for rate in batch_rates)
+
+
+rows = ["| pairs a step | best (%) and its rate after 1 epoch | 2 epochs | 4 epochs |"]
+rows.append("| --- " * 4 + "|")
+for size in sizes:
+    cells = [
+        "{:.1f} at {:.0e}".format(100 * top(e, size)[0], top(e, size)[1]) for e in shown_epochs
+    ]
+    rows.append(f"| {size} | " + " | ".join(cells) + " |")
+tops = {(epoch, size): top(epoch, size) for epoch in shown_epochs for size in sizes}
+# What the page says of them.
+assert tops[1, 8][0] > tops[1, 128][0] + 4 * SIGMA["dpo"]
+assert max(tops[4, size][0] for size in sizes) - min(tops[4, size][0] for size in sizes) < 0.02
+assert tops[4, 8][1] < tops[4, 128][1]
+values(
+    batch_seeds=batch_seeds,
+    batch_noise=percent(SIGMA["dpo"]),
+    batch_small=sizes[0],
+    batch_large=sizes[-1],
+    batch_small_first=percent(tops[1, sizes[0]][0]),
+    batch_large_first=percent(tops[1, sizes[-1]][0]),
+    batch_spread_last=percent(
+        max(tops[4, size][0] for size in sizes) - min(tops[4, size][0] for size in sizes)
+    ),
+    batch_times=f"{tops[4, sizes[-1]][1] / tops[4, sizes[0]][1]:.0f}",
+)
+Markdown("\n".join(rows))
+
+# %% [markdown]
+# ## How early a run can be judged
+
+
+# %%
+#| label: early
+def spearman_of(pairs):
+    """Rank correlation, with a 90 % bootstrap interval over the settings."""
+    pairs = np.array(pairs)
+    draws = []
+    for _ in range(300):
+        sample = pairs[rng.integers(len(pairs), size=len(pairs))]
+        draws.append(stats.spearmanr(sample[:, 0], sample[:, 1])[0])
+    low, high = np.nanquantile(draws, (0.05, 0.95))
+    return stats.spearmanr(pairs[:, 0], pairs[:, 1])[0], low, high
+
+
+EARLY = {}
+for task in POOL:
+    runs = part(POOL[task], "random")
+    middle = statistics.median(map(final, runs))
+    better = [run for run in runs if final(run) >= middle]
+    for group, chosen in (("all", runs), ("better half", better)):
+        EARLY[task, group] = {
+            runs[0]["curve"][at][0] / STEPS_OF[task]: spearman_of(
+                [(run["curve"][at][1], final(run)) for run in chosen]
+            )
+            for at in range(len(runs[0]["curve"]) - 1)
+        }
+
+# %%
+#| label: fig-early
+#| alt: Rank correlation of the objective during a run with that at its end, over the fraction of
+#|   the run, for DPO and GRPO. For all settings it starts near 0.7 to 0.9; among the better half it
+#|   starts much lower.
+#| caption: Bars are 90 % bootstrap intervals. The better half is chosen by the end of the runs.
+figure, axes = panels(2, height=2.5)
+for axis, task in zip(axes, POOL, strict=True):
+    for line, group in enumerate(("all", "better half")):
+        found = EARLY[task, group]
+        middle, low, high = np.array(list(found.values())).T
+        axis.errorbar(
+            np.array(list(found)) + 0.006 * line, middle, (middle - low, high - middle),
+            label=f"{group} settings" if group == "all" else group, capsize=3, **LINES[line],
+        )  # fmt: skip
+    axis.set_xlim(0, 1)
+    axis.set_ylim(-0.35, 1.02)
+    axis.set_title(f"Rank correlation with the end, {NAMES[task]}")
+axes[0].legend(fontsize=8, loc="lower right")
+axes[-1].set_xlabel("fraction of the run");
+# %%
+#| label: early-numbers
+for (task, group), found in EARLY.items():
+    name = f"early_{task}_{'all' if group == 'all' else 'half'}"
+    first = min(found)
+    middle, low, high = found[first]
+    values(
+        **{
+            name: f"{middle:.2f}",
+            f"{name}_interval": f"{low:.2f} to {high:.2f}",
+            f"early_{task}_first": f"{100 * first:.0f}",
+        }
+        if group == "all"
+        else {name: f"{middle:.2f}", f"{name}_interval": f"{low:.2f} to {high:.2f}"}
+    )
+
+# %% [markdown]
+# ### What pruning saves
+
+# %%
+#| label: pruning
+from nemo_rl_ref.tune.samplers import REDUCTION
+
+
+def halve(runs, task, reduction=REDUCTION):
+    """Replay successive halving: for each run the steps it gets, in the order of the runs.
+
+    A run goes on from a rung if it is among the best 1 / reduction of those that came there.
+    """
+    rungs, step = [], POOL[task]["val_period"]
+    while step < STEPS_OF[task]:
+        rungs.append(step)
+        step *= reduction
+    seen = {rung: [] for rung in rungs}
+    given = []
+    for run in runs:
+        value_at = {row[0]: row[1] for row in run["curve"]}
+        steps = STEPS_OF[task]
+        for rung in rungs:
+            seen[rung].append(value_at[rung])
+            kept = max(1, len(seen[rung]) // reduction)
+            if value_at[rung] < sorted(seen[rung], reverse=True)[kept - 1]:
+                steps = rung
+                break
+        given.append(steps)
+    return given
+
+
+def with_optuna(runs, task):
+    """The same by Optuna's pruner."""
+    pruner = optuna.pruners.SuccessiveHalvingPruner(
+        min_resource=POOL[task]["val_period"], reduction_factor=REDUCTION
+    )
+    study = optuna.create_study(direction="maximize", pruner=pruner)
+    given = []
+    for run in runs:
+        trial, steps = study.ask(), STEPS_OF[task]
+        for step, value, *_ in run["curve"][:-1]:
+            trial.report(value, step)
+            if trial.should_prune():
+                steps = step
+                break
+        study.tell(trial, value if steps < STEPS_OF[task] else final(run))
+        given.append(steps)
+    return given
+
+
+PRUNED = {}
+for task in POOL:
+    runs = part(POOL[task], "random")
+    assert halve(runs, task) == with_optuna(runs, task)
+    saved, lost, found_best = [], [], []
+    for _ in range(400):
+        chosen = [runs[i] for i in rng.choice(len(runs), size=24, replace=False)]
+        steps = halve(chosen, task)
+        whole = [run for run, given in zip(chosen, steps, strict=True) if given == STEPS_OF[task]]
+        saved.append(1 - sum(steps) / (STEPS_OF[task] * len(chosen)))
+        lost.append(max(map(final, chosen)) - max(map(final, whole)))
+        found_best.append(lost[-1] == 0)
+    PRUNED[task] = {"saved": saved, "lost": lost}
+    values(
+        **{
+            f"pruned_{task}_saved": percent(statistics.mean(saved), 0),
+            f"pruned_{task}_kept": percent(statistics.mean(found_best), 0),
+            f"pruned_{task}_lost": percent(statistics.mean(lost)),
+            f"pruned_{task}_lost_most": percent(float(np.quantile(lost, 0.95))),
+        }
+    )
+values(pruned_reduction=REDUCTION, pruned_replays=400)
+
+# %% [markdown]
+# ## Search methods
+
+# %%
+#| label: modelled
+METHODS = {"random": "random", "tpe": "TPE", "gp": "Gaussian process", "cmaes": "CMA-ES"}
+
+
+def mean_interval(found):
+    """Mean and half its 95 % interval, Student's t over the searches."""
+    half = stats.t.ppf(0.975, len(found) - 1) * statistics.stdev(found) / len(found) ** 0.5
+    return statistics.mean(found), half
+
+
+def shown_interval(found):
+    middle, half = mean_interval(found)
+    return f"{percent(middle)} ± {percent(half)}"
+
+
+def taken(run, budget):
+    """What a search takes after so many trials, the best as seen, and its true value."""
+    at = int(np.argmax(run["seen"][:budget]))
+    return run["seen"][at], run["true"][at]
+
+
+searches = {method: part(MODELLED, method) for method in METHODS}
+MODEL_BUDGET = len(searches["random"][0]["seen"])
+TRUE = {method: [taken(run, MODEL_BUDGET)[1] for run in runs] for method, runs in searches.items()}
+MORE = {
+    method: [a - b for a, b in zip(found, TRUE["random"], strict=True)]
+    for method, found in TRUE.items()
+}
+rows = [
+    "| | best as seen (%) | its true value (%) | more than random (points) |",
+    "| --- " * 4 + "|",
+]
+for method, runs in searches.items():
+    seen = shown_interval([taken(run, MODEL_BUDGET)[0] for run in runs])
+    more = "—" if method == "random" else shown_interval(MORE[method])
+    rows.append(f"| {METHODS[method]} | {seen} | {shown_interval(TRUE[method])} | {more} |")
+values(
+    modelled_searches=len(searches["random"]),
+    modelled_trials=MODEL_BUDGET,
+    modelled_fitted=MODELLED["fitted_to"],
+    modelled_correlation=f"{MODELLED['left_out_rank_correlation']:.2f}",
+    modelled_noise=percent(MODELLED["noise"]),
+    **{f"modelled_{method}": shown_interval(MORE[method]) for method in ("tpe", "gp", "cmaes")},
+    modelled_curse=percent(
+        statistics.mean(
+            seen - true
+            for runs in searches.values()
+            for seen, true in (taken(run, MODEL_BUDGET) for run in runs)
+        )
+    ),
+)
+# What the page says of them.
+assert mean_interval(MORE["gp"])[0] > mean_interval(MORE["gp"])[1]
+for method in ("tpe", "cmaes"):
+    middle, half = mean_interval(MORE[method])
+    assert middle - half < 0 < middle + half
+Markdown("\n".join(rows))
+
+# %%
+#| label: fig-modelled
+#| alt: True value of what a search would take over the number of trials, for random search, TPE, a
+#|   Gaussian process and CMA-ES.
+#| caption: Means over the searches; bars at the end are 95 % intervals.
+figure, (axis,) = panels(1, height=3.2)
+numbers = np.arange(3, MODEL_BUDGET + 1)
+for line, (method, runs) in enumerate(searches.items()):
+    true = 100 * np.array([[taken(run, n)[1] for n in numbers] for run in runs])
+    axis.plot(numbers, true.mean(0), label=METHODS[method], markevery=3, **LINES[line])
+    middle, half = mean_interval(true[:, -1].tolist())
+    axis.errorbar(
+        MODEL_BUDGET + 0.5 * (line + 1), middle, half, color=LINES[line]["color"], capsize=3
+    )
+axis.set_xlabel("trials")
+axis.set_title("True accuracy of what would be taken (%)")
+axis.legend(fontsize=8, loc="lower right");
+# %%
+#| label: claim
+SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
+BUDGET = 24  # whole runs of a random search
+LIMIT = {"dpo": 16}  # of a pruned one
+
+
+def search_of(task, method, seed):
+    """The runs of a search in their order."""
+    found = POOL[task] if method == "random" else SEARCHED[task]
+    runs = [run for run in part(found, method) if run["seed"] == seed]
+    return sorted(runs, key=lambda run: run["number"])
+
+
+def best_so_far(task, runs):
+    """Whole runs spent, and the best end of a run that was not pruned, after every run."""
+    spent, best, curve = 0, -np.inf, []
+    for run in runs:
+        spent += run["steps"]
+        best = best if "pruned" in run else max(best, final(run))
+        curve.append((spent / STEPS_OF[task], best))
+    return curve
+
+
+def when_as_good(curve, target):
+    """Whole runs spent until a search was at least as good; infinite if it never was."""
+    return next((spent for spent, best in curve if best >= target), np.inf)
+
+
+CURVES = {
+    (task, method): [best_so_far(task, search_of(task, method, seed)) for seed in SEARCHES]
+    for task in LIMIT
+    for method in ("random", "tpe+pruning")
+}
+rows = [
+    "| | compute until as good as random's best, five searches | median | trials in it |",
+    "| --- " * 4 + "|",
+]
+SHARE = {}
+for task, limit in LIMIT.items():
+    targets = [curve[-1][1] for curve in CURVES[task, "random"]]
+    pairs = zip(CURVES[task, "tpe+pruning"], targets, strict=True)
+    shares = [when_as_good(curve, target) / BUDGET for curve, target in pairs]
+    SHARE[task] = statistics.median(shares)
+    over = f"over {limit / BUDGET:.0%}"
+    shown = [over if share == np.inf else f"{share:.0%}" for share in sorted(shares)]
+    trials = statistics.median(len(curve) for curve in CURVES[task, "tpe+pruning"])
+    rows.append(
+        f"| {NAMES[task]} | {', '.join(shown)} | **{shown[len(shown) // 2]}** "
+        f"| {trials:.0f} of {limit} whole runs' steps |"
+    )
+    values(
+        **{
+            f"claim_{task}_share": shown[len(shown) // 2],
+            f"claim_{task}_reached": sum(share <= 0.5 for share in shares),
+        }
+    )
+values(claim_budget=BUDGET, claim_searches=len(SEARCHES))
+Markdown("\n".join(rows))
+
+# %%
+#| label: fig-claim
+#| alt: The best value found so far over the compute spent, for random search and for TPE with
+#|   pruning, five searches each.
+#| caption: Thin lines are searches, thick ones their medians. The unit of compute is a whole run;
+#|   the dotted line marks half of what random search was given.
+figure, axes = panels(len(LIMIT), height=3.2)
+for axis, task in zip(axes, LIMIT, strict=True):
+    for line, (method, name) in enumerate((("random", "random"), ("tpe+pruning", "TPE, pruned"))):
+        until = np.arange(1, (BUDGET if method == "random" else LIMIT[task]) + 1)
+        found = []
+        for curve in CURVES[task, method]:
+            spent, best = np.array(curve).T
+            at = np.searchsorted(spent, until + 1e-9) - 1
+            found.append(np.where(at >= 0, best[np.maximum(at, 0)], -np.inf))
+            shown = np.isfinite(found[-1])
+            axis.plot(
+                until[shown], 100 * found[-1][shown], color=LINES[line]["color"], alpha=0.25,
+                linewidth=0.8,
+            )  # fmt: skip
+        middle = np.median(found, axis=0)
+        shown = np.isfinite(middle)
+        axis.plot(until[shown], 100 * middle[shown], label=name, markevery=3, **LINES[line])
+    axis.axvline(BUDGET / 2, color="#777777", linewidth=1, linestyle=":")
+    axis.set_ylim(bottom=70)
+    axis.set_title(f"Best {POOL[task]['objective']} so far (%), {NAMES[task]}")
+axes[0].legend(fontsize=8, loc="lower right")
+axes[-1].set_xlabel("compute spent (whole runs)");
+
+# %%
+#| label: fresh
+
+
+def fresh(method):
+    """For each DPO search, the mean of its winner over fresh seeds."""
+    again = part(SEARCHED["dpo"], f"again {method}")
+    return [
+        statistics.mean(final(run) for run in again if run["search"] == seed) for seed in SEARCHES
+    ]
+
+
+found = {
+    method: [curve[-1][1] for curve in CURVES["dpo", method]]
+    for method in ("random", "tpe+pruning")
+}
+again = {method: fresh(method) for method in found}
+gain, half = mean_interval(
+    [a - b for a, b in zip(again["tpe+pruning"], again["random"], strict=True)]
+)
+values(
+    fresh_random=shown_interval(again["random"]),
+    fresh_pruned=shown_interval(again["tpe+pruning"]),
+    fresh_random_search=shown_interval(found["random"]),
+    fresh_pruned_search=shown_interval(found["tpe+pruning"]),
+    fresh_gain=f"{100 * gain:+.1f}",
+    fresh_gain_interval=f"{100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}",
+)
+
+# %% [markdown]
+# ## KL against reward
+
+
+# %%
+#| label: front
+def front_of(points):
+    """Those that no other beats in both: accuracy (more) and KL (less); by KL."""
+    best, kept = -np.inf, []
+    for kl, value in sorted(points):
+        if value > best:
+            kept.append((kl, value))
+            best = value
+    return kept
+
+
+random_points = [(run["kl"], final(run)) for run in part(POOL["grpo"], "random")]
+
+# %%
+#| label: fig-front
+#| alt: Accuracy over the KL divergence to the reference for GRPO, every random run a dot. The front
+#|   rises up to half a nat and ends; many runs with a large KL have an accuracy near zero.
+#| caption: Every random run is a dot, the line is the front.
+figure, (axis,) = panels(1, height=3.2)
+kl, value = np.array(random_points).T
+axis.semilogx(kl, 100 * value, "o", color=LINES[0]["color"], alpha=0.4, markersize=4)
+kl, value = np.array(front_of(random_points)).T
+axis.step([*kl, max(random_points)[0]], [*100 * value, 100 * value[-1]], where="post", color="k")
+axis.set_title("val:accuracy (%), GRPO")
+axis.set_xlabel("KL to the reference (nats an answer)");
+# %%
+#| label: front-numbers
+best_kl, best_value = front_of(random_points)[-1]
+values(
+    front_kl=f"{best_kl:.2f}",
+    front_best=percent(best_value),
+    front_lost=percent(np.mean([kl > best_kl for kl, _ in random_points]), 0),
+)
+
+# %%
+#| label: front-table
+BOUNDS = (0.03, 0.1, 0.3, 1.0)
+rows = [
+    "| KL at most (nats) | best accuracy (%) | " + f"`{PENALTY}` | `{RATE}` |",
+    "| --- " * 4 + "|",
+]
+for bound in BOUNDS:
+    allowed = [run for run in part(POOL["grpo"], "random") if run["kl"] <= bound]
+    best = max(allowed, key=final)
+    rows.append(
+        f"| {bound:g} | {percent(final(best))} | {best['values'][PENALTY]:.2g} "
+        f"| {best['values'][RATE]:.2g} |"
+    )
+Markdown("\n".join(rows))
+
+# %% [markdown]
+# ## Memory
+
+# %%
+#| label: memory-table
+from nemo_rl_ref.memory import Model, Step, compare, estimate, measure_peak
+from nemo_rl_ref.memory import table as memory_table
+
+#: Llama 3.2 1B, the model of NeMo RL's dpo.yaml; its micro-batch is 2 pairs of 1,024 tokens.
+llama = Model(
+    vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
+dpo_step = Step(rows=4, sequence_length=1024, reference="host")
+estimates = compare(llama, dpo_step)
+values(
+    memory_parameters=f"{llama.parameters / 1e9:.2f}",
+    memory_plain=f"{estimates['log_softmax'].peak / 2**30:.1f}",
+    memory_fused=f"{estimates['linear_token_logprobs'].peak / 2**30:.1f}",
+)
+Markdown(memory_table(estimates))
+
+# %%
+#| label: memory-check
+tiny_model, tiny_step = tiny.load_policy(), Step(64, 16, precision="float32", fsdp=False)
+shapes = Model.from_config(tiny_model.config)
+optimizer = torch.optim.AdamW(tiny_model.parameters(), foreach=False)
+ids = torch.randint(0, shapes.vocab_size, (tiny_step.rows, tiny_step.sequence_length))
+
+
+def micro_batch():
+    """What a step holds besides weights, optimizer state and earlier gradients."""
+    logits = tiny_model(input_ids=ids, use_cache=False).logits[:, :-1]
+    torch.log_softmax(logits.float(), -1).gather(-1, ids[:, 1:, None]).sum().backward()
+
+
+micro_batch()
+optimizer.step()
+optimizer.zero_grad()
+micro_batch()
+measured = measure_peak(micro_batch)
+found = estimate(shapes, tiny_step)
+there = found.weights + found.optimizer + found.gradients
+memory_error = abs(found.peak - there - measured) / measured
+print(f"measured {measured / 2**20:.2f} MiB, estimated {(found.peak - there) / 2**20:.2f} MiB")
+assert memory_error < 0.05
+values(memory_error=f"{100 * memory_error:.1f}")
+
+# %% [markdown]
+# ## A budget planner
+
+# %%
+#| label: plan
+from nemo_rl_ref.tune.budget import make_plans
+
+PLANS = {}
+for task, budget in itertools.product(POOL, (20, 60)):
+    PLANS[task, budget] = make_plans(
+        budget,  # whole runs
+        pilot=[final(run) for run in part(POOL[task], "random")],
+        noise=SIGMA[task],
+        correlations={fraction: found[0] for fraction, found in EARLY[task, "all"].items()},
+        draws=1000,
+    )
+
+# %%
+#| label: plan-table
+
+
+def plain(plans):
+    """Every setting whole and once, the best is taken: what a search without a plan does."""
+    return next(plan for plan in plans if plan.fraction == 1 and plan.finalists == 1)
+
+
+rows = [
+    "| | budget | settings | trained for | finalists × seeds | expected (%) | without a plan (%) |",
+    "| --- " * 7 + "|",
+]
+for (task, budget), plans in PLANS.items():
+    best = plans[0]
+    second = f"{best.finalists} × {best.seeds}" if best.seeds else "none"
+    rows.append(
+        f"| {NAMES[task]} | {budget} | {best.trials} | {best.fraction:.0%} | {second} "
+        f"| {percent(best.expected)} | {percent(plain(plans).expected)} |"
+    )
+values(
+    **{
+        f"plan_gain_{task}_{budget}": f"{100 * (plans[0].expected - plain(plans).expected):.1f}"
+        for (task, budget), plans in PLANS.items()
+    }
+)
+Markdown("\n".join(rows))
+
+# %%
+#| label: plan-check
+# One stage, simulated by the planner without noise and replayed with the runs themselves.
+checked = []
+for task in POOL:
+    runs = part(POOL[task], "random")
+    for at, fraction in enumerate(EARLY[task, "all"]):
+        replayed = []
+        for _ in range(2000):
+            chosen = [runs[i] for i in rng.choice(len(runs), size=12, replace=False)]
+            replayed.append(final(max(chosen, key=lambda run: run["curve"][at][1])))
+        plans = make_plans(
+            12 * fraction, pilot=[final(run) for run in runs], noise=0.0, finalists=[1],
+            correlations={fraction: EARLY[task, "all"][fraction][0]},
+        )  # fmt: skip
+        planned = next(plan for plan in plans if plan.trials == 12)
+        checked.append((task, fraction, planned.expected, statistics.mean(replayed)))
+        print(
+            f"{NAMES[task]:5} {fraction:5.0%}  planned {planned.expected:.3f}  "
+            f"replayed {statistics.mean(replayed):.3f}"
+        )
+plan_error = max(abs(planned - replayed) for *_, planned, replayed in checked)
+values(plan_error=percent(plan_error), plan_checks=len(checked))
+
+# %% [markdown]
+# ## A study, live
+#
+# The pairs of the recorded runs: the sum, and a random number with as many digits.
+
+# %%
+#| label: live-data
+import random
+import tempfile
+
+from nemo_rl_ref.tiny.addition import answer, problems, prompt
+
+folder = Path(tempfile.mkdtemp())
+draw = random.Random(0)
+
+
+def write_pairs(name, of):
+    """Pairs in the form of the shipped ones."""
+    rows = []
+    for problem in of:
+        right = answer(problem)
+        lowest = 10 ** (len(right) - 1) if len(right) > 1 else 0
+        wrong = draw.choice([n for n in range(lowest, 10 ** len(right)) if str(n) != right])
+        row = {"prompt": prompt(problem), "chosen": right, "rejected": str(wrong)}
+        rows.append(json.dumps(row) + "\n")
+    (folder / name).write_text("".join(rows))
+
+
+trained_on, never_seen = problems()
+write_pairs("train.jsonl", trained_on[:2048])
+write_pairs("validation.jsonl", never_seen[:200])
+
+# %%
+#| label: live-spec
+from nemo_rl_ref.tune import make_spec, optimize
+
+here = [Path(tiny.__file__).parents[2], Path.cwd(), Path.cwd().parent]
+CONFIG = next(path for path in (root / "configs/dpo.yaml" for root in here) if path.exists())
+
+spec = make_spec(
+    "dpo",
+    str(CONFIG),
+    {
+        "policy.optimizer.kwargs.lr": {"log_uniform": [1e-5, 3e-3]},
+        "dpo.reference_policy_kl_penalty": {"log_uniform": [0.01, 3.0]},
+    },
+    ["val:validation-default_accuracy"],
+    [
+        f"policy.model_name={tiny.MODEL}",
+        f"data.train.data_path={folder}/train.jsonl",
+        f"data.validation.data_path={folder}/validation.jsonl",
+        "policy.train_global_batch_size=16",
+        "policy.train_micro_batch_size=16",
+        "dpo.max_num_steps=32",
+        "dpo.val_period=8",
+        "dpo.val_at_start=false",
+        "dpo.val_batches=-1",
+        "dpo.val_global_batch_size=200",
+        "dpo.val_micro_batch_size=200",
+    ],
+)
+
+# %%
+#| label: live-run
+study = optimize(
+    spec, folder=folder / "study", trials=10, sampler="tpe", pruner="successive-halving", seed=1
+)
+for trial in study.trials:
+    at = trial.user_attrs
+    shown = ", ".join(f"{key.split('.')[-1]}={value:.2g}" for key, value in trial.params.items())
+    steps, value = max(trial.intermediate_values.items())
+    print(f"{trial.number:2} {trial.state.name:8} {steps:3} steps {value:.3f}  {shown}")
+
+# %%
+#| label: live-best
+from nemo_rl_ref.tune.best import best_of
+
+best = best_of(study)
+print(best.override_line)
+
+# %%
+#| label: live-again
+from nemo_rl_ref.tune.reevaluate import reevaluate
+
+again = reevaluate(study, folder / "study", top=1, seeds=3, show=lambda line: None)
+print("\n".join(again.sentences()))
+winner = again.winner
+pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
+values(
+    live_trials=len(study.trials),
+    live_pruned=len(pruned),
+    live_best=percent(winner.search_value),
+    live_fresh=percent(winner.mean),
+    live_default=percent(winner.default_mean),
+    live_difference=f"{100 * winner.mean_difference:+.1f}",
+    live_interval=f"{100 * winner.low:+.1f} to {100 * winner.high:+.1f}",
+    live_seeds=winner.pairs,
+)
+
+# %%
+#| label: live-report
+from nemo_rl_ref.tune.best import write_yaml
+from nemo_rl_ref.tune.report import write_report
+
+report = write_report(study, folder / "report.html", reevaluation=again)
+config = write_yaml(best, folder / "best.yaml")
+print(f"{report.name}: {report.stat().st_size / 1024:.0f} KiB")
+print(f"{config.name}: {len(config.read_text().splitlines())} lines, loads as NeMo RL loads it")

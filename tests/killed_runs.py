@@ -83,8 +83,8 @@ def die_while_removing():
 
 # Where a child dies. Those above go on from what those before them left.
 POINTS = {
-    "before the first checkpoint": lambda: die_at_call(trainer, "train_step", 2),
-    "in a step": lambda: die_at_call(trainer, "train_step", 4),
+    "before the first checkpoint": lambda: die_at_call(trainer, "update", 2),
+    "in a step": lambda: die_at_call(trainer, "update", 4),
     "after a step, before its log line": lambda: die_at_call(
         metrics_file.JsonlLogger, "log_metrics", 4
     ),

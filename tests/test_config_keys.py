@@ -5,6 +5,7 @@ With ``NEMO_RL_CHECKOUT`` set to a checkout of NeMo RL at the pinned commit, ``k
 again from it, and every configuration in it is accounted for.
 """
 
+import json
 import os
 import subprocess
 import textwrap
@@ -472,6 +473,28 @@ def test_make_keys(small_checkout):
     ]
 
 
+def test_make_places(small_checkout, monkeypatch):
+    recipe = "examples/configs/recipes/a.yaml"
+    monkeypatch.setattr(make_keys, "PLACES", ("examples/none.yaml", recipe))
+    made = make_keys.make_places(small_checkout)
+    one, two, parts = (
+        f"nemo_rl/{name}.py" for name in ("algorithms/one", "algorithms/two", "parts")
+    )
+    assert made["files"] == [recipe, one, two, parts]
+    found = {key: (made["files"][number], line) for key, (number, line) in made["places"].items()}
+    wanted = {  # lines counted in the texts above, which begin with an empty one
+        "extra": (recipe, 3),
+        "extra.list.#.x": (recipe, 3),
+        "section": (one, 13),
+        "section.seed": (one, 4),
+        "section.schedule.#.milestones": (parts, 6),
+        "other.width": (two, 3),
+        "generation.engine": (parts, 10),
+    }
+    assert {key: found[key] for key in wanted} == wanted
+    assert "defaults" not in found and "extra.looked_up" not in found  # no key; in no file
+
+
 def test_make_keys_wants_the_pinned_commit(small_checkout, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(make_keys, "COMMIT", COMMIT)
     with pytest.raises(ValueError, match=rf"got commit [0-9a-f]{{40}}, expected {COMMIT}"):
@@ -493,6 +516,8 @@ def checkout():
 
 def test_keys_json_is_what_the_checkout_gives(checkout):
     assert make_keys.make_keys(checkout) == load_keys()
+    places = Path(make_keys.__file__).with_name("places.json").read_text(encoding="utf-8")
+    assert make_keys.make_places(checkout) == json.loads(places)
 
 
 def test_every_configuration_of_a_checkout_is_accounted_for(checkout):

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from trainer_runs import curve, model_with_dropout, records, run
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.trainer import Plan
+from nemo_rl_ref.samples import Plan
 
 DIVERGES = """
 import torch
@@ -65,7 +65,7 @@ def test_a_loss_that_diverges_stops_the_run_and_names_the_samples(
         run("sft", tmp_path, loss=spec, checkpointing__metric_name=None, **changes)
     message = str(error.value)
     assert message.startswith("step 3: loss "), message
-    assert f"It starts in {where}" in message
+    assert f"it starts in {where}" in message
     rows = records(tmp_path / "sft.train.jsonl", 40)
     order = Plan(40, 8, 3, 12, True, 3).numbers(2)
     guilty = [n for n in order if len(rows[n]["input"] + rows[n]["output"]) + 2 == 10]
@@ -106,7 +106,7 @@ def test_a_layer_that_overflows_is_named(name, change, where, tmp_path):
     model = broken_model(tmp_path, name, change)
     with pytest.raises(FloatingPointError) as error:
         run("sft", tmp_path, model=model, sft__val_at_start=False)
-    assert f"It starts in {where}" in str(error.value)
+    assert f"it starts in {where}" in str(error.value)
     assert str(error.value).endswith(f"is in {tmp_path / 'run' / 'step_0'}")
     (weights,) = (tmp_path / "run/step_0/policy/weights").glob("*.safetensors")
     saved, given = load_file(weights), load_file(model / "model.safetensors")

@@ -417,6 +417,23 @@ def test_bench_runs_each_script_and_stops_at_a_failure(checkout):
     assert "ran a" not in output
 
 
+def test_studies_run_in_the_order_that_they_need(checkout):
+    studies = "studies", "-o", "venv", HERE
+    folder = checkout.folder / "tests" / "benchmarks"
+    folder.mkdir(parents=True)
+    for name in ("batch", "modelled", "pool", "samplers"):
+        (folder / f"search_{name}.py").write_text(f"print('ran {name}')\n")
+    names = [
+        f"tests/benchmarks/search_{name}.py\nran {name}\n"
+        for name in ("pool", "samplers", "batch", "modelled")
+    ]
+    assert checkout.succeed(*studies) == "".join(names)
+    (folder / "search_samplers.py").write_text("raise SystemExit(3)\n")
+    status, output = checkout.make(*studies)
+    assert status != 0
+    assert "ran pool" in output and "ran batch" not in output
+
+
 @pytest.fixture
 def gpu_checkout(checkout: Checkout) -> Checkout:
     """A checkout in which PyTorch and the kernels' loader are stand-ins that report a GPU."""

@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file
 from trainer_runs import curve, make_config, records, run, write_lines
 
-from nemo_rl_ref import run_dpo, tiny
+from nemo_rl_ref import reference_logprobs, tiny
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.data.processors import sft_processor
 from nemo_rl_ref.metrics_file import read_metrics
-from nemo_rl_ref.run_sft import flat_sample, sft_batch
-from nemo_rl_ref.trainer import Plan
+from nemo_rl_ref.samples import Plan, Samples, flat_sample
 
 SECTIONS = ["sft", "dpo", "rm"]
 
@@ -198,8 +197,14 @@ def test_which_tokens_are_trained_on(tokenizer):
         ]
 
     def batch_of(multiple, only_final):
-        flat = [flat_sample(s, only_unmask_final=only_final) for s in (sample, short)]
-        return sft_batch(flat, 0, multiple)
+        samples = Samples(
+            [sample, short],
+            ["", ""],
+            lambda record, _: flat_sample(record, only_unmask_final=only_final),
+            pad_token_id=0,
+            multiple=multiple,
+        )
+        return samples.batch([0, 1])
 
     assert trained_on(batch_of(1, False)) == ["3</s>9</s>", "3</s>"]
     batch = batch_of(8, True)
@@ -259,13 +264,13 @@ def test_a_passthrough_template_joins_the_contents():
 
 def test_reference_logprobs_are_computed_once_and_kept(tmp_path, monkeypatch):
     computed = []
-    original = run_dpo._compute
+    original = reference_logprobs._compute
 
     def counted(*arguments):
         computed.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(run_dpo, "_compute", counted)
+    monkeypatch.setattr(reference_logprobs, "_compute", counted)
     _, first = run("dpo", tmp_path, dpo__max_num_steps=12)
     kept = tmp_path / "run" / "reference_logprobs.safetensors"
     assert len(computed) == 1 and kept.exists()
@@ -282,9 +287,9 @@ def test_reference_logprobs_are_those_of_each_batch(tmp_path, monkeypatch):
     """Against a run that asks the reference in every step, as NeMo RL does."""
     _, once = run("dpo", tmp_path, name="once")
     reference = tiny.load_policy().eval()
-    original = run_dpo._with_reference
+    original = reference_logprobs._with_reference
 
-    def every_time(batch, _):
+    def every_time(batch, *_):
         def with_reference(numbers):
             data = batch(numbers)
             with torch.no_grad():
@@ -297,7 +302,7 @@ def test_reference_logprobs_are_those_of_each_batch(tmp_path, monkeypatch):
         return with_reference
 
     assert original is not every_time
-    monkeypatch.setattr(run_dpo, "_with_reference", every_time)
+    monkeypatch.setattr(reference_logprobs, "_with_reference", every_time)
     _, again = run("dpo", tmp_path, name="every-time")
     assert curve(once) == pytest.approx(curve(again), abs=1e-5)
 

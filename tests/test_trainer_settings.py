@@ -10,7 +10,8 @@ from trainer_runs import make_config, records, run, write_lines
 from nemo_rl_ref import run_dpo, run_rm, run_sft, tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
-from nemo_rl_ref.trainer import fit
+from nemo_rl_ref.samples import preference_samples
+from nemo_rl_ref.trainer import Task, fit
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,8 +113,8 @@ def test_a_loss_that_needs_whole_batches_gets_them(tmp_path):
 
     config = make_config("dpo", tmp_path)
     tokenizer = get_tokenizer(config["policy"]["tokenizer"])
-    training, validation = run_dpo.preference_samples(config, tokenizer, add_loss_mask=True)
-    task = run_dpo.Task("dpo", training, validation, tiny.load_policy, Couples(DPOLossConfig()))
+    training, validation = preference_samples(config, tokenizer, add_loss_mask=True)
+    task = Task("dpo", training, validation, tiny.load_policy, Couples(DPOLossConfig()))
     with pytest.raises(
         ValueError, match="train_micro_batch_size: Couples couples the samples of a"
     ):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn, NLLLossFn, PreferenceLossFn
+from nemo_rl_ref.algorithms.loss.interfaces import LossInputType
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
 from nemo_rl_ref.generation import answer_kl, sample_answers
 from nemo_rl_ref.preferences import load_preferences, preference_batches
@@ -154,7 +155,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(batches):
     poisoned["reference_policy_logprobs"][0, 8] = float("nan")
     model = tiny.load_policy()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError, match=r"step 1: gradient norm nan, loss nan; the step"):
+    with pytest.raises(FloatingPointError, match=r"step 1: loss nan, gradient norm nan; it starts in the loss function"):
         run([batches[0], poisoned], dpo(), learning_rate=0.0, model=model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -167,8 +168,13 @@ def test_bad_micro_batch_size(batches, size):
 
 
 def test_a_loss_with_another_input_is_refused(batches):
-    with pytest.raises(ValueError, match=r"loss_fn: PreferenceLossFn takes LossInputType.LOGIT"):
-        run(batches, PreferenceLossFn())
+    class Distils(NLLLossFn):
+        input_type = LossInputType.DISTILLATION
+
+    with pytest.raises(ValueError, match=r"loss_fn: Distils takes LossInputType.DISTILLATION, exp"):
+        run(batches, Distils())
+    with pytest.raises(ValueError, match=r"logits has shape \(16, 11, 16\), expected \(B, 1\)"):
+        run(batches, PreferenceLossFn())  # takes the rewards of a model that has them
 
 
 def test_two_processes_train_what_one_does(tmp_path):

@@ -2,10 +2,10 @@
 """Small runs of the trainers for the tests: configurations, data, and curves."""
 
 import json
-import os
 import shutil
 
 from nemo_rl_ref import run_dpo, run_rm, run_sft, tiny
+from nemo_rl_ref.atomic import write_text
 from nemo_rl_ref.metrics_file import read_metrics
 
 RUNNERS = {"sft": run_sft, "dpo": run_dpo, "rm": run_rm}
@@ -17,9 +17,7 @@ def records(path, count):
 
 
 def write_lines(path, rows):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")  # two processes may write it at once
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))  # two processes may do it
     return str(path)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from nemo_rl_ref.atomic import replacing
 from nemo_rl_ref.contract._batches import Batch
 
 _MARKS = {"ok": "green", "failed": "red", "not applicable": "yellow"}
@@ -182,15 +181,8 @@ class Report:
             else:
                 ElementTree.SubElement(case, "system-out").text = _xml(entry.measured)
         content = ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def _details(entry: Entry) -> str:

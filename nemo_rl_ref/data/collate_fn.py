@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.padding import pad_right
 
 
 def preference_collate_fn(
@@ -40,26 +40,29 @@ def preference_collate_fn(
         raise ValueError("data_batch: got no pairs, expected at least one")
     logs = [datum[f"message_log_{side}"] for datum in data_batch for side in ("chosen", "rejected")]
     rows = [torch.cat([message["token_ids"] for message in log]) for log in logs]
-    lengths = torch.tensor([len(row) for row in rows])
     multiple = make_sequence_length_divisible_by
-    width = -(-int(lengths.max()) // multiple) * multiple
-
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    missing = width - input_ids.shape[1]
     data: BatchedDataDict[Any] = BatchedDataDict(
         {
-            "input_ids": torch.nn.functional.pad(
-                input_ids, (0, missing), value=tokenizer.pad_token_id
-            ),
-            "input_lengths": lengths,
+            "input_ids": pad_right(rows, tokenizer.pad_token_id, multiple=multiple),
+            "input_lengths": torch.tensor([len(row) for row in rows]),
             "sample_mask": torch.tensor(
                 [datum["loss_multiplier"] for datum in data_batch]
             ).repeat_interleave(2),
         }
     )
     if add_loss_mask:
-        answers = torch.tensor([len(log[-1]["token_ids"]) for log in logs])
-        column = torch.arange(width)
-        before, end = (lengths - answers).unsqueeze(-1), lengths.unsqueeze(-1)
-        data["token_mask"] = ((column >= before) & (column < end)).long()
+        masks = [last_message_mask(log) for log in logs]
+        data["token_mask"] = pad_right(masks, multiple=multiple)
     return data
+
+
+def last_message_mask(message_log: list[dict[str, Any]]) -> torch.Tensor:
+    """Which tokens of a conversation are of its last message. Not in NeMo RL.
+
+    Args:
+        message_log: Messages with ``token_ids``.
+
+    Returns:
+        0 and 1, int64 ``(T,)``.
+    """
+    return torch.cat([torch.full_like(m["token_ids"], m is message_log[-1]) for m in message_log])

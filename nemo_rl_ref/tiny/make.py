@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from nemo_rl_ref.atomic import write_text
 from nemo_rl_ref.generation import sample_answers
 from nemo_rl_ref.tiny import ASSETS
 from nemo_rl_ref.tiny.addition import answer, is_correct, problems, prompt
@@ -158,10 +159,7 @@ def ranked(pair: dict[str, str]) -> dict[str, Any]:
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON object a line; the file appears whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def main() -> None:

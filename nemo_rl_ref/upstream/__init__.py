@@ -3,7 +3,7 @@
 
 ``manifest.json`` lists symbols, signatures and configuration keys. ``golden.json`` lists inputs
 and the outputs that NeMo RL's own code returned for them. ``keys.json`` lists every key that a
-configuration of NeMo RL may have.
+configuration of NeMo RL may have, ``places.json`` where in its source each of them stands.
 """
 
 import json
@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 
 #: The commit of NVIDIA-NeMo/RL that the files describe.
 COMMIT = "7ea279abfbeb698b092856d0dab61e7cf39bc909"
@@ -90,6 +89,8 @@ def _decode(value: Any) -> Any:
     """Turns every ``{"shape", "dtype", "data"}`` below `value` into a tensor."""
     if isinstance(value, dict):
         if value.keys() == {"shape", "dtype", "data"}:
+            import torch  # here, because the names of keys are also wanted without it
+
             dtype = getattr(torch, value["dtype"])
             return torch.tensor(value["data"], dtype=dtype).reshape(value["shape"])
         return {key: _decode(item) for key, item in value.items()}

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes ``keys.json`` from a checkout of NeMo RL at the pinned commit. ::
+"""Makes ``keys.json`` and ``places.json`` from a checkout of NeMo RL at the pinned commit. ::
 
     python -m nemo_rl_ref.upstream.make_keys path/to/RL
 
 A key exists if a configuration class has it, starting from every ``MasterConfig``, or if a YAML
 file of the examples has it. The classes are read from their source; nothing of the checkout is
 imported or executed. In a key, ``#`` stands for the index of a list's entry, ``*`` for any name.
+
+A key's place is a file and a line: in the first of `PLACES` that has it, else the field of the
+class that has it.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nemo_rl_ref.atomic import write_text
 from nemo_rl_ref.upstream import COMMIT
 
 #: Where the configurations of NeMo RL's entry points are, in a checkout.
@@ -30,6 +34,15 @@ YAML_FILES = (
     "examples/nemo_gym/**/*.yaml",
     "examples/swe_bench/*.yaml",
     "research/*/configs/**/*.yaml",
+)
+
+#: Where to point to for a key: the configurations that people start from.
+PLACES = (
+    "examples/configs/dpo.yaml",
+    "examples/configs/grpo_math_1B.yaml",
+    "examples/configs/ppo_math_1B.yaml",
+    "examples/configs/sft.yaml",
+    "examples/configs/rm.yaml",
 )
 
 #: Classes that a section holds besides those of its annotation, by name in the source.
@@ -62,6 +75,7 @@ LOOKED_UP = (
 class _Found:
     keys: set[str] = field(default_factory=set)
     open: set[str] = field(default_factory=set)
+    places: dict[str, tuple[Path, int]] = field(default_factory=dict)
 
 
 class _Classes:
@@ -110,7 +124,9 @@ class _Classes:
     def _add_fields(self, path: Path, node: ast.ClassDef, prefix: str, found: _Found) -> None:
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                self.add_type(item.annotation, path, f"{prefix}{item.target.id}", found)
+                key = f"{prefix}{item.target.id}"
+                found.places.setdefault(key, (path, item.lineno))
+                self.add_type(item.annotation, path, key, found)
 
     def add_type(self, node: ast.expr, module: Path, key: str, found: _Found) -> None:
         """Adds `key`, and what an annotation says is below it."""
@@ -147,6 +163,8 @@ class _Classes:
         below = _Found()
         self.add_type(node, module, key, below)
         found.keys |= below.keys - {key}
+        for name, place in below.places.items():
+            found.places.setdefault(name, place)
         found.open |= below.open
 
 
@@ -159,6 +177,19 @@ def _yaml_keys(value: Any, prefix: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _yaml_keys(item, f"{prefix}#.")
+
+
+def _yaml_places(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The keys of a parsed YAML file as `_yaml_keys` writes them, with their lines."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield f"{prefix}{name.value}", name.start_mark.line + 1
+            yield from _yaml_places(value, f"{prefix}{name.value}.")
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _yaml_places(value, f"{prefix}#.")
 
 
 def make_keys(checkout: Path) -> dict[str, Any]:
@@ -174,6 +205,39 @@ def make_keys(checkout: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the checkout is of another commit, or is none.
     """
+    found = _collect(checkout)
+    return {"commit": COMMIT, "keys": sorted(found.keys), "open": sorted(found.open)}
+
+
+def make_places(checkout: Path) -> dict[str, Any]:
+    """Looks up where each key stands.
+
+    Args:
+        checkout: See `make_keys`.
+
+    Returns:
+        What ``places.json`` holds: ``commit``; ``files``, paths in the checkout; ``places``, for a
+        key the number of its file and its line, from 1. Keys of other files only have none.
+
+    Raises:
+        ValueError: See `make_keys`.
+    """
+    import yaml
+
+    found, places = _collect(checkout), {}
+    for name in (name for name in PLACES if (checkout / name).exists()):
+        root = yaml.compose((checkout / name).read_text(encoding="utf-8"))
+        for key, line in _yaml_places(root):
+            places.setdefault(key, (name, line))
+    for key, (path, line) in found.places.items():
+        places.setdefault(key, (path.relative_to(checkout).as_posix(), line))
+    places = {key: place for key, place in sorted(places.items()) if key in found.keys}
+    files = sorted({name for name, _ in places.values()})
+    numbered = {key: [files.index(name), line] for key, (name, line) in places.items()}
+    return {"commit": COMMIT, "files": files, "places": numbered}
+
+
+def _collect(checkout: Path) -> _Found:
     from omegaconf import OmegaConf
 
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
@@ -189,22 +253,32 @@ def make_keys(checkout: Path) -> dict[str, Any]:
         found.keys |= {key for key in _yaml_keys(content) if key != "defaults"}
     found.keys = {key for key in found.keys if not key.endswith("_override_")}
     found.keys -= {f"{key}.*" for key in found.open}
-    return {"commit": COMMIT, "keys": sorted(found.keys), "open": sorted(found.open)}
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes ``keys.json`` beside this file."""
+    """Writes ``keys.json`` and ``places.json`` beside this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, help="folder of a checkout of NVIDIA-NeMo/RL")
+    checkout = parser.parse_args(argv).checkout
     try:
-        content = make_keys(parser.parse_args(argv).checkout)
+        content, places = make_keys(checkout), make_places(checkout)
     except ValueError as error:
         sys.exit(str(error))
-    path = Path(__file__).with_name("keys.json")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-    print(f"{path}: {len(content['keys'])} keys, {len(content['open'])} open sections")
+    _write("keys.json", json.dumps(content, indent=1))
+    one_a_line = json.dumps(places, indent=1)
+    one_a_line = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", one_a_line)
+    _write("places.json", one_a_line)
+    print(
+        f"{len(content['keys'])} keys, {len(content['open'])} open sections, "
+        f"{len(places['places'])} places"
+    )
+
+
+def _write(name: str, text: str) -> None:
+    path = Path(__file__).with_name(name)
+    write_text(path, text + "\n")
+    print(path)
 
 
 if __name__ == "__main__":

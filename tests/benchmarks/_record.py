@@ -7,11 +7,12 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from nemo_rl_ref.atomic import write_text
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,8 +64,5 @@ def write_result(script, numbers, device=None, folder=None):
         },
         **numbers,
     }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(results, indent=2) + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_text(path, json.dumps(results, indent=2) + "\n")
     print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)

@@ -18,11 +18,10 @@ TRL, precomputed  the same with precompute_ref_log_probs=True
 from __future__ import annotations
 
 import argparse
-import logging
+import itertools
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -30,15 +29,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from rich.progress import track  # noqa: E402
-from trl import DPOConfig, DPOTrainer  # noqa: E402
 
-from _clock import Clock  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
+from _trl import TrlDpo  # noqa: E402
 
 from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn  # noqa: E402
@@ -56,8 +53,8 @@ def make_optimizer(model):
 
 
 def steps_of(ticks):
-    """Seconds between ticks, the first ones of a turn left out."""
-    return [b - a for a, b in zip(ticks, ticks[1:], strict=False)][WARM_UP:]
+    """Seconds between ticks."""
+    return [after - before for before, after in itertools.pairwise(ticks)]
 
 
 class Ours:
@@ -106,50 +103,6 @@ class Ours:
             torch.cuda.synchronize()
 
 
-class Trl:
-    """TRL's trainer; a turn is a fresh trainer, as a run in TRL is."""
-
-    def __init__(self, data, tokenizer, precompute):
-        self.tokenizer, self.precompute = tokenizer, precompute
-        self.data = datasets.Dataset.from_list(
-            [
-                {
-                    "prompt": record["context"],
-                    "chosen": record["completions"][0]["completion"],
-                    "rejected": record["completions"][1]["completion"],
-                }
-                for record in data.dataset[: ROUND * PAIRS]
-            ]
-        )
-
-    def turn(self):
-        clock = Clock()
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = DPOTrainer(
-                model=tiny.load_policy(),
-                args=DPOConfig(
-                    output_dir=folder,
-                    beta=0.1,
-                    per_device_train_batch_size=PAIRS,
-                    max_steps=ROUND,
-                    learning_rate=1e-4,
-                    bf16=False,
-                    gradient_checkpointing=False,
-                    precompute_ref_log_probs=self.precompute,
-                    report_to="none",
-                    save_strategy="no",
-                    disable_tqdm=True,
-                    use_cpu=not torch.cuda.is_available(),
-                ),
-                train_dataset=self.data,
-                processing_class=self.tokenizer,
-                callbacks=[clock],
-            )
-            trainer.remove_callback(transformers.PrinterCallback)
-            trainer.train()
-        return steps_of(clock.ticks)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
@@ -158,23 +111,22 @@ def main():
     if arguments.rounds < 1:
         parser.error(f"--rounds: got {arguments.rounds}, expected 1 or more")
 
-    datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("trl").setLevel(logging.ERROR)
     tokenizer = tiny.load_tokenizer()
     data = BinaryPreferenceDataset(str(tiny.TRAIN_PAIRS))
+    sizes = {"pairs": PAIRS, "steps": ROUND}
     contenders = {
         "floor": Ours("floor", data, tokenizer),
         "ours": Ours("ours", data, tokenizer),
         "ours, all in": Ours("ours, all in", data, tokenizer),
-        "TRL": Trl(data, tokenizer, precompute=False),
-        "TRL, precomputed": Trl(data, tokenizer, precompute=True),
+        "TRL": TrlDpo(data.dataset, tokenizer, precompute=False, **sizes),
+        "TRL, precomputed": TrlDpo(data.dataset, tokenizer, precompute=True, **sizes),
     }
     turns = {name: [] for name in contenders}
     for _ in track(range(arguments.rounds), description="rounds"):
         for name, contender in contenders.items():
-            turns[name].append(contender.turn())
+            turns[name].append(contender.turn()[WARM_UP:])
 
     seconds = {
         name: statistics.median(step for turn in per_turn for step in turn)

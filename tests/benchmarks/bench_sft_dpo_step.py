@@ -8,10 +8,14 @@ What is timed is the runner as a user starts it: ``run_sft.train`` and ``run_dpo
 configuration, whose log says how long each step took. Collation, the metrics, the log and the
 check that loss and gradient are finite are in it; validation and checkpoints are off. The floor
 beside it runs on the same batches: forward, backward from the sum of the logits, optimizer step.
-What a user would take instead of the SFT runner is beside it: ``transformers.Trainer`` on the same
-rows, padded and masked by its collator, with its defaults except for the optimizer. DPO beside TRL
-is in bench_dpo_step.py. The contenders take turns in one process, so that a slow moment of the
-machine hits all of them. Numbers are medians.
+What a user would take instead is beside it: ``transformers.Trainer`` on the same rows, padded and
+masked by its collator, and TRL's ``DPOTrainer`` on the same pairs, as it is and with the reference
+computed once as in the runner, both with their defaults except for the optimizer, float32 and what
+is off in the runner.
+
+After every step of a contender one of the floor is taken, and the ratio is the median over such
+pairs of neighbours, a few milliseconds apart: so neither a slow moment nor a slow minute of the
+machine is in it. Seconds are medians.
 """
 
 from __future__ import annotations
@@ -33,14 +37,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from _clock import Clock  # noqa: E402
+from _clock import ClockBetween  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
+from _trl import TrlDpo  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trainer_runs import RUNNERS, make_config  # noqa: E402
 
-from nemo_rl_ref import run_dpo, run_sft, tiny, trainer  # noqa: E402
+from nemo_rl_ref import tiny  # noqa: E402
+from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
 from nemo_rl_ref.metrics_file import read_metrics  # noqa: E402
 from nemo_rl_ref.optimizers import make_optimizer  # noqa: E402
+from nemo_rl_ref.processes import make_accelerator  # noqa: E402
+from nemo_rl_ref.samples import Plan, preference_samples, supervised_samples  # noqa: E402
 
 SAMPLES = {"sft": 64, "dpo": 32}  # a step has 64 rows in both
 ROUND = 24  # steps a contender takes before the other one's turn
@@ -65,46 +73,50 @@ def configuration(section, folder, name):
     return make_config(section, folder, samples=batch * ROUND, name=name, **changes)
 
 
-def runner_turn(section, config):
-    """Seconds a step, as the runner's log has them."""
+def runner_turn(section, config, floor):
+    """Seconds of each step, as the runner's log has them, and of the floor's after it."""
+    floors = []
     with contextlib.redirect_stdout(io.StringIO()):
-        RUNNERS[section].train(config)
+        RUNNERS[section].train(config, observe=lambda step, metrics: floors.append(floor.step()))
     metrics = read_metrics(config["logger"]["log_dir"])
-    return [values["timing/train/total_step_time"] for values in metrics.values()][WARM_UP:]
+    steps = [values["timing/train/total_step_time"] for values in metrics.values()]
+    return list(zip(steps, floors, strict=True))
 
 
 def batches_of(section, config):
     """The batches that the runner trains on."""
     tokenizer = tiny.load_tokenizer()
     if section == "sft":
-        part = run_sft.load_response_dataset(config["data"]["train"])
-        parts = [(part.dataset, part.places, part.task_spec)]
-        samples = run_sft._samples(parts, tokenizer, config)
+        samples, _ = supervised_samples(config, tokenizer)
     else:
-        samples, _ = run_dpo.preference_samples(config, tokenizer, add_loss_mask=True)
-    plan = trainer.Plan(len(samples), SAMPLES[section], 1, ROUND, True, config[section]["seed"])
+        samples, _ = preference_samples(config, tokenizer, add_loss_mask=True)
+    plan = Plan(len(samples), SAMPLES[section], 1, ROUND, True, config[section]["seed"])
     return [samples.batch(plan.numbers(step)) for step in range(plan.steps)]
 
 
-def floor_turn(batches, config, device):
-    """Seconds a step of the model's own forward, backward and optimizer step."""
-    model = tiny.load_policy().to(device)
-    optimizer = make_optimizer(config["policy"]["optimizer"], model.parameters())
-    ids = [batch["input_ids"].to(device) for batch in batches]
-    seconds = []
-    for input_ids in ids:
+class Floor:
+    """The model's own forward, backward and optimizer step, on the runner's batches in turn."""
+
+    def __init__(self, batches, config, device):
+        self.model = tiny.load_policy().to(device)
+        self.optimizer = make_optimizer(config["policy"]["optimizer"], self.model.parameters())
+        self.ids = itertools.cycle([batch["input_ids"].to(device) for batch in batches])
+        self.device = device
+
+    def step(self):
+        """Seconds of the next step."""
+        input_ids = next(self.ids)
         started = time.perf_counter()
-        model(input_ids=input_ids, use_cache=False).logits.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
+        self.model(input_ids=input_ids, use_cache=False).logits.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return seconds[WARM_UP:]
+        return time.perf_counter() - started
 
 
-def trainer_turn(batches, folder):
-    """Seconds a step of `transformers.Trainer`, from the end of one step to that of the next."""
+def trainer_turn(batches, folder, floor):
+    """Seconds of each step of `transformers.Trainer` but the first, and of the floor's after it."""
     rows = []
     for batch in batches:
         labels = batch["input_ids"].masked_fill(batch["token_mask"] == 0, -100)
@@ -123,7 +135,7 @@ def trainer_turn(batches, folder):
             for name in names
         }
 
-    clock = Clock()
+    clock = ClockBetween(floor.step)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "trainer"),
         max_steps=ROUND,
@@ -145,8 +157,14 @@ def trainer_turn(batches, folder):
             data_collator=collate,
             callbacks=[clock],
         ).train()
-    steps = [after - before for before, after in itertools.pairwise(clock.ticks)]
-    return steps[WARM_UP:]
+    return list(zip(clock.steps, clock.others, strict=True))
+
+
+def trl_turn(trl, floor):
+    """Seconds of each step of TRL's trainer but the first, and of the floor's after it."""
+    clock = ClockBetween(floor.step)
+    trl.train(clock)
+    return list(zip(clock.steps, clock.others, strict=True))
 
 
 def main():
@@ -158,37 +176,55 @@ def main():
         parser.error(f"--rounds: got {arguments.rounds}, expected 1 or more")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = trainer.make_accelerator("float32").device
-    turns = {(section, kind): [] for section in SAMPLES for kind in ("floor", "runner")}
-    turns["sft", "Trainer"] = []
+    device, tokenizer = make_accelerator("float32").device, tiny.load_tokenizer()
+    found = {section: {} for section in SAMPLES}
     with tempfile.TemporaryDirectory() as folder:
-        batches = {}
+        floors, batches = {}, {}
+        for section in SAMPLES:
+            config = configuration(section, Path(folder), section)
+            batches[section] = batches_of(section, config)
+            floors[section] = Floor(batches[section], config, device)
+        pairs = BinaryPreferenceDataset(config["data"]["train"]["data_path"]).dataset
+        sizes = {"pairs": SAMPLES["dpo"], "steps": ROUND}
+        trl = TrlDpo(pairs, tokenizer, precompute=False, **sizes)
+        trl_once = TrlDpo(pairs, tokenizer, precompute=True, **sizes)
         for number in track(range(arguments.rounds), description="rounds"):
             for section in SAMPLES:
+                floor = floors[section]
                 config = configuration(section, Path(folder), f"{section}-{number}")
-                batches.setdefault(section, batches_of(section, config))
-                floor = floor_turn(batches[section], config, device)
-                turns[section, "floor"] += floor
-                turns[section, "runner"] += runner_turn(section, config)
-            turns["sft", "Trainer"] += trainer_turn(batches["sft"], Path(folder))
-    medians = {key: statistics.median(seconds) for key, seconds in turns.items()}
+                turns = {"runner": runner_turn(section, config, floor)}
+                if section == "sft":
+                    turns["Trainer"] = trainer_turn(batches[section], Path(folder), floor)
+                else:
+                    turns["TRL"] = trl_turn(trl, floor)
+                    turns["TRL, precomputed"] = trl_turn(trl_once, floor)
+                for kind, steps in turns.items():
+                    found[section].setdefault(kind, []).extend(steps[WARM_UP:])
+    numbers = {}
     print(f"{device_name()}, {torch.get_num_threads()} threads, 64 rows a step")
-    for (section, kind), value in medians.items():
-        ratio = value / medians[section, "floor"]
-        print(f"{section} {kind:8}{value * 1e3:8.2f} ms a step{ratio:7.2f} x floor")
-    if arguments.write:
-        numbers = {
-            section: {
-                "samples_per_step": SAMPLES[section],
-                "seconds_per_step": {
-                    kind: round(value, 6) for (of, kind), value in medians.items() if of == section
-                },
-                "step over floor": round(medians[section, "runner"] / medians[section, "floor"], 3),
-            }
-            for section in SAMPLES
+    for section, steps in found.items():
+        over_floor = {
+            kind: statistics.median(step / floor for step, floor in of)
+            for kind, of in steps.items()
         }
-        over = medians["sft", "Trainer"] / medians["sft", "runner"]
-        numbers["sft"]["steps per second over Trainer"] = round(over, 3)
+        seconds = {kind: statistics.median(step for step, _ in of) for kind, of in steps.items()}
+        seconds["floor"] = statistics.median(floor for of in steps.values() for _, floor in of)
+        print(f"{section} {'floor':18}{seconds['floor'] * 1e3:8.2f} ms a step")
+        for kind, ratio in over_floor.items():
+            text = f"{section} {kind:18}{seconds[kind] * 1e3:8.2f} ms a step{ratio:7.2f} x floor"
+            print(
+                text + ("" if kind == "runner" else f"{ratio / over_floor['runner']:7.2f} x runner")
+            )
+        numbers[section] = {
+            "samples_per_step": SAMPLES[section],
+            "seconds_per_step": {kind: round(value, 6) for kind, value in seconds.items()},
+            "step over floor": round(over_floor["runner"], 3),
+        }
+        for kind in list(over_floor)[1:]:
+            name = f"steps per second over {kind}"
+            numbers[section][name] = round(over_floor[kind] / over_floor["runner"], 3)
+            numbers[section][f"{name}, most that the floor allows"] = round(over_floor[kind], 3)
+    if arguments.write:
         write_result("sft_dpo_step", numbers)
 
 

@@ -7,9 +7,11 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nemo_rl_ref.data.interfaces import TaskDataSpec
+from nemo_rl_ref.records import JSON_LINES, TABLES
 
 #: Keys that say which data a run sees: a dataset that does not take one must not be silent.
 _BEHAVIORAL_KEYS = (
@@ -57,14 +59,15 @@ def build_dataset(data_config: Mapping[str, Any], registry: Mapping[str, Any]) -
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
             f"dataset_name: got {name!r}; {hint}Here it can be {' or '.join(registry)}, with "
-            "data_path, a .jsonl file or the name of a Hugging Face dataset. NeMo RL's other "
-            "datasets, and dotted names of classes, are left out"
+            "data_path, a file (.jsonl, .parquet, .arrow, .csv), a folder, or the name of a "
+            "Hugging Face dataset. NeMo RL's other datasets, and dotted names of classes, are left out"
         )
     if not data_config.get("data_path"):
         raise ValueError(f"data_path: not set, expected the data file of the {name}")
     warn_on_unsupported_dataset_config_keys(registry[name], data_config)
     split = data_config.get("split")
-    if split not in (None, "train") and str(data_config["data_path"]).endswith((".json", ".jsonl")):
+    is_file = Path(data_config["data_path"]).suffix in (*JSON_LINES, *TABLES)
+    if split not in (None, "train") and is_file:
         warnings.warn(
             f"split: got {split!r} for the local file {data_config['data_path']}, which has no "
             "splits: all of it is used here, and NeMo RL stops; set split to null",

@@ -16,12 +16,14 @@ class BinaryPreferenceDataset(Records):
     answer with rank 0 and the rejected one with rank 1.
 
     Args:
-        data_path: A ``.jsonl`` file, or the name of a Hugging Face dataset with these fields.
+        data_path: A ``.jsonl``, ``.parquet``, ``.arrow`` or ``.csv`` file, a folder that
+            ``save_to_disk`` wrote or of data files, or the name of a Hugging Face dataset, with
+            these fields.
         prompt_key: Field that holds the prompt.
         chosen_key: Field that holds the preferred answer.
         rejected_key: Field that holds the other answer.
         subset: Subset of a Hugging Face dataset.
-        split: Split of a Hugging Face dataset; ``train`` if not given.
+        split: Split of a Hugging Face dataset or a folder; ``train`` if not given.
 
     Raises:
         FileNotFoundError: If the file does not exist.

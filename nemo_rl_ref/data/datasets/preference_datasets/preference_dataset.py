@@ -16,9 +16,11 @@ class PreferenceDataset(Records):
     ``{"role": …, "content": …}``. Training takes exactly two completions with different ranks.
 
     Args:
-        data_path: A ``.jsonl`` file, or the name of a Hugging Face dataset with these fields.
+        data_path: A ``.jsonl``, ``.parquet``, ``.arrow`` or ``.csv`` file, a folder that
+            ``save_to_disk`` wrote or of data files, or the name of a Hugging Face dataset, with
+            these fields.
         subset: Subset of a Hugging Face dataset.
-        split: Split of a Hugging Face dataset; ``train`` if not given.
+        split: Split of a Hugging Face dataset or a folder; ``train`` if not given.
 
     Raises:
         FileNotFoundError: If the file does not exist.

@@ -14,11 +14,13 @@ class ResponseDataset(Records):
     A record may instead have ``messages``, a list of chat messages, which is then taken as it is.
 
     Args:
-        data_path: A ``.jsonl`` file, or the name of a Hugging Face dataset with these fields.
+        data_path: A ``.jsonl``, ``.parquet``, ``.arrow`` or ``.csv`` file, a folder that
+            ``save_to_disk`` wrote or of data files, or the name of a Hugging Face dataset, with
+            these fields.
         input_key: Field that holds the prompt.
         output_key: Field that holds the answer.
         subset: Subset of a Hugging Face dataset.
-        split: Split of a Hugging Face dataset; ``train`` if not given.
+        split: Split of a Hugging Face dataset or a folder; ``train`` if not given.
         split_validation_size: Records to hold out for validation: their number, or below 1 their
             share. They are in ``val_dataset`` and ``val_places``, which are None if it is 0.
         seed: Seeds the choice of the held-out records.

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one trial: a training with some values of a configuration replaced.
+
+A *runner* is a function with the signature of `run_trial`. This one trains in the process that
+calls it, with this package's own trainers.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_rl_ref.tune.spec import Spec
+
+#: Called with the number of steps done and their metrics; what it raises ends the run.
+Observe = Callable[[int, Mapping[str, float]], None]
+#: Runs one trial: `run_trial`, or a function with its signature.
+Runner = Callable[..., dict[str, float]]
+
+
+class TrialFailed(Exception):
+    """A trial that has no result, and why.
+
+    Attributes:
+        reason: One line: ``out of memory``, ``step 12: loss nan, gradient norm nan``.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How an algorithm is trained.
+
+    Attributes:
+        train: Trains as a configuration says; takes ``observe``.
+        used: Patterns of the keys that it reads.
+        not_here: Switches that must be off.
+    """
+
+    train: Callable[..., Any]
+    used: tuple[str, ...]
+    not_here: Mapping[str, str]
+
+
+@cache
+def trainer_of(algorithm: str) -> Trainer:
+    """The trainer of an algorithm; imports it."""
+    from nemo_rl_ref.utils.config_keys import NOT_HERE
+
+    if algorithm in ("grpo", "ppo"):
+        from nemo_rl_ref import run_grpo
+        from nemo_rl_ref.rl_settings import NOT_HERE_IN_RL, USED_KEYS
+        from nemo_rl_ref.trainer import USED_KEYS as EVERY_TRAINERS_KEYS
+
+        return Trainer(run_grpo.train, (*EVERY_TRAINERS_KEYS, *USED_KEYS), NOT_HERE_IN_RL)
+    names = {"sft": "run_sft", "dpo": "run_dpo", "rm": "run_rm"}
+    module = importlib.import_module(f"nemo_rl_ref.{names[algorithm]}")
+    return Trainer(module.train, module.USED, NOT_HERE)
+
+
+def run_trial(
+    spec: Spec,
+    values: Mapping[str, Any],
+    folder: str | Path,
+    *,
+    seed: int | None = None,
+    observe: Observe | None = None,
+) -> dict[str, float]:
+    """Train in this process.
+
+    What the trainer prints goes to ``output.txt`` in the folder, its logs beside it. There are no
+    checkpoints.
+
+    Args:
+        spec: The search.
+        values: The values of this trial by key.
+        folder: Where its files go.
+        seed: The seed of the training; None for the configuration's.
+        observe: Called after steps with the metrics, ``train:…`` and ``val:…``.
+
+    Returns:
+        The last value of every metric, by name.
+
+    Raises:
+        TrialFailed: If the training fails, with the reason; the traceback is in ``output.txt``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics: dict[str, float] = {}
+    from_observe: list[BaseException] = []
+
+    def watch(step: int, found: Mapping[str, float]) -> None:
+        metrics.update(found)
+        if observe is not None:
+            try:
+                observe(step, found)
+            except BaseException as error:
+                from_observe.append(error)
+                raise
+
+    with _printing_to(folder / "output.txt"):
+        try:
+            config = trial_config(spec, values, folder, seed)
+            trainer_of(spec.algorithm).train(config, observe=watch)
+        except Exception as error:
+            if error in from_observe:
+                raise
+            traceback.print_exc()
+            failed = TrialFailed(reason_of(error))
+        else:
+            return metrics
+    gc.collect()  # what the traceback held
+    raise failed
+
+
+@contextmanager
+def _printing_to(path: Path) -> Iterator[None]:
+    with path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        yield
+
+
+def trial_config(
+    spec: Spec, values: Mapping[str, Any], folder: Path, seed: int | None
+) -> dict[str, Any]:
+    """The configuration of a trial: values set, logs in the folder, no checkpoints."""
+    from nemo_rl_ref.tune.space import overrides
+    from nemo_rl_ref.utils.config_keys import read_config
+
+    trainer = trainer_of(spec.algorithm)
+    ours = {"checkpointing.enabled": False, "logger.log_dir": str(folder)}
+    if seed is not None:
+        ours[f"{spec.algorithm}.seed"] = seed
+    lines = [*spec.overrides, *overrides(values), *overrides(ours)]
+    config, _ = read_config(spec.config, lines, trainer.used, not_here=trainer.not_here)
+    return config
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a training failed, in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search(
+        r"out of memory|not enough memory|can't allocate|cannot allocate", text, re.IGNORECASE
+    ):
+        return "out of memory"
+    if isinstance(error, FloatingPointError):  # "step 12: loss nan, gradient norm nan. It starts …"
+        return re.split(r"[.;] ", text)[0]
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def cause_of(reason: str) -> str:
+    """A reason without its numbers: what two failures of the same cause have in common."""
+    return re.sub(
+        r"[-+]?(?:\d[\d_.]*(?:e[-+]?\d+)?|\b(?:nan|inf)\b)", "#", reason, flags=re.IGNORECASE
+    )

@@ -1,0 +1,619 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys of a configuration are searched, and over what: a small YAML file. ::
+
+    policy.optimizer.kwargs.lr: {log_uniform: [1e-6, 1e-3]}
+    dpo.reference_policy_kl_penalty: {uniform: [0.01, 0.5]}
+    policy.train_global_batch_size: {choice: [16, 32, 64]}
+    policy.train_micro_batch_size: {divides: policy.train_global_batch_size, at_most: 32}
+    dpo.sft_loss_weight: {choice: [0, 0.1]}
+    dpo.sft_average_log_probs: {choice: [true, false], when: {dpo.sft_loss_weight: 0.1}}
+    dpo.max_num_steps: 60
+
+A key is searched over one of
+
+* ``uniform: [low, high]`` and ``log_uniform: [low, high]``, real numbers, both ends included;
+* ``int: [low, high]`` and ``log_int: [low, high]``, whole numbers, both ends included;
+  ``step: n`` beside ``int`` or ``uniform`` leaves out what lies between ``low + k n``;
+* ``choice: [a, b, …]``, any values that the key may have.
+
+Or it is tied to other keys, of this file or of the configuration:
+
+* ``equals: KEY``;
+* ``fraction_of: KEY`` with ``fraction: x``, or with a distribution of fractions in its place;
+  rounded, but at least 1, where the key takes whole numbers;
+* ``divides: KEY`` with ``at_most: n``, or with a distribution of limits in its place: the largest
+  divisor that is not above the limit;
+* ``product_of: [KEY, KEY or number, …]``.
+
+A value alone fixes the key (``value: …`` where it could be taken for something else). ``when: {KEY:
+value or [values]}`` makes a key part of a trial only where the other key has one of the values;
+elsewhere the configuration's own value stands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nemo_rl_ref.tune.keys import fits, key_types, problem_with_key, type_name
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+RANGES = ("uniform", "log_uniform", "int", "log_int")
+SEARCHED = (*RANGES, "choice")
+TIES = ("equals", "fraction_of", "divides", "product_of")
+#: What stands beside what.
+OPTIONS = {"step": ("uniform", "int"), "fraction": ("fraction_of",), "at_most": ("divides",)}
+_NOTHING = object()
+
+
+class SpaceError(ValueError):
+    """A search space that cannot be used. The message names the key, what it has and should have."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one key is searched over, or how it is tied.
+
+    Attributes:
+        key: The key.
+        search: ``uniform``, ``log_uniform``, ``int``, ``log_int`` or ``choice``; None if nothing
+            about the key is searched.
+        values: The two ends of a range, or the choices.
+        step: The distance of the values of a range; None for all.
+        tie: ``equals``, ``fraction_of``, ``divides`` or ``product_of``; None if it is not tied.
+        to: The keys, or numbers, that it is tied to.
+        fixed: The value of a fixed key, the fraction or the limit of a tie.
+        when: The values of other keys with which the key is part of a trial.
+        written: The entry as it is written, numbers read.
+    """
+
+    key: str
+    search: str | None = None
+    values: tuple[Any, ...] = ()
+    step: float | None = None
+    tie: str | None = None
+    to: tuple[Any, ...] = ()
+    fixed: Any = None
+    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    written: Any = None
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The keys whose values it needs."""
+        return (*(k for k in self.to if isinstance(k, str)), *self.when)
+
+    @property
+    def integer(self) -> bool:
+        """Whether the key takes whole numbers only."""
+        return "int" in key_types(self.key) and "float" not in key_types(self.key)
+
+    def distribution(self) -> BaseDistribution | None:
+        """What Optuna draws under the key's name; None if nothing is drawn."""
+        from optuna.distributions import (
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
+        if self.search is None:
+            return None
+        if self.search == "choice":
+            return CategoricalDistribution([_encode(value) for value in self.values])
+        low, high = self.values
+        if self.search in ("int", "log_int"):
+            return IntDistribution(low, high, log=self.search == "log_int", step=self.step or 1)
+        return FloatDistribution(low, high, log=self.search == "log_uniform", step=self.step)
+
+    def draw(self, trial: Any) -> Any:
+        """The number or choice that a trial has for the key."""
+        if self.search == "choice":
+            drawn = trial.suggest_categorical(self.key, [_encode(value) for value in self.values])
+            return next(value for value in self.values if _same(_encode(value), drawn))
+        low, high = self.values
+        if self.search in ("int", "log_int"):
+            return trial.suggest_int(
+                self.key, low, high, step=self.step or 1, log=self.search == "log_int"
+            )
+        return trial.suggest_float(
+            self.key, low, high, step=self.step, log=self.search == "log_uniform"
+        )
+
+
+class Space:
+    """The keys that are searched, tied or fixed.
+
+    Args:
+        entries: What each key is searched over.
+        base: The values of a configuration by key, for ties to keys that the space does not have.
+
+    Raises:
+        SpaceError: If an entry cannot be used, or the entries do not fit together.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], base: Mapping[str, Any] | None = None):
+        self.entries, self.base = dict(entries), dict(base or {})
+        self._order = self._check()
+
+    @classmethod
+    def read(cls, path: str | Path, *, base: Mapping[str, Any] | None = None) -> Space:
+        """Read a space from a YAML file.
+
+        Args:
+            path: The file.
+            base: See the class.
+
+        Returns:
+            The space.
+
+        Raises:
+            SpaceError: As the class; the message names the file.
+            OSError: If the file cannot be read.
+        """
+        try:
+            return cls.from_dict(_read_yaml(Path(path)), base=base)
+        except SpaceError as error:
+            raise SpaceError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, written: Any, *, base: Mapping[str, Any] | None = None) -> Space:
+        """Make a space of what the file holds, or of what `to_dict` returned.
+
+        Args:
+            written: Entries by key.
+            base: See the class.
+
+        Returns:
+            The space.
+
+        Raises:
+            SpaceError: As the class.
+        """
+        if not isinstance(written, Mapping) or not written:
+            raise SpaceError(f"got {_short(written)}, expected keys with what to search each over")
+        return cls({str(key): _parse(str(key), value) for key, value in written.items()}, base)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries as they are written, in JSON's types."""
+        return {key: entry.written for key, entry in self.entries.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Space) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict()))
+
+    def __repr__(self) -> str:
+        return f"Space({self.to_dict()})"
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What Optuna draws, by key: those keys about which something is searched."""
+        found = {key: entry.distribution() for key, entry in self.entries.items()}
+        return {key: dist for key, dist in found.items() if dist is not None}
+
+    @cached_property
+    def conditional(self) -> bool:
+        """Whether some searched key is part of some trials only."""
+        return any(entry.when and entry.search for entry in self.entries.values())
+
+    def suggest(self, trial: Any) -> dict[str, Any]:
+        """The values that a trial sets, by key, in the order of the file.
+
+        Args:
+            trial: An ``optuna.trial.Trial`` or ``FixedTrial``.
+
+        Returns:
+            The values, conditions and ties resolved. Keys whose condition is not met are absent.
+
+        Raises:
+            SpaceError: If a tie has no whole-numbered result, or no number to start from.
+        """
+        values: dict[str, Any] = {}
+        for key in self._order:
+            entry = self.entries[key]
+            if all(
+                any(_same(self._value(other, values), value) for value in allowed)
+                for other, allowed in entry.when.items()
+            ):
+                values[key] = self._resolve(entry, values, lambda e=entry: e.draw(trial))
+        return {key: values[key] for key in self.entries if key in values}
+
+    def _value(self, key: Any, values: Mapping[str, Any]) -> Any:
+        """The value of a key in a trial; a number of a product is its own."""
+        if not isinstance(key, str):
+            return key
+        return values[key] if key in values else self.base.get(key, _NOTHING)
+
+    def _resolve(self, entry: Entry, values: Mapping[str, Any], draw: Callable[[], Any]) -> Any:
+        own = draw() if entry.search else entry.fixed
+        if entry.tie is None:
+            return own
+        others = [self._value(key, values) for key in entry.to]
+        if entry.tie == "equals" and others[0] is not _NOTHING:
+            return others[0]
+        for key, other in zip(entry.to, others, strict=True):
+            if not _is_number(other):
+                what = "no value in this trial" if other is _NOTHING else _short(other)
+                raise SpaceError(
+                    f"{entry.key}: {entry.tie} {key}: got {what} for that key, expected a number"
+                )
+        if entry.tie == "product_of":
+            return math.prod(others)
+        if entry.tie == "fraction_of":
+            part = own * others[0]
+            return max(1, round(part)) if entry.integer else part
+        return _largest_divisor(entry, others[0], own)
+
+    # Checks
+
+    def _check(self) -> list[str]:
+        """The keys in an order in which each comes after those it needs."""
+        for key, entry in self.entries.items():
+            for other in self.entries:
+                if other.startswith(f"{key}."):
+                    raise SpaceError(f"{other}: {key}, which it is in, is in the space too")
+            for other in entry.needs:
+                self._check_needed(entry, other)
+        return self._sorted()
+
+    def _check_needed(self, entry: Entry, other: str) -> None:
+        kind = "when" if other in entry.when else entry.tie
+        if other == entry.key:
+            raise SpaceError(f"{entry.key}: {kind}: got {other}, expected another key than its own")
+        if other not in self.entries and other not in self.base:
+            problem = problem_with_key(other)
+            known = "a key of the space" + (" or of the configuration" if self.base else "")
+            raise SpaceError(f"{entry.key}: {kind}: got {other}, expected {problem or known}")
+        if other in entry.when and other in self.entries and self.entries[other].tie is None:
+            there = self.entries[other]
+            if there.search is None or there.search == "choice":
+                possible = there.values if there.search else (there.fixed,)
+                for value in entry.when[other]:
+                    if not any(_same(value, one) for one in possible):
+                        raise SpaceError(
+                            f"{entry.key}: when: {other}: got {_short(value)}, which it never is; "
+                            f"expected one of {_list(possible)}"
+                        )
+
+    def _sorted(self) -> list[str]:
+        done: dict[str, None] = {}
+
+        def visit(key: str, heirs: tuple[str, ...]) -> None:
+            if key in heirs:
+                circle = " -> ".join((*heirs[heirs.index(key) :], key))
+                raise SpaceError(f"{key}: tied to itself: {circle}")
+            if key in self.entries and key not in done:
+                for other in self.entries[key].needs:
+                    visit(other, (*heirs, key))
+                done[key] = None
+
+        for key in self.entries:
+            visit(key, ())
+        return list(done)
+
+
+def override_line(values: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> str:
+    """Write values as overrides of a command line, in Hydra's grammar, quoted for a shell.
+
+    Args:
+        values: Values by key.
+        config: The keys of the configuration that they are for. The overrides of those are written
+            ``key=value``. All others, and all if it is not given, are written ``++key=value``,
+            which changes a key or adds it.
+
+    Returns:
+        The overrides, separated by spaces. `shlex.split` takes them apart.
+    """
+    import shlex
+
+    return " ".join(shlex.quote(text) for text in overrides(values, config))
+
+
+def overrides(values: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> list[str]:
+    """As `override_line`, one override an item, not quoted for a shell."""
+    return [
+        f"{'' if config is not None and key in config else '++'}{key}={_hydra(value)}"
+        for key, value in values.items()
+    ]
+
+
+def _hydra(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return json.dumps(value) if not isinstance(value, float) else repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_hydra, value)) + "]"
+    text = str(value)
+    # Hydra reads a backslash as one, except those that stand before a quote.
+    before_quotes = ""
+    for part in text.split("'"):
+        slashes = len(part) - len(part.rstrip("\\"))
+        before_quotes += part + "\\" * slashes + "\\'"
+    return f"'{before_quotes[:-2]}'"
+
+
+# Reading
+
+
+def _read_yaml(path: Path) -> Any:
+    """A YAML file, in which a key that is written twice is an error and 1e-6 is a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            key = loader.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if key in seen:
+                raise SpaceError(f"{key}: written in line {seen[key]} and again in line {line}")
+            seen[key] = line
+        return {
+            loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)
+            for key, value in node.value
+        }
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpaceError(f"cannot be read as YAML: {error}") from error
+
+
+def _parse(key: str, written: Any) -> Entry:
+    """One entry, checked by itself."""
+    if problem := problem_with_key(key):
+        raise SpaceError(f"{key}: got {key}, expected {problem}")
+    if not isinstance(written, Mapping):
+        fixed = _checked_value(key, written, "value")
+        return Entry(key, fixed=fixed, written={"value": fixed})
+    allowed = (*SEARCHED, *TIES, *OPTIONS, "value", "when")
+    for name in written:
+        if name not in allowed:
+            raise SpaceError(f"{key}: got {name}, expected one of {', '.join(allowed)}")
+    search, tie = _one_of(key, written, SEARCHED), _one_of(key, written, TIES)
+    numbers = {name: _numbers(item) for name, item in written.items() if name != "when"}
+    when = _parse_when(key, written.get("when", _NOTHING))
+    rewritten = {**numbers, **({"when": {k: list(v) for k, v in when.items()}} if when else {})}
+    for option, beside in OPTIONS.items():
+        if option in written and not {search, tie} & set(beside):
+            raise SpaceError(f"{key}: {option}: stands beside {' or '.join(beside)} only")
+    fixed = None
+    if tie is None:
+        if ("value" in written) == (search is not None):
+            raise SpaceError(
+                f"{key}: got {_list(written) or 'nothing'}, expected one of "
+                f"{', '.join((*SEARCHED, *TIES))}, or value"
+            )
+        if search is None:
+            fixed = _checked_value(key, numbers["value"], "value")
+    else:
+        fixed = _parse_tie_number(key, tie, search, numbers)
+    return Entry(
+        key,
+        search,
+        _parse_values(key, search, tie, numbers) if search else (),
+        numbers.get("step"),
+        tie,
+        _parse_tie(key, tie, numbers[tie]) if tie else (),
+        fixed,
+        when,
+        rewritten,
+    )
+
+
+def _one_of(key: str, written: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    found = [name for name in names if name in written]
+    if len(found) > 1:
+        raise SpaceError(f"{key}: got {' and '.join(found)}, expected one of them")
+    return found[0] if found else None
+
+
+def _parse_when(key: str, when: Any) -> dict[str, tuple[Any, ...]]:
+    if when is _NOTHING:
+        return {}
+    if not isinstance(when, Mapping) or not when:
+        raise SpaceError(f"{key}: when: got {_short(when)}, expected {{KEY: value or [values]}}")
+    found = {}
+    for other, values in when.items():
+        values = _numbers(values if isinstance(values, list) else [values])
+        if not values:
+            raise SpaceError(f"{key}: when: {other}: got no value, expected at least one")
+        found[str(other)] = tuple(values)
+    return found
+
+
+def _parse_tie(key: str, tie: str, to: Any) -> tuple[Any, ...]:
+    if tie == "product_of":
+        fine = isinstance(to, list) and len(to) > 1
+        fine = fine and all(isinstance(item, str) or _is_number(item) for item in to)
+        if not fine or not any(isinstance(item, str) for item in to):
+            raise SpaceError(
+                f"{key}: product_of: got {_short(to)}, expected a list of keys and numbers"
+            )
+        return tuple(to)
+    if not isinstance(to, str):
+        raise SpaceError(f"{key}: {tie}: got {_short(to)}, expected a key")
+    if tie == "divides" and not fits(1, key_types(key)):
+        raise SpaceError(f"{key}: divides: it takes {_words(key)}, expected whole numbers")
+    return (to,)
+
+
+def _parse_tie_number(key: str, tie: str, search: str | None, numbers: Mapping[str, Any]) -> Any:
+    """The fraction or the limit of a tie, unless it is searched."""
+    option = {"fraction_of": "fraction", "divides": "at_most"}.get(tie)
+    if "value" in numbers:
+        raise SpaceError(f"{key}: got {tie} and value, expected one of them")
+    if option is None:
+        if search:
+            raise SpaceError(f"{key}: got {tie} and {search}, expected one of them")
+        return None
+    if (option in numbers) == (search is not None):
+        got = f"{option} and {search}" if search else "neither"
+        raise SpaceError(f"{key}: {tie}: got {got}, expected {option} or a distribution of it")
+    if search:
+        return None
+    value = numbers[option]
+    whole = option == "at_most"
+    if not _is_number(value) or value <= 0 or (whole and not isinstance(value, int)):
+        kind = "a whole number from 1 on" if whole else "a number above 0"
+        raise SpaceError(f"{key}: {option}: got {_short(value)}, expected {kind}")
+    return value
+
+
+def _parse_values(
+    key: str, search: str, tie: str | None, numbers: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """The ends of a range or the choices. With a tie they are fractions or limits."""
+    values = numbers[search]
+    if search == "choice":
+        return _parse_choices(key, values, tie)
+    if not isinstance(values, list) or len(values) != 2 or not all(map(_is_number, values)):
+        raise SpaceError(f"{key}: {search}: got {_short(values)}, expected two numbers [low, high]")
+    low, high = values
+    whole = search in ("int", "log_int")
+    if whole and not all(isinstance(value, int) for value in values):
+        raise SpaceError(f"{key}: {search}: got {_list(values)}, expected whole numbers")
+    if not low < high:
+        raise SpaceError(
+            f"{key}: {search}: got low {low!r} and high {high!r}, expected low below high"
+        )
+    if search.startswith("log_") and low <= 0:
+        raise SpaceError(
+            f"{key}: {search}: got low {low!r}, expected above 0; a logarithm has no 0"
+        )
+    types = key_types(key)
+    if tie == "fraction_of":
+        if whole:
+            raise SpaceError(f"{key}: {search}: fractions are real numbers, expected uniform")
+    elif tie == "divides":
+        if not whole:
+            raise SpaceError(f"{key}: {search}: limits are whole numbers, expected int or log_int")
+    elif types and not {"int", "float"} & types:
+        raise SpaceError(
+            f"{key}: {search}: got a range of numbers, but the key takes {_words(key)}; "
+            "expected choice"
+        )
+    elif types and not whole and "float" not in types:
+        raise SpaceError(
+            f"{key}: {search}: got a range of real numbers, but the key takes {_words(key)}; "
+            f"expected {search.replace('uniform', 'int') if '_' in search else 'int'}"
+        )
+    _check_step(key, search, low, high, numbers.get("step"))
+    return (low, high) if whole else (float(low), float(high))
+
+
+def _check_step(key: str, search: str, low: Any, high: Any, step: Any) -> None:
+    if step is None:
+        return
+    kind = int if search == "int" else (int, float)
+    if not _is_number(step) or not isinstance(step, kind) or not 0 < step <= high - low:
+        what = "a whole number" if search == "int" else "a number"
+        raise SpaceError(
+            f"{key}: step: got {_short(step)}, expected {what} above 0 and at most {high - low}"
+        )
+    steps = (Fraction(str(high)) - Fraction(str(low))) / Fraction(str(step))
+    if steps.denominator != 1:
+        top = low + int(steps) * step
+        raise SpaceError(
+            f"{key}: step: got {step!r}, with which {high!r} is not reached from {low!r}; expected "
+            f"one that divides their distance, or {top!r} as the high end"
+        )
+
+
+def _parse_choices(key: str, values: Any, tie: str | None) -> tuple[Any, ...]:
+    if not isinstance(values, list) or not values:
+        raise SpaceError(f"{key}: choice: got {_short(values)}, expected a list of values")
+    for i, value in enumerate(values):
+        if any(_same(value, other) for other in values[:i]):
+            raise SpaceError(f"{key}: choice: got {_short(value)} twice, expected it once")
+        if tie is None:
+            _checked_value(key, value, "choice")
+        elif not _is_number(value) or value <= 0 or (tie == "divides" and type(value) is not int):
+            kind = "whole numbers from 1 on" if tie == "divides" else "numbers above 0"
+            raise SpaceError(f"{key}: choice: got {_short(value)}, expected {kind}")
+    return tuple(values)
+
+
+def _checked_value(key: str, value: Any, where: str) -> Any:
+    value = _numbers(value)
+    if not fits(value, key_types(key)):
+        raise SpaceError(
+            f"{key}: {where}: got {_short(value)}, a {type_name(value)}, but the key takes "
+            f"{_words(key)}"
+        )
+    return value
+
+
+# Small things
+
+
+def _numbers(value: Any) -> Any:
+    """A value in which what YAML 1.1 leaves as text although it is a number, 1e-6, is one."""
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if "e" in text and text.lstrip("+-")[:1] in (*"0123456789", "."):
+            try:
+                return float(text)
+            except ValueError:
+                return value
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_numbers(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _numbers(item) for key, item in value.items()}
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, and not only as 1 and true are."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def _encode(value: Any) -> Any:
+    """A choice as Optuna stores it: lists and dictionaries as JSON."""
+    return json.dumps(value) if isinstance(value, (list, dict)) else value
+
+
+def _largest_divisor(entry: Entry, number: Any, limit: int) -> int:
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if not isinstance(number, int) or number < 1:
+        raise SpaceError(
+            f"{entry.key}: divides {entry.to[0]}: got {number!r} for that key, expected a whole "
+            "number from 1 on"
+        )
+    return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
+
+
+def _words(key: str) -> str:
+    names = {
+        "int": "whole numbers", "float": "real numbers", "bool": "true or false", "str": "text",
+        "list": "lists", "dict": "sections", "null": "null",
+    }  # fmt: skip
+    types = key_types(key)
+    return ", ".join(name for kind, name in names.items() if kind in types)
+
+
+def _list(values: Any) -> str:
+    return ", ".join(v if isinstance(v, str) else _short(v) for v in values)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, (type(None), bool)) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Studies in one process, with a runner that trains nothing."""
+
+import sqlite3
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import optuna
+import pytest
+import stand_in
+from optuna.trial import TrialState
+
+from nemo_rl_ref.tune import study as studies
+from nemo_rl_ref.tune.runner import TrialFailed, cause_of, reason_of
+from nemo_rl_ref.tune.samplers import PRUNERS, SAMPLERS, SearchError
+from nemo_rl_ref.tune.spec import Objective, SpecError
+from nemo_rl_ref.tune.study import (
+    SearchStopped,
+    Settings,
+    Stopped,
+    StudyError,
+    claim,
+    open_search,
+    optimize,
+    requeue,
+    requeue_abandoned,
+)
+
+LR, BETA = stand_in.LR, stand_in.BETA
+
+
+def search(tmp_path, spec=None, runner=stand_in.run, jobs=1, **settings):
+    settings = {"trials": 6, "sampler": "random", **settings}
+    return optimize(
+        spec or stand_in.make(), folder=tmp_path / "s", runner=runner, jobs=jobs, **settings
+    )
+
+
+def opened(tmp_path, **settings):
+    return open_search(
+        stand_in.make(), Settings(**{"sampler": "random", **settings}), tmp_path / "s",
+        runner=stand_in.run,
+    )  # fmt: skip
+
+
+def params(study):
+    return [trial.params for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
+
+
+def test_a_trial_has_all_that_is_known_about_it(tmp_path):
+    study = search(tmp_path, trials=2)
+    for trial in study.trials:
+        assert trial.state is TrialState.COMPLETE
+        assert trial.params == trial.user_attrs["values"]
+        assert trial.value == stand_in.loss(trial.params)
+        assert trial.intermediate_values == {
+            step: stand_in.loss(trial.params, step) for step in (3, 6, 9)
+        }
+        known = {name: trial.user_attrs[name] for name in ("seed", "steps", "worker")}
+        assert known == {"seed": 42, "steps": 9, "worker": studies.worker_name(studies.os.getpid())}
+        assert trial.user_attrs["seconds"] >= 0
+        assert "failure" not in trial.user_attrs
+        assert (tmp_path / "s" / f"trial_{trial.number:04d}").is_dir()
+    assert study.user_attrs["spec"] == stand_in.make().to_dict()
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes", "gp", "random", "qmc"])
+def test_an_interrupted_study_draws_what_an_uninterrupted_one_draws(tmp_path, sampler):
+    whole = params(search(tmp_path / "whole", trials=12, sampler=sampler, seed=3))
+    for trials in (1, 11, 12):
+        parts = params(search(tmp_path / "parts", trials=trials, sampler=sampler, seed=3))
+    assert parts == whole
+    assert len({p[LR] for p in whole}) == 12
+    other = params(search(tmp_path / "other", trials=2, sampler=sampler, seed=4))
+    assert other != whole[:2]
+
+
+def test_a_grid_is_searched_once_and_then_the_study_is_over(tmp_path):
+    space = {LR: {"choice": [1e-4, 1e-3]}, BETA: {"uniform": [0.1, 0.3], "step": 0.1}}
+    study = search(tmp_path, stand_in.make(space), trials=100, sampler="grid")
+    points = {(p[LR], p[BETA]) for p in params(study)}
+    assert len(study.trials) == len(points) == 6
+    assert study.best_params == {LR: 1e-4, BETA: 0.1}
+
+
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name != "none"])
+def test_pruners_end_trials_that_are_behind(tmp_path, pruner):
+    study = search(tmp_path, trials=14, pruner=pruner)
+    states = [trial.state for trial in study.trials]
+    assert states.count(TrialState.PRUNED) + states.count(TrialState.COMPLETE) == 14
+    assert states.count(TrialState.PRUNED) > 3
+    for trial in study.trials:
+        if trial.state is TrialState.PRUNED:
+            assert trial.user_attrs["steps"] == trial.last_step < 9
+    best = min(stand_in.loss(trial.params) for trial in study.trials)
+    assert study.best_value <= 1.5 * best
+
+
+def test_a_quasi_random_point_belongs_to_the_number_of_a_trial(tmp_path):
+    one = opened(tmp_path, sampler="qmc")
+    first = claim(one)
+    assert requeue(one.study, first)
+    assert claim(one).relative_params == first.relative_params != {}
+    assert claim(one).relative_params != first.relative_params
+
+
+def test_the_first_rung_is_the_first_validation():
+    spec = stand_in.make(**{"dpo.val_period": 4, "dpo.max_num_steps": 40})
+    halving = studies.make_pruner("successive-halving", spec)
+    hyperband = studies.make_pruner("hyperband", spec)
+    assert halving._min_resource == hyperband._min_resource == 4
+    assert hyperband._max_resource == 40
+
+
+def test_several_objectives_have_a_front(tmp_path):
+    spec = stand_in.make(objectives=("val:loss", "val:accuracy"))
+    study = search(tmp_path, spec, sampler="tpe")
+    assert [d.name for d in study.directions] == ["MINIMIZE", "MAXIMIZE"]
+    assert all(len(trial.values) == 2 for trial in study.trials)
+    assert len(study.best_trials) == 1, "here one says what the other says"
+
+
+REFUSED = {
+    "prune a front": (
+        {"objectives": ("val:loss", "val:accuracy")}, {"pruner": "median"}, SearchError,
+        "got median with 2 objectives; a trial that is behind in one may lead in another",
+    ),
+    "cmaes for a front": (
+        {"objectives": ("val:loss", "val:accuracy")}, {"sampler": "cmaes"}, SearchError,
+        "cmaes searches for one objective",
+    ),
+    "cmaes without a number": (
+        {"space": {LR: {"choice": [1e-4, 1e-3]}}}, {"sampler": "cmaes"}, SearchError,
+        "this space has choices only",
+    ),
+    "prune at unequal steps": (
+        {"space": {"dpo.val_period": {"int": [1, 3]}}}, {"pruner": "median"}, SearchError,
+        "trials are compared at equal steps",
+    ),
+    "prune without validation": (
+        {"dpo.val_period": 0}, {"pruner": "hyperband"}, SearchError, "dpo.val_period is not set",
+    ),
+    "no such sampler": ({}, {"sampler": "tp"}, SearchError, "sampler: got 'tp', expected tpe"),
+    "no trials": ({}, {"trials": 0}, StudyError, "trials: got 0, expected a whole number from 1"),
+    "no jobs": ({}, {"jobs": 0}, StudyError, "jobs: got 0"),
+    "short grace": ({}, {"grace": 5}, StudyError, "grace: got 5 s with a heartbeat every 5 s"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_searched_is_refused_before_a_trial(tmp_path, name):
+    spec, settings, kind, message = REFUSED[name]
+    with pytest.raises(kind, match=message):
+        search(tmp_path, stand_in.make(**spec), **settings)
+    assert not list(tmp_path.glob("s/trial_*"))
+
+
+def test_directions_are_read_only_from_names_that_are_certain():
+    assert Objective.parse("val:validation-default_loss").direction == "minimize"
+    assert Objective.parse("val:accuracy").direction == "maximize"
+    assert Objective.parse("train:reward").direction == "maximize"
+    assert Objective.parse("train:kl:minimize") == Objective("train:kl", "minimize")
+    with pytest.raises(SpecError, match="train:kl, whose name does not say .* train:kl:minimize"):
+        Objective.parse("train:kl")
+    with pytest.raises(SpecError, match="got 'accuracy', expected train:NAME or val:NAME"):
+        Objective.parse("accuracy")
+
+
+# Going on
+
+
+CHANGES = {
+    "space": ({"space": {**stand_in.SPACE, BETA: {"uniform": [0.01, 2.0]}}},
+              rf"space: {BETA}: .*1.0.* then, .*2.0.* now"),
+    "configuration": ({"dpo.val_batches": 5}, "configuration: dpo.val_batches: 4 then, 5 now"),
+    "objective": ({"objectives": ("val:accuracy",)},
+                  "objectives: val:loss:minimize then, val:accuracy:maximize now"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_study_does_not_go_on_as_another_search(tmp_path, name):
+    search(tmp_path, trials=1)
+    spec, message = CHANGES[name]
+    with pytest.raises(StudyError, match=message):
+        search(tmp_path, stand_in.make(**spec), trials=2)
+    with pytest.raises(StudyError, match="vary_seed: False then, True now"):
+        search(tmp_path, trials=2, vary_seed=True)
+    assert len(search(tmp_path, trials=2, sampler="tpe").trials) == 2, "the sampler may change"
+
+
+def test_a_study_of_somebody_else_is_left_alone(tmp_path):
+    url = f"sqlite:///{tmp_path}/theirs.db"
+    optuna.create_study(study_name="x", storage=url).optimize(lambda trial: 1.0, n_trials=1)
+    with pytest.raises(StudyError, match="trials that are not of this program"):
+        search(tmp_path, storage=url, name="x")
+
+
+def test_a_transaction_on_a_file_is_exclusive_from_its_first_statement_on(tmp_path):
+    storage = opened(tmp_path).study._storage._backend
+    other = sqlite3.connect(tmp_path / "s/study.db", timeout=0)
+    with storage.engine.begin() as connection:
+        connection.exec_driver_sql("SELECT * FROM trials").all()
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+    other.execute("BEGIN IMMEDIATE")
+    other.close()
+
+
+def test_several_studies_share_a_database(tmp_path):
+    url = f"sqlite:///{tmp_path}/all.db"
+    for name in ("one", "two"):
+        assert len(search(tmp_path / name, trials=2, storage=url, name=name).trials) == 2
+    assert optuna.get_all_study_names(url) == ["one", "two"]
+
+
+def test_a_database_that_cannot_be_opened_is_named_without_its_password(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"storage: got x://me:\*\*\*@host/db, expected a database"
+    ):
+        search(tmp_path, storage="x://me:secret@host/db")
+    with pytest.raises(ValueError, match="storage: got sqlite:////nowhere/at/all.db"):
+        search(tmp_path, storage="sqlite:////nowhere/at/all.db")
+
+
+def test_an_interrupted_trial_is_run_again_with_its_parameters(tmp_path):
+    def interrupted(spec, values, folder, *, seed=None, observe=None):
+        observe(1, {"val:loss": stand_in.loss(values, 1)})
+        if folder.name == "trial_0001":
+            raise Stopped("SIGINT")
+        return stand_in.run(spec, values, folder, seed=seed, observe=observe)
+
+    with pytest.raises(Stopped):
+        search(tmp_path, trials=3, runner=interrupted)
+    before = opened(tmp_path, trials=3).study.trials
+    assert [trial.state.name for trial in before] == ["COMPLETE", "WAITING"]
+    after = search(tmp_path, trials=3).trials
+    assert [trial.state.name for trial in after] == ["COMPLETE"] * 3
+    assert after[1].params == before[1].params
+    assert "deaths" not in after[1].user_attrs, "nobody was killed"
+
+
+def age(trial, storage, seconds):
+    """Make a running trial look as if its process had died so long ago."""
+    then = datetime.now() - timedelta(seconds=seconds)
+    with storage._backend.engine.begin() as connection:
+        for table, column in (("trials", "datetime_start"), ("trial_heartbeats", "heartbeat")):
+            connection.exec_driver_sql(
+                f"UPDATE {table} SET {column} = ? WHERE trial_id = ?",
+                (str(then if table == "trials" else utc(then)), trial._trial_id),
+            )
+
+
+def utc(local):
+    return datetime.fromtimestamp(local.timestamp(), tz=UTC).replace(tzinfo=None)
+
+
+@pytest.mark.parametrize("signs", ["none", "heartbeat", "all"])
+def test_an_abandoned_trial_goes_back_to_the_queue_whenever_its_process_died(tmp_path, signs):
+    one = opened(tmp_path, trials=2, grace=30)
+    trial = claim(one)
+    if signs != "none":
+        one.study._storage.record_heartbeat(trial._trial_id)
+    if signs == "all":
+        trial.set_user_attr("worker", "gone-1")
+        one.spec.space.suggest(trial)
+    assert requeue_abandoned(one) == [], "it may be at work"
+    age(trial, one.study._storage, 31)
+    assert requeue_abandoned(one) == [0]
+    (waiting,) = one.study.trials
+    assert waiting.state is TrialState.WAITING
+    assert claim(one).number == 0
+
+
+def test_a_trial_that_is_claimed_again_is_not_taken_for_abandoned(tmp_path):
+    one = opened(tmp_path, trials=1, grace=30)
+    trial = claim(one)
+    one.study._storage.record_heartbeat(trial._trial_id)
+    trial.set_user_attr("worker", "gone-1")
+    age(trial, one.study._storage, 31)
+    assert requeue_abandoned(one) == [0]
+    again = claim(one)
+    assert again.number == 0
+    assert requeue_abandoned(one) == [], "the last sign of life is old, but it has just begun"
+
+
+def test_a_trial_that_kills_its_process_is_given_up(tmp_path):
+    one = opened(tmp_path, trials=1)
+    for _ in range(studies.MOST_DEATHS - 1):
+        assert requeue(one.study, claim(one))
+    assert not requeue(one.study, claim(one))
+    (trial,) = one.study.trials
+    assert trial.state is TrialState.FAIL
+    assert trial.user_attrs["failure"] == "its process was killed 10 times"
+
+
+def test_who_was_taken_for_dead_and_comes_back_changes_nothing(tmp_path):
+    slow, other = opened(tmp_path, trials=1), opened(tmp_path, trials=1)
+
+    def overtaken(spec, values, folder, *, seed=None, observe=None):
+        (trial,) = other.study.trials
+        requeue(other.study, trial)
+        studies.run(other, claim(other))
+        return {"val:loss": -1000.0}
+
+    slow.runner = overtaken
+    studies.run(slow, claim(slow))
+    (trial,) = slow.study.trials
+    assert trial.state is TrialState.COMPLETE
+    assert trial.value == stand_in.loss(trial.params)
+
+
+def test_a_budget_is_never_exceeded_by_who_comes_second(tmp_path, monkeypatch):
+    one, two = opened(tmp_path, trials=1), opened(tmp_path, trials=1)
+    real = type(one.study).ask
+
+    def overtaken(study):
+        monkeypatch.setattr(type(study), "ask", real)
+        assert claim(two).number == 0
+        return real(study)
+
+    monkeypatch.setattr(type(one.study), "ask", overtaken)
+    assert claim(one) is None
+    assert [trial.state.name for trial in two.study.trials] == ["RUNNING", "WAITING"]
+    assert claim(one) is None, "the surplus one waits for a larger budget"
+    assert claim(opened(tmp_path, trials=2)).number == 1
+
+
+def test_seeds_are_fixed_or_vary_with_the_trial(tmp_path):
+    fixed = search(tmp_path / "a", trials=3).trials
+    varied = search(tmp_path / "b", trials=3, vary_seed=True).trials
+    assert [trial.user_attrs["seed"] for trial in fixed] == [42, 42, 42]
+    assert [trial.user_attrs["seed"] for trial in varied] == [42, 43, 44]
+
+
+# Failures
+
+
+def test_failures_are_recorded_and_three_of_a_cause_end_the_search(tmp_path):
+    with pytest.raises(SearchStopped, match="3 trials failed of the same cause: step 42: loss nan"):
+        search(tmp_path, trials=10, runner=stand_in.failing)
+    trials = opened(tmp_path, trials=10).study.trials
+    assert [trial.state.name for trial in trials] == ["FAIL"] * 3
+    assert {trial.value for trial in trials} == {None}
+    assert all(t.user_attrs["failure"].startswith("step 42: loss nan") for t in trials)
+    study = search(tmp_path, trials=10)  # mended: it goes on, and the old failures do not count
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3 + ["COMPLETE"] * 7
+
+
+def test_failures_of_different_causes_do_not_end_the_search(tmp_path):
+    reasons = iter(["out of memory", "step 1: loss nan", "ValueError: policy.x: 3"] * 2)
+
+    def failing(*args, **kwargs):
+        raise TrialFailed(next(reasons))
+
+    assert len(search(tmp_path, trials=6, runner=failing, max_failures=0).trials) == 6
+
+
+def test_causes_are_reasons_without_numbers():
+    assert cause_of("step 12: loss nan, gradient norm 1.5e+03") == cause_of(
+        "step 3: loss inf, gradient norm nan"
+    )
+    assert cause_of("ValueError: lr: 0.1") != cause_of("ValueError: beta: 0.1")
+    assert cause_of("infinite") == "infinite"
+
+
+def test_reasons_are_one_line():
+    assert reason_of(MemoryError()) == "out of memory"
+    assert reason_of(RuntimeError("DefaultCPUAllocator: can't allocate memory")) == "out of memory"
+    assert reason_of(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")) == "out of memory"
+    nan = FloatingPointError("step 12: loss nan, gradient norm nan. It starts in x. The step …")
+    assert reason_of(nan) == "step 12: loss nan, gradient norm nan"
+    assert reason_of(ValueError("a: got 1,\n  expected 2")) == "ValueError: a: got 1, expected 2"
+
+
+@pytest.mark.parametrize("where", ["on the way", "at the end"])
+def test_a_number_that_is_none_is_a_failure_not_a_score(tmp_path, where):
+    early, late = (float("nan"), 1.0) if where == "on the way" else (1.0, float("nan"))
+
+    def nan(spec, values, folder, *, seed=None, observe=None):
+        observe(4, {"val:loss": early})
+        return {"val:loss": late}
+
+    (trial,) = search(tmp_path, trials=1, runner=nan).trials
+    assert trial.user_attrs["failure"] == "step 4: val:loss is nan"
+
+
+def test_an_objective_that_is_not_logged_ends_the_search_with_those_that_are(tmp_path):
+    spec = stand_in.make(objectives=("val:reward",))
+    with pytest.raises(SearchStopped, match="got val:reward, .*not log; it logs val:accuracy, val"):
+        search(tmp_path, spec)
+    (trial,) = open_search(spec, Settings(), tmp_path / "s").study.trials
+    assert trial.state is TrialState.FAIL
+    assert not (tmp_path / "s/trial_0000/runs.txt").read_text().count("ended"), "at the first step"
+    spec = stand_in.make(objectives=("val:reward",))
+
+    def silent(*args, **kwargs):
+        return {}
+
+    with pytest.raises(SearchStopped, match="got val:reward, .* it logged nothing"):
+        search(tmp_path / "silent", spec, runner=silent)
+
+
+def test_a_mistake_in_a_runner_is_not_a_failed_trial(tmp_path):
+    def wrong(*args, **kwargs):
+        raise KeyError("a mistake of the program's")
+
+    with pytest.raises(KeyError):
+        search(tmp_path, trials=1, runner=wrong)
+
+
+def test_every_sampler_is_tested():
+    assert set(SAMPLERS) == {"tpe", "cmaes", "gp", "random", "qmc", "grid"}
+
+
+def test_the_package_imports_neither_ray_nor_torch():
+    code = (
+        "import sys, nemo_rl_ref.tune, nemo_rl_ref.tune.study, nemo_rl_ref.tune.__main__\n"
+        "print(sorted({'ray', 'torch', 'transformers', 'plotly'} & set(sys.modules)))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, check=True, text=True
+    )
+    assert output.stdout.strip() == "[]"

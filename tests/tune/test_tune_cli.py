@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command, with trainings of a few steps on the tiny model."""
+
+import io
+import shlex
+
+import pytest
+import stand_in
+from rich.console import Console
+
+from nemo_rl_ref.tune.__main__ import main
+from nemo_rl_ref.tune.runner import run_trial, trainer_of
+from nemo_rl_ref.tune.spec import make_spec
+from nemo_rl_ref.tune.study import (
+    Settings,
+    Stopped,
+    claim,
+    open_search,
+    optimize,
+    run_search,
+)
+from nemo_rl_ref.tune.table import Display, duration, make_table, short_names
+from nemo_rl_ref.utils.config_keys import read_config
+
+LR, BETA = stand_in.LR, stand_in.BETA
+SPACE = f"{LR}: {{log_uniform: [1e-5, 1e-3]}}\n{BETA}: {{choice: [0.05, 0.5]}}\n"
+METRIC = "val:validation-default_accuracy"
+SHORT = (
+    "dpo.max_num_steps=2", "dpo.val_period=1", "dpo.val_batches=1", "dpo.val_at_start=false",
+    "dpo.val_global_batch_size=8", "policy.train_global_batch_size=8",
+)  # fmt: skip
+
+
+def command(
+    tmp_path, *more, config="configs/dpo.yaml", space=SPACE, objective=METRIC, overrides=SHORT
+):
+    path = tmp_path / "space.yaml"
+    path.write_text(space)
+    return [
+        "dpo", "--config", config, "--space", str(path), "--objective", objective,
+        "--folder", str(tmp_path / "s"), *more, *overrides,
+    ]  # fmt: skip
+
+
+def test_a_search_runs_goes_on_and_ends_with_a_line_that_loads(tmp_path, capfd):
+    assert main(command(tmp_path, "--trials", "1")) == 0
+    assert main(command(tmp_path, "--trials", "2")) == 0
+    output = capfd.readouterr().out
+    assert "goes on after 1 of 2 trials" in output
+    assert "(1/1)" in output
+    assert "(2/2)" in output
+    assert "2 trials: 2 complete" in output
+    line = next(text for text in output.splitlines()[::-1] if f"{LR}=" in text)
+    trainer = trainer_of("dpo")
+    config, report = read_config("configs/dpo.yaml", shlex.split(line), trainer.used)
+    assert 1e-5 <= config["policy"]["optimizer"]["kwargs"]["lr"] <= 1e-3
+    assert report.new == ()
+    printed = (tmp_path / "s/trial_0001/output.txt").read_text()
+    assert "dpo: 2 steps of 8 samples" in printed
+    assert "dpo: 2 steps" not in output
+
+    assert main(command(tmp_path, "--trials", "3", overrides=(*SHORT, "dpo.seed=7"))) == 1
+    assert "configuration: dpo.seed: 42 then, 7 now" in capfd.readouterr().err
+
+
+REFUSED = {
+    "a key that this trainer ignores": (
+        {"space": "policy.dtensor_cfg.cpu_offload: {choice: [true, false]}"},
+        ["policy.dtensor_cfg.cpu_offload", "without effect here (ignored: DTensor)"],
+    ),
+    "a key of another algorithm": (
+        {"space": "grpo.num_prompts_per_step: {int: [1, 8]}"},
+        ["grpo.num_prompts_per_step", "the trainer does not read it", "the dpo trainer reads"],
+    ),
+    "a seed": ({"space": "dpo.seed: {int: [1, 9]}"}, ["dpo.seed", "a lucky run", "--vary-seed"]),
+    "what the search sets": (
+        {"space": "checkpointing.save_period: {int: [1, 9]}"},
+        ["checkpointing.save_period", "writes no checkpoints"],
+    ),
+    "set twice": (
+        {"space": "dpo.max_num_steps: {int: [1, 9]}"},
+        ["dpo.max_num_steps", "set by the override dpo.max_num_steps=2 too"],
+    ),
+    "a range for a text": (
+        {"space": "policy.optimizer.name: {uniform: [0, 1]}"},
+        ["policy.optimizer.name", "text", "expected choice"],
+    ),
+    "an objective without direction": (
+        {"objective": "val:validation-default_rewards_chosen_mean"},
+        ["does not say which way is better", "rewards_chosen_mean:maximize"],
+    ),
+    "an objective that is not logged": (
+        {"objective": "val:accuracy"},
+        ["got val:accuracy, which the run does not log", METRIC],
+    ),
+    "another algorithm's configuration": (
+        {"config": "configs/grpo_tiny.yaml"},
+        ["configs/grpo_tiny.yaml: got a configuration of grpo, expected the section dpo"],
+    ),
+    "an override of nothing": ({"overrides": ("dpo.bta=1",)}, ["dpo.bta=1"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_searched_is_refused_in_one_piece(tmp_path, capfd, name):
+    changes, parts = REFUSED[name]
+    assert main(command(tmp_path, "--trials", "1", **changes)) == 1
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    for part in parts:
+        assert part in error
+
+
+def test_a_misspelt_option_is_refused(tmp_path, capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(command(tmp_path, "--trails", "3"))
+    assert caught.value.code == 2
+    assert "--trails: no such option" in capfd.readouterr().err
+
+
+def test_an_interrupted_search_says_how_to_go_on(tmp_path, capfd, monkeypatch):
+    def interrupted(*args):
+        raise Stopped("SIGINT")
+
+    monkeypatch.setattr("nemo_rl_ref.tune.study.work", interrupted)
+    arguments = command(tmp_path, "--trials", "9")
+    assert main(arguments) == 130
+    output = capfd.readouterr().out
+    assert "interrupted; 0 of 9 trials are finished, and nothing is lost" in output
+    assert f"python -m nemo_rl_ref.tune {shlex.join(arguments)}" in output
+
+
+def test_a_training_that_fails_is_recorded_with_its_reason(tmp_path):
+    space = {LR: {"choice": [1e30, 1e31]}}
+    spec = make_spec("dpo", "configs/dpo.yaml", space, [METRIC], SHORT)
+    study = optimize(spec, folder=tmp_path / "s", trials=1)
+    (trial,) = study.trials
+    assert trial.state.name == "FAIL"
+    assert trial.user_attrs["failure"].startswith("step 2: ")
+    assert "nan" in trial.user_attrs["failure"]
+    assert "The step was not taken" in (tmp_path / "s/trial_0000/output.txt").read_text()
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "grpo"])
+def test_the_spaces_of_this_repository_fit_their_configurations(tmp_path, algorithm):
+    config = {"dpo": "configs/dpo.yaml", "grpo": "configs/grpo_tiny.yaml"}[algorithm]
+    metric = {"dpo": METRIC, "grpo": "val:accuracy"}[algorithm]
+    spec = make_spec(algorithm, config, f"configs/spaces/{algorithm}.yaml", [metric])
+    search = open_search(spec, Settings(), tmp_path / "s")
+    values = spec.space.suggest(claim(search))
+    values[f"{algorithm}.max_num_steps"] = 1
+    metrics = run_trial(spec, values, tmp_path / "trial", seed=1)
+    assert metric in metrics
+    assert (tmp_path / "trial/output.txt").read_text().count("step 1/1") == 1
+
+
+# The table
+
+
+def screen(search):
+    file = io.StringIO()
+    display = Display(Console(file=file, force_terminal=True, width=120, height=40))
+    search.listen = display
+    with display:
+        run_search(search)
+    return file.getvalue()
+
+
+def test_a_terminal_shows_a_table_with_the_best_trial(tmp_path):
+    search = open_search(
+        stand_in.make(), Settings(trials=4, sampler="random"), tmp_path, runner=stand_in.run
+    )
+    shown = screen(search)
+    assert "4/4 finished" in shown
+    assert f"best {search.study.best_trial.number}" in shown
+    table = make_table(search.spec, search.study, search.trials(), 2)
+    assert table.row_count == 2
+
+
+def test_names_are_short_but_different():
+    keys = ["policy.optimizer.kwargs.lr", "value.optimizer.kwargs.lr", "dpo.seed"]
+    assert list(short_names(keys).values()) == [
+        "policy.optimizer.kwargs.lr", "value.optimizer.kwargs.lr", "seed",
+    ]  # fmt: skip
+    assert [duration(s) for s in (40, 700, 11100)] == ["40 s", "12 min", "3 h 5 min"]
