@@ -21,7 +21,7 @@ from nemo_rl_ref.samples import Samples
 from nemo_rl_ref.training import next_token_logprobs
 
 #: Samples of one set and the numbers of some of them: what one forward pass takes.
-Chunk = tuple[Samples, list[int]]
+_Chunk = tuple[Samples, list[int]]
 
 
 def add_reference_logprobs(
@@ -46,7 +46,7 @@ def add_reference_logprobs(
     """
     from accelerate.utils import gather_object
 
-    chunks: list[Chunk] = []
+    chunks: list[_Chunk] = []
     for samples, numbers in sets:
         length = lambda n, s=samples: max(map(len, s[n]["rows"]))  # noqa: E731
         ordered, size = sorted(numbers, key=length), policy["train_micro_batch_size"]
@@ -84,7 +84,7 @@ def _with_reference(batch: Any, packed: PackedRows, firsts: Mapping[int, int]) -
 def _compute(
     policy: Mapping[str, Any],
     load_model: Callable[[str], Any],
-    chunks: Sequence[Chunk],
+    chunks: Sequence[_Chunk],
     accelerator: Any,
 ) -> list[torch.Tensor]:
     """One tensor a row, without padding, in the order of the chunks; processes take turns."""
@@ -107,7 +107,7 @@ def _compute(
     return [row for _, rows in sorted(everyone, key=lambda item: item[0]) for row in rows]
 
 
-def _fingerprint(policy: Mapping[str, Any], chunks: Sequence[Chunk]) -> str:
+def _fingerprint(policy: Mapping[str, Any], chunks: Sequence[_Chunk]) -> str:
     """A sum over what the log-probabilities depend on: model, precision and tokens."""
     name = str(policy["model_name"])
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []

@@ -990,7 +990,7 @@ llama = Model(
 dpo_step = Step(rows=4, sequence_length=1024, reference="host")
 estimates = compare(llama, dpo_step)
 values(
-    memory_parameters=f"{llama.parameters / 1e9:.2f}",
+    llama_parameters=f"{llama.parameters / 1e9:.2f}",
     memory_plain=f"{estimates['log_softmax'].peak / 2**30:.1f}",
     memory_fused=f"{estimates['linear_token_logprobs'].peak / 2**30:.1f}",
 )
