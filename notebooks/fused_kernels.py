@@ -92,7 +92,7 @@ _ = figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
+import nemo_rl_ref.logprobs as functions
 from nemo_rl_ref.memory import estimate as estimate_memory
 from nemo_rl_ref.memory import measure_peak
 
@@ -122,7 +122,7 @@ def by_log_softmax():
 
 def by_token_logprobs():
     logits = policy(input_ids=ids, use_cache=False).logits
-    return token_logprobs(logits[:, :-1], ids[:, 1:])
+    return functions.token_logprobs(logits[:, :-1], ids[:, 1:])
 
 
 # What the fused function may use beside inputs and gradients: a tile of 1 MiB, 128 bytes a row.
@@ -132,7 +132,9 @@ EXTRA = (1 << 20) + 128 * rows * length
 def by_linear_token_logprobs():
     hidden = policy.model(input_ids=ids, use_cache=False).last_hidden_state
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)  # the last has no target
-    logprobs = linear_token_logprobs(hidden, policy.lm_head.weight, targets, max_extra_bytes=EXTRA)
+    logprobs = functions.linear_token_logprobs(
+        hidden, policy.lm_head.weight, targets, max_extra_bytes=EXTRA
+    )
     return logprobs[:, :-1]
 
 
@@ -182,6 +184,11 @@ Markdown("\n".join(lines))
 
 # %%
 #| label: online-softmax
+import torch
+
+from nemo_rl_ref.display import values
+
+
 def online(logits, target, block):
     """Log-probability and entropy of a row that is read once, block by block, in nats."""
     top, total, weighted = -torch.inf, 0.0, 0.0
@@ -426,8 +433,13 @@ Markdown("\n".join(lines))
 
 # %%
 #| label: own-model
-from nemo_rl_ref import tiny
+import torch
 
+from nemo_rl_ref import tiny
+from nemo_rl_ref.display import values
+from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = tiny.load_tokenizer()
 model = tiny.load_policy().to(device)
 texts = ["12+34=46", "7+8=15"]
