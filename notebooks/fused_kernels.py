@@ -92,7 +92,7 @@ _ = figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
+import nemo_rl_ref.logprobs as functions
 from nemo_rl_ref.memory import estimate as estimate_memory
 from nemo_rl_ref.memory import measure_peak
 
@@ -122,7 +122,7 @@ def by_log_softmax():
 
 def by_token_logprobs():
     logits = policy(input_ids=ids, use_cache=False).logits
-    return token_logprobs(logits[:, :-1], ids[:, 1:])
+    return functions.token_logprobs(logits[:, :-1], ids[:, 1:])
 
 
 # What the fused function may use beside inputs and gradients: a tile of 1 MiB, 128 bytes a row.
@@ -132,7 +132,9 @@ EXTRA = (1 << 20) + 128 * rows * length
 def by_linear_token_logprobs():
     hidden = policy.model(input_ids=ids, use_cache=False).last_hidden_state
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)  # the last has no target
-    logprobs = linear_token_logprobs(hidden, policy.lm_head.weight, targets, max_extra_bytes=EXTRA)
+    logprobs = functions.linear_token_logprobs(
+        hidden, policy.lm_head.weight, targets, max_extra_bytes=EXTRA
+    )
     return logprobs[:, :-1]
 
 
@@ -182,6 +184,11 @@ Markdown("\n".join(lines))
 
 # %%
 #| label: online-softmax
+import torch
+
+from nemo_rl_ref.display import values
+
+
 def online(logits, target, block):
     """Log-probability and entropy of a row that is read once, block by block, in nats."""
     top, total, weighted = -torch.inf, 0.0, 0.0
@@ -203,7 +210,7 @@ def online(logits, target, block):
 
 
 torch.manual_seed(0)
-row_logits = 200 * torch.randn(1003, dtype=torch.float64)
+row_logits = 100 + 3 * torch.randn(1003, dtype=torch.float64)
 logp = torch.log_softmax(row_logits, -1)
 expected = torch.stack([logp[7], -(logp.exp() * logp).sum()])
 worst = max(
@@ -226,15 +233,21 @@ print(f"apart from log_softmax: {worst:.0e}; without the maximum: {with_overflow
 #| label: compiled
 import re
 
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+from nemo_rl_ref.kernels._clipped_pg import settings_of
 from nemo_rl_ref.kernels.loader import KernelsUnavailable, compile_kernel
 
+# Function 4 is compiled for the flags of a loss: here those of GRPO with a KL penalty.
+FLAGS, _ = settings_of(ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.01)))
 KERNELS = {
-    "forward, with entropy": (
+    "1, forward, with entropy": (
         "token_logprobs",
         "token_logprobs_forward<bfloat16, 512, true, false>",
     ),
-    "backward": ("token_logprobs", "token_logprobs_backward<bfloat16, 512, false, false>"),
-    "GAE": ("gae", "gae<float, float>"),
+    "1, backward": ("token_logprobs", "token_logprobs_backward<bfloat16, 512, false, false>"),
+    "3": ("gae", "gae<float, unsigned char>"),
+    "4, forward": ("clipped_pg", f"clipped_pg_forward<float, float, {FLAGS}>"),
+    "4, backward": ("clipped_pg", f"clipped_pg_backward<float, float, {FLAGS}>"),
 }
 ARCHITECTURES = {"sm_80": "A100", "sm_90": "H100, H200", "sm_100": "B200"}
 
@@ -409,6 +422,9 @@ for number, entry in enumerate(on_cpu.values()):
         values(
             cpu_memory=f"{entry['gather over ours, memory']:.1f}",
             cpu_time=f"{entry['gather over ours, time']:.2f}",
+            cpu_time_low=f"{entry['gather over ours, time, 95 % interval'][0]:.2f}",
+            cpu_time_high=f"{entry['gather over ours, time, 95 % interval'][1]:.2f}",
+            cpu_rounds=str(entry["rounds"]),
         )
 Markdown("\n".join(lines))
 
@@ -417,8 +433,13 @@ Markdown("\n".join(lines))
 
 # %%
 #| label: own-model
-from nemo_rl_ref import tiny
+import torch
 
+from nemo_rl_ref import tiny
+from nemo_rl_ref.display import values
+from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = tiny.load_tokenizer()
 model = tiny.load_policy().to(device)
 texts = ["12+34=46", "7+8=15"]
@@ -461,7 +482,7 @@ logging.getLogger("trl").setLevel(logging.ERROR)
 
 
 class FusedGRPOTrainer(GRPOTrainer):
-    """TRL's trainer with these log-probabilities, for text models without auxiliary losses."""
+    """TRL's trainer with these log-probabilities: text models, one process, no auxiliary loss."""
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
@@ -469,6 +490,9 @@ class FusedGRPOTrainer(GRPOTrainer):
     ):  # fmt: skip
         if compute_aux_loss or any(value is not None for value in inputs.values()):
             raise NotImplementedError("images and auxiliary losses are left to TRL's own function")
+        # The decoder is called past the wrappers that join processes: DDP would add up nothing.
+        if self.accelerator.num_processes > 1:
+            raise NotImplementedError(f"got {self.accelerator.num_processes} processes, expected 1")
         model = self.accelerator.unwrap_model(model)
         found = []
         for ids, mask in zip(
@@ -502,7 +526,7 @@ def make(trainer_class, folder):
             gradient_checkpointing=False,
             use_cpu=device == "cpu",
             save_strategy="no",
-        ),  # fmt: skip
+        ),
         train_dataset=datasets.Dataset.from_list([{"prompt": "1+2="}]),
         processing_class=tokenizer,
     )
@@ -529,21 +553,21 @@ values(trl_difference=f"{trl_difference:.0e}")
 
 # %%
 #| label: nemo-rl-forward
+import contextlib
 import types
 
 from transformers.modeling_outputs import CausalLMOutput
 
 
-def score_while_training(model):
-    """Let a Hugging Face decoder return next-token log-probabilities (B, S) while it trains.
+@contextlib.contextmanager
+def scoring(model):
+    """Let a Hugging Face decoder return next-token log-probabilities (B, S), as long as it lasts.
 
-    In evaluation mode it returns logits as before. Column t belongs to token t + 1; the last is 0.
+    Column t belongs to token t + 1; the last is 0.
     """
     original = model.forward
 
     def forward(self, input_ids=None, **inputs):
-        if not self.training:
-            return original(input_ids=input_ids, **inputs)
         inputs.pop("labels", None)
         hidden = self.model(input_ids=input_ids, **inputs).last_hidden_state
         targets = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
@@ -551,7 +575,10 @@ def score_while_training(model):
         return CausalLMOutput(logits=logprobs)
 
     model.forward = types.MethodType(forward, model)
-    return model
+    try:
+        yield model
+    finally:
+        model.forward = original
 
 
 # %%
@@ -576,11 +603,16 @@ data = {
 }
 counts = data["sample_mask"].sum(), data["token_mask"][:, 1:].sum()
 
-patched = score_while_training(tiny.load_policy().to(device)).train()
-# NeMo RL's prepare_loss_input: "logits" are taken as log-probabilities, cut to (B, S - 1).
-fused_logprobs = patched(input_ids=ids, use_cache=False).logits[:, : ids.shape[1] - 1]
-fused_loss, _ = loss_fn(fused_logprobs, data, *counts)
-fused_loss.backward()
+patched = tiny.load_policy().to(device).train()
+with scoring(patched):  # in a worker: around the body of `train`
+    # NeMo RL's prepare_loss_input: "logits" are taken as log-probabilities, cut to (B, S - 1).
+    fused_logprobs = patched(input_ids=ids, use_cache=False).logits[:, : ids.shape[1] - 1]
+    fused_loss, _ = loss_fn(fused_logprobs, data, *counts)
+    fused_loss.backward()
+    # Validation of DPO and SFT is `train` in evaluation mode, with the same loss.
+    with torch.no_grad():
+        validated = patched.eval()(input_ids=ids, use_cache=False).logits[:, : ids.shape[1] - 1]
+        validation_loss, _ = loss_fn(validated, data, *counts)
 
 plain = tiny.load_policy().to(device).train()
 plain_logits = plain(input_ids=ids, use_cache=False).logits
@@ -592,5 +624,6 @@ gradient_difference = max(
 )
 assert abs(fused_loss.item() - plain_loss.item()) < 1e-5
 assert gradient_difference < 1e-5, gradient_difference
-assert patched.eval()(input_ids=ids, use_cache=False).logits.shape == plain_logits.shape
+assert abs(validation_loss.item() - plain_loss.item()) < 1e-5
+assert patched(input_ids=ids, use_cache=False).logits.shape == plain_logits.shape  # as before
 values(nemo_gradient_difference=f"{gradient_difference:.0e}")

@@ -119,6 +119,7 @@ def table(runs, quantities):
 #
 # The chosen answer is the sum, the rejected one a random number of as many digits.
 
+
 # %%
 #| label: data-pairs
 def read(file):
@@ -275,8 +276,7 @@ def dots(axis, runs, quantity, line=0, label=None):
 figure, (axis,) = panels(1, height=2.4)
 dots(axis, noise_runs, "accuracy")
 axis.axvline(0.5, color="#777777", linewidth=1)
-axis.set_title("Clean pairs in the right order");
-
+axis.set_title("Clean pairs in the right order")
 # %%
 #| label: data-noise-numbers
 # What the page says of these runs. If it stops being true, the build stops.
@@ -285,6 +285,10 @@ clean, noisy_dpo = accuracy["DPO, clean labels"], accuracy["DPO"]
 aware = {n: accuracy[n] for n in ("conservative DPO", "robust DPO", "IPO")}
 best = max(aware, key=aware.get)
 sample_error = 0.5 / len(HELD_OUT) ** 0.5
+costs = [  # of each seed, whose runs share the order of the pairs
+    one["accuracy"] - other["accuracy"]
+    for one, other in zip(noise_runs["DPO, clean labels"], noise_runs["DPO"], strict=True)
+]
 assert clean - noisy_dpo > 0.05
 assert max(aware.values()) < clean - 0.03  # none gets back to clean labels
 assert aware[best] - noisy_dpo < 2 * sample_error  # nor gains more than chance could
@@ -302,6 +306,8 @@ values(
     flips_pairs=EPOCH,
     flips_epochs=f"{STEPS * PAIRS / EPOCH:g}",
     flips_cost=f"{100 * (clean - noisy_dpo):.0f}",
+    flips_cost_least=f"{100 * min(costs):.0f}",
+    flips_cost_most=f"{100 * max(costs):.0f}",
     flips_best=best,
     flips_gain=f"{100 * (aware[best] - noisy_dpo):+.0f}",
     flips_kl_ipo=f"{kl['IPO']:.2f}",
@@ -390,8 +396,7 @@ dots(axis, length_runs, "accuracy, right is longer", 0, "right answer is longer"
 dots(axis, length_runs, "accuracy, right is shorter", 1, "right answer is shorter")
 axis.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.08))
 axis.set_title("Held-out pairs in the right order")
-axis.set_xlim(-0.05, 1.05);
-
+axis.set_xlim(-0.05, 1.05)
 # %%
 #| label: data-length-numbers
 shorter, longer, filler = (
@@ -408,6 +413,7 @@ for biased in (dpo, normalised, larger_beta):
 for biased in (dpo, normalised):
     assert shorter[biased] < 0.4 and filler[biased] > filler_before + 0.2
 assert shorter[simpo] > shorter[dpo] + 0.25 and longer[simpo] < longer[dpo] - 0.1
+assert shorter[simpo] > longer[simpo] + 0.1 and filler[simpo] < filler_before  # the other bias
 for unbiased in (simpo, balanced):
     assert filler[unbiased] < filler[dpo] - 0.15
 values(
@@ -490,8 +496,7 @@ above.axvline(0.5, color="#777777", linewidth=1)
 above.set_title("Clean pairs in the right order")
 dots(below, ties_runs, "margin on ties (nats)", 1)
 below.axvline(0.0, color="#777777", linewidth=1)
-below.set_title("Margin on trained ties (nats)");
-
+below.set_title("Margin on trained ties (nats)")
 # %%
 #| label: data-ties-numbers
 accuracy, on_ties = (
@@ -568,6 +573,7 @@ for seed in SEEDS:
                 done[what] = record(data[which], keys, rate)
             symptom_runs[name, state].append(done[what])
 
+
 # %%
 #| label: fig-symptoms
 #| alt: Three panels over training steps, each with a run before the cure and one after it. Chosen
@@ -607,8 +613,7 @@ for axis, (name, (title, quantity, labels)) in zip(axes, shown.items(), strict=T
         band(axis, steps, lines, f"{state}: {label}", 1 - line)
     axis.set_title(title)
     axis.legend(fontsize=9)
-axes[-1].set_xlabel("optimizer steps");
-
+axes[-1].set_xlabel("optimizer steps")
 # %%
 #| label: symptoms-numbers
 TAIL = 5  # steps at the end that are averaged

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels take of a GPU, as the assembler reports it. No GPU is needed.
+"""What the kernels of the log-probabilities take of a GPU, by the assembler. No GPU is needed.
 
     python -m nemo_rl_ref.kernels sm_90
     python -m nemo_rl_ref.kernels sm_80 sm_100 --only "bfloat16, 512"
@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m nemo_rl_ref.kernels",
-        description="Compile the CUDA kernels and show registers, shared memory, stack frame and "
-        "spills. No GPU is needed.",
+        description="Compile the CUDA kernels of the log-probabilities and show registers, "
+        "shared memory, stack frame and spills. No GPU is needed.",
     )
     parser.add_argument("architectures", nargs="+", metavar="ARCHITECTURE", help="such as sm_90")
     parser.add_argument("--only", metavar="TEXT", default="", help="kernels whose name holds this")

@@ -6,6 +6,7 @@ it:
 
     uv run examples/run_custom_grpo.py --config examples/configs/grpo_math_1B.yaml \
         data.default.env_name=partial_credit ++env.partial_credit.num_workers=1 \
+        grpo.use_leave_one_out_baseline=false \
         ++loss_fn.max_response_length=512 checkpointing.checkpoint_dir=results/custom_grpo
 """
 
