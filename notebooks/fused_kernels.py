@@ -370,32 +370,35 @@ Markdown("\n\n".join(gpu_table(entry) for entry in on_gpu.values()) if on_gpu el
 
 # %%
 #| label: roofline
-#| alt: Roofline of the measured GPU, operations a second over operations a byte on logarithmic
-#|   axes, with a point for each contender of the linear log-probabilities; or, while no GPU has
-#|   been measured, the sentence that says so.
-#| caption: The roofline of a measured GPU; where there is none yet, the figure says so.
+#| alt: Roofline, TFLOP/s over operations a byte on logarithmic axes. A line rises with the memory
+#|   bandwidth up to a ridge and is flat from there on, at the speed of matrix products. Function 2
+#|   lies far to the right of the ridge. Contenders are points once a GPU has been measured.
+#| caption: The roofline of a measured GPU with the contenders for function 2; while there is none, the
+#|   limits in the data sheet of the H100 SXM and where function 2 lies.
 figure, (axis,) = panels(1, height=3.2)
 if on_gpu:
     entry = next(iter(on_gpu.values()))
     result = entry["workloads"]["linear log-probabilities, forward and backward"]
     bandwidth = result["copy, bytes per second"]
     products = result["matrix products, operations per second"]
-    ridge = products / bandwidth
-    reach = [ridge / 100, ridge, ridge * 100]
-    axis.loglog(reach, [min(products, bandwidth * x) / 1e12 for x in reach], color="black")
     intensity = result["operations"] / result["bytes"]
     for (name, seconds), line in zip(result["seconds"].items(), LINES * 3, strict=False):
         axis.loglog(
             intensity, result["operations"] / seconds / 1e12, line["marker"],
             color=line["color"], label=name,
         )  # fmt: skip
-    axis.set_xlabel("operations a byte")
-    axis.set_title(f"TFLOP/s of the linear log-probabilities, {entry['device']}")
-    axis.legend(fontsize=8)
+    axis.set_title(f"TFLOP/s of function 2, {entry['device']}")
 else:
-    axis.text(0.5, 0.5, "not yet measured", ha="center", va="center", transform=axis.transAxes)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    bandwidth, products = BANDWIDTH, TENSOR
+    intensity = least["2, forward and backward"].intensity
+    axis.axvline(intensity, color=LINES[1]["color"], linestyle="--", label="function 2")
+    axis.set_title("Not yet measured: TFLOP/s by the data sheet, H100 SXM")
+ridge = products / bandwidth
+reach = [ridge / 100, ridge, ridge * 100]
+roof = [min(products, bandwidth * x) / 1e12 for x in reach]
+axis.loglog(reach, roof, color=LINES[0]["color"], label="limit")
+axis.set_xlabel("operations a byte")
+axis.legend(fontsize=8, loc="lower right")
 
 # %%
 #| label: cpu-results
