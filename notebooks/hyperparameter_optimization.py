@@ -387,9 +387,11 @@ for (task, share), found in IMPORTANCE.items():
 assert CLEAR["dpo", "best half"] == [RATE, "dpo.sft_loss_weight"]
 assert set(CLEAR["dpo", "best fifth"]) == {RATE, BETA}
 assert all(CLEAR["grpo", s] == [RATE, "grpo.num_generations_per_prompt"] for s in SHARES)
+tests = len(SHARES) * sum(len(found["space"]) for found in POOL.values())
 values(
     importance_shuffles=SHUFFLES,
-    importance_tests=len(SHARES) * sum(len(POOL[task]["space"]) for task in POOL),
+    importance_tests=tests,
+    importance_by_chance=f"{tests / (SHUFFLES + 1):.1f}",
 )
 Markdown("\n".join(rows))
 

@@ -178,11 +178,13 @@ class Reevaluation:
         return found
 
     def _optimism(self, winner: Comparison) -> str:
-        side = "better" if (winner.optimism or 0) > 0 else "worse"
+        optimism = winner.optimism or 0
+        side = "better than" if optimism > 0 else "worse than"
+        by = f"{abs(optimism):.4g} {side} that" if optimism else "the same"
         return (
             f"The search reported {winner.search_value:.4g} for its best, {winner.name}. Over fresh "
             f"seeds it has {winner.mean:.4g} on average: the search's value was "
-            f"{abs(winner.optimism or 0):.4g} {side} than that. The best of many noisy values is "
+            f"{by}. The best of many noisy values is "
             "too good on average, so the mean over fresh seeds is the one to quote."
         )
 
