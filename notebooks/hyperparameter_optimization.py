@@ -94,7 +94,7 @@ for place, (rate, runs) in enumerate(losses.items()):
 axis.set_xticks(range(len(losses)), [f"{rate:g}" for rate in losses])
 axis.set_xlim(-0.5, len(losses) - 0.5)
 axis.set_xlabel("policy.optimizer.kwargs.lr")
-axis.set_title("Held-out loss (nats), one dot a seed");
+axis.set_title("Held-out loss (nats), one dot a seed")
 # %%
 #| label: noise-numbers
 near, far = losses[LEARNING_RATES[1]], losses[LEARNING_RATES[2]]
@@ -129,6 +129,9 @@ values(
     noise_far_interval=interval(far_mean, far_error),
     noise_t=f"{T:.2f}",
     noise_near_unpaired=f"{unpaired_error(near, base):.4f}",
+    noise_far_unpaired=f"{unpaired_error(far, base):.4f}",
+    noise_near_error=f"{near_error:.4f}",
+    noise_far_error=f"{far_error:.4f}",
     noise_seeds=SEEDS,
     noise_steps=STEPS,
 )
@@ -276,8 +279,8 @@ for task, found in NOISE.items():
 #| label: fig-detectable
 #| alt: Half the width of the 95 percent interval of a difference over the number of seeds, for DPO
 #|   and GRPO. Both fall steeply from two to five seeds and slowly afterwards.
-#| caption: The smallest difference of two settings that a comparison with so many seeds each can
-#|   tell from zero, from the standard deviations measured here.
+#| caption: Half the 95 % interval of a difference of two settings with so many seeds each, from the
+#|   standard deviations measured here. A smaller measured difference has zero in its interval.
 figure, (axis,) = panels(1, height=2.8)
 numbers = [2, 3, 4, 5, 6, 8, 10, 12, 16, 20]
 for line, task in enumerate(POOL):
@@ -287,8 +290,8 @@ for line, task in enumerate(POOL):
     )  # fmt: skip
 axis.set_ylim(0)
 axis.set_xlabel("seeds of each of the two settings")
-axis.set_title("Difference that can be seen (percentage points)")
-axis.legend();
+axis.set_title("Half the interval of a difference (percentage points)")
+axis.legend()
 # %% [markdown]
 # ## Which keys matter
 
@@ -299,7 +302,7 @@ import optuna
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 SHARES = {"best half": 0.5, "best fifth": 0.2}  # that PED-ANOVA compares with all runs
-BOOTSTRAPS, SHUFFLES = 30, 20
+BOOTSTRAPS, SHUFFLES = 30, 60
 
 
 def importances(task, runs, scores, share):
@@ -335,7 +338,7 @@ for task, share in itertools.product(POOL, SHARES):
     IMPORTANCE[task, share] = {
         "found": importances(task, runs, scores, SHARES[share]),
         "interval": {key: np.quantile(values_, (0.05, 0.95)) for key, values_ in drawn.items()},
-        "chance": {key: np.quantile([one[key] for one in shuffled], 0.95) for key in drawn},
+        "chance": {key: max(one[key] for one in shuffled) for key in drawn},
     }
 
 # %%
@@ -343,7 +346,7 @@ for task, share in itertools.product(POOL, SHARES):
 #| alt: Importance of each searched key with its bootstrap interval, for DPO and GRPO, once for what
 #|   sets the better half of the runs apart and once for the best fifth.
 #| caption: Dots are PED-ANOVA's importances, bars 90 % bootstrap intervals over the runs. Crosses
-#|   are the 95 % quantiles for shuffled results, so a dot left of its cross says nothing.
+#|   are the largest of 60 importances for shuffled results; a dot left of its cross says nothing.
 figure, axes = panels(2, height=3.4)
 for axis, task in zip(axes, POOL, strict=True):
     keys = sorted(POOL[task]["space"], key=IMPORTANCE[task, "best half"]["found"].get)
@@ -362,7 +365,7 @@ for axis, task in zip(axes, POOL, strict=True):
     most = max(max(IMPORTANCE[task, share]["found"].values()) for share in SHARES)
     axis.set_xlim(0, 1.7 * most)
     axis.set_title(f"Importance, {NAMES[task]}")
-axes[0].legend(fontsize=8, loc="lower right");
+axes[0].legend(fontsize=8, loc="lower right")
 # %%
 #| label: importance-numbers
 rows = [
@@ -372,7 +375,7 @@ rows = [
 CLEAR = {}
 for (task, share), found in IMPORTANCE.items():
     CLEAR[task, share] = [
-        key for key in found["found"] if found["interval"][key][0] > found["chance"][key]
+        key for key in found["found"] if found["found"][key] > found["chance"][key]
     ]
     shown = [
         "{:.3f}, {:.3f} to {:.3f}".format(found["found"][key], *found["interval"][key])
@@ -384,6 +387,12 @@ for (task, share), found in IMPORTANCE.items():
 assert CLEAR["dpo", "best half"] == [RATE, "dpo.sft_loss_weight"]
 assert set(CLEAR["dpo", "best fifth"]) == {RATE, BETA}
 assert all(CLEAR["grpo", s] == [RATE, "grpo.num_generations_per_prompt"] for s in SHARES)
+tests = len(SHARES) * sum(len(found["space"]) for found in POOL.values())
+values(
+    importance_shuffles=SHUFFLES,
+    importance_tests=tests,
+    importance_by_chance=f"{tests / (SHUFFLES + 1):.1f}",
+)
 Markdown("\n".join(rows))
 
 # %%
@@ -392,7 +401,7 @@ Markdown("\n".join(rows))
 #|   broad top and falls off steeply towards high rates.
 #| caption: Every random run, and the median of each tenth of them.
 figure, axes = panels(2, height=2.5)
-BESTS = {}
+SMALL = 3e-4  # above it the accuracy falls
 for axis, task in zip(axes, POOL, strict=True):
     runs = sorted(part(POOL[task], "random"), key=lambda run: run["values"][RATE])
     x, y = [run["values"][RATE] for run in runs], [100 * final(run) for run in runs]
@@ -403,13 +412,26 @@ for axis, task in zip(axes, POOL, strict=True):
     ]
     axis.semilogx(*zip(*middle, strict=True), **LINES[1])
     axis.set_title(f"{NAMES[task]}: {POOL[task]['objective']} (%)")
-    BESTS[task] = max(middle, key=lambda point: point[1])
     low, high = np.quantile(
         [run["values"][RATE] for run in sorted(runs, key=final)[-len(runs) // 10 :]], (0, 1)
     )
-    values(**{f"slice_{task}_low": f"{low:.1g}", f"slice_{task}_high": f"{high:.1g}"})
-axes[-1].set_xlabel(RATE);
-
+    runs.sort(key=final)
+    worse, better = (
+        np.mean([run["values"][RATE] > high for run in half])
+        for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :])
+    )
+    lower = [run for run in runs if run["values"][RATE] < SMALL]
+    rank = stats.spearmanr([run["values"][RATE] for run in lower], [final(run) for run in lower])
+    values(
+        **{
+            f"slice_{task}_low": f"{low:.2g}",
+            f"slice_{task}_high": f"{high:.2g}",
+            f"slice_{task}_worse": percent(worse, 0),
+            f"slice_{task}_better": percent(better, 0),
+            f"slice_{task}_rank": f"{rank[0]:+.2f}",
+        }
+    )
+axes[-1].set_xlabel(RATE)
 # %%
 #| label: fig-other-slices
 #| alt: The objective over the ratio of SFT weight and β, and over β, for DPO, and over the group
@@ -425,10 +447,10 @@ SLICES = {
     "DPO (%) over reference_policy_kl_penalty": ("dpo", lambda run: run["values"][BETA]),
     "GRPO (%) over num_generations_per_prompt": ("grpo", lambda run: run["values"][GROUPS]),
 }  # fmt: skip
-MEANS = []
+MEANS, EDGES = [], []
 figure, axes = panels(3, height=2.1)
 for axis, (title, (task, value)) in zip(axes, SLICES.items(), strict=True):
-    runs = [run for run in part(POOL[task], "random") if run["values"][RATE] < 3e-4]
+    runs = [run for run in part(POOL[task], "random") if run["values"][RATE] < SMALL]
     runs.sort(key=value)
     x, y = np.array([(value(run), 100 * final(run)) for run in runs]).T
     axis.semilogx(x, y, "o", color=LINES[0]["color"], alpha=0.5, markersize=3.5)
@@ -439,6 +461,7 @@ for axis, (title, (task, value)) in zip(axes, SLICES.items(), strict=True):
     else:
         groups = np.array_split(np.arange(len(x)), 5)
     MEANS.append([])
+    EDGES.append(x[groups[-1][0]])
     for group in groups:
         middle = y[group].mean()
         half = stats.sem(y[group]) * stats.t.ppf(0.975, len(group) - 1)
@@ -449,6 +472,20 @@ for axis, (title, (task, value)) in zip(axes, SLICES.items(), strict=True):
 
 # %%
 #| label: slice-numbers
+# β where the ratio is not large, so that the ratio is not what is seen.
+apart = [
+    run
+    for run in part(POOL["dpo"], "random")
+    if run["values"][RATE] < SMALL and run["values"][SFT] < EDGES[0] * run["values"][BETA]
+]
+rank = stats.spearmanr([run["values"][BETA] for run in apart], [final(run) for run in apart])
+values(
+    slice_ratio_edge=f"{EDGES[0]:.0f}",
+    slice_ratio_others=", ".join(MEANS[0][:-1]),
+    slice_beta_rank=f"{rank[0]:+.2f}",
+    slice_beta_p=f"{rank[1]:.1g}",
+    slice_beta_runs=len(apart),
+)
 values(
     **{
         f"slice_{name}_{end}": means[at]
@@ -478,6 +515,9 @@ for key, scale in MODELLED["length_scales"].items():
 #|   rate of a few times 1e-4, and higher for large β. Lines of equal KL divergence run nearly
 #|   upright, so it is the learning rate that decides about it.
 #| caption: Dots are the random runs, of which the other keys differ. White lines are level lines.
+from matplotlib.patheffects import withStroke
+
+RIM = [withStroke(linewidth=2.5, foreground="#333333")]  # white is not seen on yellow
 figure, axes = panels(2, height=3.1)
 runs = part(POOL["dpo"], "random")
 for axis, table, levels, title in (
@@ -485,19 +525,23 @@ for axis, table, levels, title in (
     (axes[1], np.log10(divergence), np.arange(-2, 1.1, 0.5), "KL to the reference (nats, log)"),
 ):
     axis.pcolormesh(rates, betas, table, cmap="cividis", shading="gouraud")
-    lines = axis.contour(rates, betas, table, levels=levels, colors="white", linewidths=1)
+    lines = axis.contour(
+        rates, betas, table, levels=levels, colors="white", linewidths=1, linestyles="solid"
+    )
+    lines.set_path_effects(RIM)
     label = (lambda v: f"{v:.0f}") if table is accuracy else (lambda v: f"{10**v:.2g}")
-    axis.clabel(lines, fmt=label, fontsize=8)
+    for text in axis.clabel(lines, fmt=label, fontsize=8):
+        text.set_path_effects(RIM)
     axis.plot(
-        [run["values"][RATE] for run in runs], [run["values"][BETA] for run in runs], ".",
-        color="black", markersize=2,
+        [run["values"][RATE] for run in runs], [run["values"][BETA] for run in runs], "o",
+        color="black", markersize=3, markeredgecolor="white", markeredgewidth=0.5,
     )  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.grid(False)
     axis.set_ylabel("β")
     axis.set_title(title)
-axes[-1].set_xlabel(RATE);
+axes[-1].set_xlabel(RATE)
 # %%
 #| label: rate-beta-numbers
 best_rates = rates[accuracy.argmax(1)]
@@ -506,13 +550,28 @@ values(
     surface_fitted=MODELLED["fitted_to"],
     surface_correlation=f"{MODELLED['left_out_rank_correlation']:.2f}",
     surface_correlation_kl=f"{MODELLED['left_out_rank_correlation_kl']:.2f}",
-    surface_error=f"{np.median(error):.1f}",
-    **{f"surface_best_{name}": f"{best_rates[row]:.1g}" for name, row in ends.items()},
+    surface_error=f"{max(error[row, accuracy[row].argmax()] for row in ends.values()):.1f}",
+    surface_best_low=f"{best_rates.min():.1g}",
+    surface_best_high=f"{best_rates.max():.1g}",
     **{f"surface_top_{name}": f"{accuracy[row].max():.0f}" for name, row in ends.items()},
     surface_beta_low=f"{betas[0]:g}",
     surface_beta_high=f"{betas[-1]:g}",
     surface_kl_rates=f"{np.median(divergence[:, -1] / divergence[:, 0]):.0f}",
     surface_kl_betas=f"{np.median(divergence.max(0) / divergence.min(0)):.1f}",
+    **{
+        f"kl_rank_{name}": "{:+.2f}".format(
+            stats.spearmanr(
+                [run["values"][key] for run in part(POOL[task], "random")],
+                [run["kl"] for run in part(POOL[task], "random")],
+            )[0]
+        )
+        for name, task, key in (
+            ("rate", "dpo", RATE),
+            ("beta", "dpo", BETA),
+            ("grpo_rate", "grpo", RATE),
+            ("grpo_penalty", "grpo", PENALTY),
+        )
+    },
 )
 
 # %% [markdown]
@@ -531,9 +590,9 @@ batch_seeds = len(batches[epochs[0], sizes[0], batch_rates[0]])
 # %%
 #| label: fig-batch
 #| alt: Three panels, after one, two and four epochs: accuracy over the learning rate for three
-#|   batch sizes. After one epoch the smallest batch is ahead; after four, all have the same top, the
-#|   larger the batch the further to the right.
-#| caption: One run a point. A lone run has the noise of its seed.
+#|   batch sizes. After one epoch the smallest batch is far ahead; after four, the tops are close, and
+#|   that of the smallest batch lies at the lowest rate.
+#| caption: Means of three seeds; the bands go from the lowest to the highest of them.
 from nemo_rl_ref.plotting import band
 
 shown_epochs = (1, 2, 4)
@@ -545,40 +604,82 @@ for axis, epoch in zip(axes, shown_epochs, strict=True):
     axis.set_xscale("log")
     axis.set_title(f"Pairs in the right order (%), epoch {epoch}")
 axes[0].legend(title="pairs a step", fontsize=8, title_fontsize=8)
-axes[-1].set_xlabel(RATE);
+axes[-1].set_xlabel(RATE)
 
 # %%
 #| label: batch-numbers
 
 
 def top(epoch, size):
-    """The best mean over the rates of the grid, and its rate."""
-    return max((np.mean(batches[epoch, size, rate]), rate) for rate in batch_rates)
+    """The runs of the best rate of the grid, by their mean, and that rate."""
+    rate = max(batch_rates, key=lambda rate: np.mean(batches[epoch, size, rate]))
+    return batches[epoch, size, rate], rate
+
+
+def welch(one, other):
+    """Standard error of a difference of means of unequal noise, and its degrees of freedom."""
+    parts = [statistics.variance(runs) / len(runs) for runs in (one, other)]
+    below = sum(part**2 / (len(runs) - 1) for part, runs in zip(parts, (one, other), strict=True))
+    return sum(parts) ** 0.5, sum(parts) ** 2 / below
+
+
+def apart(epoch):
+    """Smallest minus largest batch, each at its best rate: mean and 95 % interval (Welch)."""
+    few, many = top(epoch, sizes[0])[0], top(epoch, sizes[-1])[0]
+    error, freedom = welch(few, many)
+    middle, half = np.mean(few) - np.mean(many), stats.t.ppf(0.975, freedom) * error
+    return middle, middle - half, middle + half
+
+
+def spread(runs):
+    """The standard deviation over seeds, pooled over settings."""
+    return np.mean([statistics.variance(one) for one in runs]) ** 0.5
 
 
 rows = ["| pairs a step | best (%) and its rate after 1 epoch | 2 epochs | 4 epochs |"]
 rows.append("| --- " * 4 + "|")
 for size in sizes:
-    cells = [
-        "{:.1f} at {:.0e}".format(100 * top(e, size)[0], top(e, size)[1]) for e in shown_epochs
-    ]
+    cells = []
+    for epoch in shown_epochs:
+        runs, rate = top(epoch, size)
+        error = statistics.stdev(runs) / len(runs) ** 0.5
+        cells.append(f"{percent(np.mean(runs))} ± {percent(error)} at {rate:.0e}")
     rows.append(f"| {size} | " + " | ".join(cells) + " |")
-tops = {(epoch, size): top(epoch, size) for epoch in shown_epochs for size in sizes}
+first, last = apart(shown_epochs[0]), apart(shown_epochs[-1])
+lone = [batches[shown_epochs[-1], size, rate][0] for size in sizes for rate in batch_rates]
+lone = [max(lone[i : i + len(batch_rates)]) for i in range(0, len(lone), len(batch_rates))]
+best_rate = {size: top(shown_epochs[-1], size)[1] for size in sizes}
+
+
+def lost(size, other):
+    """What a size loses at the rate that suits another: mean and standard error, in points."""
+    own, taken = top(shown_epochs[-1], size)[0], batches[shown_epochs[-1], size, best_rate[other]]
+    return f"{percent(np.mean(own) - np.mean(taken))} ± {percent(welch(own, taken)[0])}"
+
+
 # What the page says of them.
-assert tops[1, 8][0] > tops[1, 128][0] + 4 * SIGMA["dpo"]
-assert max(tops[4, size][0] for size in sizes) - min(tops[4, size][0] for size in sizes) < 0.02
-assert tops[4, 8][1] < tops[4, 128][1]
+assert first[1] > 0 and last[1] < 0 < last[2]
+assert best_rate[sizes[0]] < best_rate[sizes[-1]]
 values(
     batch_seeds=batch_seeds,
-    batch_noise=percent(SIGMA["dpo"]),
+    **{
+        f"batch_noise_{name}": percent(
+            spread(runs for (_, _, rate), runs in batches.items() if rate == batch_rates[at])
+        )
+        for name, at in (("low", 0), ("high", -1))
+    },
     batch_small=sizes[0],
     batch_large=sizes[-1],
-    batch_small_first=percent(tops[1, sizes[0]][0]),
-    batch_large_first=percent(tops[1, sizes[-1]][0]),
-    batch_spread_last=percent(
-        max(tops[4, size][0] for size in sizes) - min(tops[4, size][0] for size in sizes)
-    ),
-    batch_times=f"{tops[4, sizes[-1]][1] / tops[4, sizes[0]][1]:.0f}",
+    batch_small_first=percent(np.mean(top(1, sizes[0])[0])),
+    batch_large_first=percent(np.mean(top(1, sizes[-1])[0])),
+    batch_first=percent(first[0]),
+    batch_first_interval=f"{percent(first[1])} to {percent(first[2])}",
+    batch_last=percent(last[0]),
+    batch_last_interval=f"{percent(last[1])} to {percent(last[2])}",
+    batch_lone=percent(max(lone) - min(lone)),
+    batch_lost_small=lost(sizes[0], sizes[-1]),
+    batch_lost_large=lost(sizes[-1], sizes[0]),
+    batch_times=f"{best_rate[sizes[-1]] / best_rate[sizes[0]]:.0f}",
 )
 Markdown("\n".join(rows))
 
@@ -631,9 +732,14 @@ for axis, task in zip(axes, POOL, strict=True):
     axis.set_ylim(-0.35, 1.02)
     axis.set_title(f"Rank correlation with the end, {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
-axes[-1].set_xlabel("fraction of the run");
+axes[-1].set_xlabel("fraction of the run")
 # %%
 #| label: early-numbers
+# How far apart the better half's ends are, to be read beside the seed's deviation.
+for task in POOL:
+    ends = sorted(final(run) for run in part(POOL[task], "random"))
+    spread = statistics.stdev(ends[len(ends) // 2 :])
+    values(**{f"early_{task}_spread": percent(spread)})
 for (task, group), found in EARLY.items():
     name = f"early_{task}_{'all' if group == 'all' else 'half'}"
     first = min(found)
@@ -800,7 +906,7 @@ for line, (method, runs) in enumerate(searches.items()):
     )
 axis.set_xlabel("trials")
 axis.set_title("True accuracy of what would be taken (%)")
-axis.legend(fontsize=8, loc="lower right");
+axis.legend(fontsize=8, loc="lower right")
 # %%
 #| label: claim
 SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
@@ -836,7 +942,7 @@ CURVES = {
     for method in ("random", "tpe+pruning")
 }
 rows = [
-    "| | compute until as good as random's best, five searches | median | trials in it |",
+    "| | compute until as good as random's best, five searches | median | a whole pruned search |",
     "| --- " * 4 + "|",
 ]
 SHARE = {}
@@ -850,7 +956,7 @@ for task, limit in LIMIT.items():
     trials = statistics.median(len(curve) for curve in CURVES[task, "tpe+pruning"])
     rows.append(
         f"| {NAMES[task]} | {', '.join(shown)} | **{shown[len(shown) // 2]}** "
-        f"| {trials:.0f} of {limit} whole runs' steps |"
+        f"| {trials:.0f} trials, the steps of {limit} whole runs |"
     )
     values(
         **{
@@ -888,7 +994,7 @@ for axis, task in zip(axes, LIMIT, strict=True):
     axis.set_ylim(bottom={"dpo": 70, "grpo": 12}[task])
     axis.set_title(f"Best {POOL[task]['objective']} so far (%), {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
-axes[-1].set_xlabel("compute spent (whole runs)");
+axes[-1].set_xlabel("compute spent (whole runs)")
 
 # %%
 #| label: fresh
@@ -915,6 +1021,7 @@ values(
     fresh_pruned=shown_interval(again["tpe+pruning"]),
     fresh_random_search=shown_interval(found["random"]),
     fresh_pruned_search=shown_interval(found["tpe+pruning"]),
+    fresh_curse=percent(statistics.mean(found["random"]) - statistics.mean(again["random"])),
     fresh_gain=f"{100 * gain:+.1f}",
     fresh_gain_interval=f"{100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}",
 )
@@ -948,7 +1055,7 @@ axis.semilogx(kl, 100 * value, "o", color=LINES[0]["color"], alpha=0.4, markersi
 kl, value = np.array(front_of(random_points)).T
 axis.step([*kl, max(random_points)[0]], [*100 * value, 100 * value[-1]], where="post", color="k")
 axis.set_title("val:accuracy (%), GRPO")
-axis.set_xlabel("KL to the reference (nats an answer)");
+axis.set_xlabel("KL to the reference (nats an answer)")
 # %%
 #| label: front-numbers
 best_kl, best_value = front_of(random_points)[-1]
@@ -1089,6 +1196,9 @@ for task in POOL:
             f"replayed {statistics.mean(replayed):.3f}"
         )
 plan_error = max(abs(planned - replayed) for *_, planned, replayed in checked)
+assert all(planned > replayed for *_, planned, replayed in checked)  # the page says so
+gains = [plans[0].expected - plain(plans).expected for plans in PLANS.values()]
+assert max(gains) < plan_error  # the page says so
 values(plan_error=percent(plan_error), plan_checks=len(checked))
 
 # %% [markdown]

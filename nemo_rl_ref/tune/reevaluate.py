@@ -156,13 +156,14 @@ class Reevaluation:
         if winner.low is None or winner.high is None:
             return [*found, _why_no_model(winner)]
         better = "better" if winner.mean_difference > 0 else "worse"
+        by = f"{better} by {abs(winner.mean_difference):.4g}" if winner.mean_difference else "equal"
         verdict = (
             "The interval contains zero: these runs do not show that it differs from the default."
             if winner.low <= 0 <= winner.high
             else f"The interval does not contain zero: it is {better} than the default."
         )
         found.append(
-            f"Against the default it is {better} by {abs(winner.mean_difference):.4g} on average, "
+            f"Against the default it is {by} on average, "
             f"{self.level:.0%} interval {winner.low:.4g} to {winner.high:.4g} "
             f"({winner.pairs} pairs, better on {winner.wins:.0%} of the seeds). The probability "
             f"that its mean over seeds beats the default's is {_percent(winner.probability)} "
@@ -177,11 +178,13 @@ class Reevaluation:
         return found
 
     def _optimism(self, winner: Comparison) -> str:
-        side = "better" if (winner.optimism or 0) > 0 else "worse"
+        optimism = winner.optimism or 0
+        side = "better than" if optimism > 0 else "worse than"
+        by = f"{abs(optimism):.4g} {side} that" if optimism else "the same"
         return (
             f"The search reported {winner.search_value:.4g} for its best, {winner.name}. Over fresh "
             f"seeds it has {winner.mean:.4g} on average: the search's value was "
-            f"{abs(winner.optimism or 0):.4g} {side} than that. The best of many noisy values is "
+            f"{by}. The best of many noisy values is "
             "too good on average, so the mean over fresh seeds is the one to quote."
         )
 

@@ -106,10 +106,11 @@ def make_pruner(name: str, spec: Spec) -> BasePruner:
             "one may lead in another, so there is nothing to prune by; expected none"
         )
     period_key = f"{spec.algorithm}.val_period"
-    if period_key in spec.space.entries:
+    entry = spec.space.entries.get(period_key)
+    if entry is not None and (entry.search or entry.tie or entry.when):
         raise SearchError(
-            f"pruner: got {name} with {period_key} in the space; trials are compared at equal "
-            "steps; expected it fixed"
+            f"pruner: got {name} with {period_key} searched, tied or conditional in the space; "
+            "trials are compared at equal steps; expected one value for all"
         )
     if not spec.val_period:
         raise SearchError(

@@ -142,15 +142,20 @@ class Spec:
 
     @property
     def val_period(self) -> int:
-        """Steps between two validations; 0 if there are none between."""
-        period = self.base.get(f"{self.algorithm}.val_period") or 0
-        return period if isinstance(period, int) and period > 0 else 0
+        """Steps between two validations; 0 if there are none between, or trials differ in them."""
+        return self._same_for_all("val_period") or 0
 
     @property
     def max_steps(self) -> int | None:
         """``max_num_steps``, if it is set and all trials have the same; a run may be shorter."""
-        key = f"{self.algorithm}.max_num_steps"
+        return self._same_for_all("max_num_steps")
+
+    def _same_for_all(self, name: str) -> int | None:
+        """A number of steps above 0 that the space fixes or the configuration has, or None."""
+        key = f"{self.algorithm}.{name}"
         entry = self.space.entries.get(key)
+        if entry is not None and (entry.search or entry.tie or entry.when):
+            return None
         steps = self.base.get(key) if entry is None else entry.fixed
         return steps if isinstance(steps, int) and steps > 0 else None
 

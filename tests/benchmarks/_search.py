@@ -46,7 +46,7 @@ from optuna.distributions import (  # noqa: E402
 
 from _record import device_name  # noqa: E402
 
-from nemo_rl_ref import run_dpo, run_grpo, tiny  # noqa: E402
+from nemo_rl_ref import reference_logprobs, run_dpo, run_grpo, tiny  # noqa: E402
 from nemo_rl_ref.generation import answer_kl, sample_answers  # noqa: E402
 from nemo_rl_ref.rl_settings import USED_KEYS as RL_KEYS  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
@@ -212,7 +212,7 @@ class Trainings:
         for module in (run_dpo, run_grpo):
             module.load_policy = self._keep(module.load_policy)
         tokenized, logprobs = {}, {}
-        samples, compute = run_dpo.preference_samples, run_dpo._compute
+        samples, compute = run_dpo.preference_samples, reference_logprobs._compute
 
         def tokenized_once(config, *args, **options):
             train, validation = samples(config, *args, **options)
@@ -222,13 +222,14 @@ class Trainings:
                 held_out._samples = tokenized.setdefault((paths, name), {})
             return train, validation
 
-        def computed_once(policy, task, chunks, accelerator):
-            key = run_dpo._fingerprint(policy, chunks)
+        def computed_once(policy, load_model, chunks, accelerator):
+            key = reference_logprobs._fingerprint(policy, chunks)
             if key not in logprobs:
-                logprobs[key] = compute(policy, task, chunks, accelerator)
+                logprobs[key] = compute(policy, load_model, chunks, accelerator)
             return logprobs[key]
 
-        run_dpo.preference_samples, run_dpo._compute = tokenized_once, computed_once
+        run_dpo.preference_samples = tokenized_once
+        reference_logprobs._compute = computed_once
 
     def _keep(self, load):
         def kept(*args, **options):

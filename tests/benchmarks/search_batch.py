@@ -15,7 +15,7 @@ import itertools
 from _search import DPO, RATE, WARM_UP, WORK, Store, Trainings, header, write
 
 BATCH = "policy.train_global_batch_size"
-GRID_SEEDS = range(1)
+GRID_SEEDS = range(3)
 EPOCH, EPOCHS = 512, 4
 BATCHES, BATCH_RATES = (8, 32, 128), (3e-5, 1e-4, 3e-4, 1e-3)
 

@@ -113,6 +113,15 @@ def test_the_first_rung_is_the_first_validation():
     assert hyperband._max_resource == 40
 
 
+def test_steps_that_the_space_fixes_are_those_of_all_trials():
+    fixed = {**stand_in.SPACE, "dpo.val_period": 2, "dpo.max_num_steps": 18}
+    hyperband = studies.make_pruner("hyperband", stand_in.make(fixed))
+    assert (hyperband._min_resource, hyperband._max_resource) == (2, 18)
+    tied = {"divides": "dpo.val_batches", "at_most": 3}
+    spec = stand_in.make({**stand_in.SPACE, "dpo.max_num_steps": tied})
+    assert spec.max_steps is None, "3 is the tie's limit"
+
+
 def test_several_objectives_have_a_front(tmp_path):
     spec = stand_in.make(objectives=("val:loss", "val:accuracy"))
     study = search(tmp_path, spec, sampler="tpe")
