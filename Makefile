@@ -57,7 +57,7 @@ bench: venv ## run the benchmarks, tests/benchmarks/bench_*.py
 		echo "$$script"; $(PY) "$$script" || exit 1; \
 	done
 
-studies: venv ## run the searches that the site shows, about an hour; goes on where it was stopped
+studies: venv ## run the searches that the site shows, one to two hours; goes on where it was stopped
 	@for script in pool samplers batch modelled; do \
 		echo "tests/benchmarks/search_$$script.py"; \
 		OMP_NUM_THREADS=1 $(PY) "tests/benchmarks/search_$$script.py" || exit 1; \

@@ -398,7 +398,7 @@ reach = [ridge / 100, ridge, ridge * 100]
 roof = [min(products, bandwidth * x) / 1e12 for x in reach]
 axis.loglog(reach, roof, color=LINES[0]["color"], label="limit")
 axis.set_xlabel("operations a byte")
-axis.legend(fontsize=8, loc="lower right")
+axis.legend(fontsize=8, loc="upper left")
 
 # %%
 #| label: cpu-results

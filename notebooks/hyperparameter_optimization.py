@@ -139,7 +139,7 @@ values(
 # %% [markdown]
 # ## Recorded runs
 #
-# What needs hundreds of runs was run once. `make studies` makes these files again, in about an hour
+# What needs hundreds of runs was run once. `make studies` makes these files again, in one to two hours
 # on one core: `search_pool.py`, `search_samplers.py`, `search_batch.py` and `search_modelled.py` in
 # `tests/benchmarks`.
 
