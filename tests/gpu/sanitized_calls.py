@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch
+import torch  # noqa: E402
 
-from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
-from nemo_rl_ref.kernels import clipped_pg_terms, gae
-from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig  # noqa: E402
+from nemo_rl_ref.kernels import clipped_pg_terms, gae  # noqa: E402
+from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs  # noqa: E402
 
 DEVICE = torch.device("cuda")
 BACKENDS = ("cuda", "torch")
