@@ -266,6 +266,11 @@ def unavailable(device: torch.device) -> str | None:
             f"the driver is one of CUDA {driver}, which does not load what NVRTC {compiler} makes; "
             "update the driver"
         )
+    if _newest_known(capability) is None:
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, which NVRTC {compiler} does not know; update it"
+        )
     return None
 
 
@@ -366,8 +371,22 @@ def _write_entry(path: Path, entry: Compiled) -> None:
 
 @lru_cache
 def _architecture(device_index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return f"sm_{major}{minor}"
+    return f"sm_{_newest_known(torch.cuda.get_device_capability(device_index))}"
+
+
+@lru_cache
+def _newest_known(capability: tuple[int, int]) -> int | None:
+    """The newest architecture that NVRTC knows whose machine code runs on such a GPU.
+
+    That is what has the same major number and no larger minor number.
+    """
+    from cuda.bindings import nvrtc
+
+    status, known = nvrtc.nvrtcGetSupportedArchs()
+    if int(status):
+        raise RuntimeError(f"NVRTC does not tell what it can compile for ({status})")
+    major, minor = capability
+    return max((a for a in known if a // 10 == major and a % 10 <= minor), default=None)
 
 
 @cache

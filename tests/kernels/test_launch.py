@@ -113,6 +113,27 @@ def test_the_choice_compiles_whole(wanted):
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((9, 0), 90), ((10, 3), 103), ((10, 4), 103), ((12, 9), 121)]
+)
+def test_for_what_is_compiled(capability, expected, monkeypatch):
+    """For the GPU itself, or for an older one of its family."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    loader._architecture.cache_clear()
+    assert loader._architecture(0) == f"sm_{expected}"
+    loader._architecture.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_is_too_new(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (99, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Z100")
+    reason = loader.unavailable(torch.device("cuda", 0))
+    assert reason.startswith("Z100 has compute capability 99.0, which NVRTC 13.0 does not know")
+
+
+@needs_compiler
 @pytest.mark.usefixtures("gpu")
 def test_a_driver_that_is_too_old(monkeypatch):
     device = torch.device("cuda", 0)
