@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         metavar="N",
-        help="processes that train, each on a GPU of its own where there are several; default: 1",
+        help="processes that train, each on one GPU, in turn, where there are several; default: 1",
     )
     add("--threads", type=int, default=1, metavar="N", help="torch's, of each; default: 1")
     add("--seed", type=int, default=0, metavar="N", help="of the sampler; default: 0")

@@ -114,7 +114,8 @@ def test_the_choice_compiles_whole(wanted):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("capability", "expected"), [((9, 0), 90), ((10, 3), 103), ((10, 4), 103), ((12, 9), 121)]
+    ("capability", "expected"),
+    [((9, 0), 90), ((12, 0), 120), ((10, 3), 103), ((10, 4), 103), ((12, 9), 121)],
 )
 def test_for_what_is_compiled(capability, expected, monkeypatch):
     """For the GPU itself, or for an older one of its family."""
