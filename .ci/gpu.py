@@ -36,7 +36,7 @@ def missing():
 
 def absent_peers():
     """The pinned peers of the benchmarks that are not installed in the pinned version."""
-    pins = re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements-gpu.txt").read_text(), re.MULTILINE)
+    pins = re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements-gpu.txt").read_text(), re.M)
     found = []
     for name, version in pins:
         try:

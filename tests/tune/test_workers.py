@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes on one study: workers that die, and a supervisor that dies."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -82,7 +83,7 @@ def test_workers_that_die_before_they_begin_end_the_search(tmp_path, monkeypatch
     )
     (tmp_path / "dies_in_workers.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    from dies_in_workers import run
+    run = importlib.import_module("dies_in_workers").run
 
     with pytest.raises(SearchStopped, match="3 workers ended with exit status 5 before they began"):
         optimize(stand_in.make(), folder=tmp_path / "s", runner=run, jobs=2, trials=4, **SETTINGS)
