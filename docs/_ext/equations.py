@@ -21,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,11 +59,14 @@ def start_checks(app: Sphinx) -> None:
     app.equation_results = Path(app.outdir).parent / "equations" / f"{key}.json"
     if not app.equation_results.is_file():
         logger.info("checking the equations ...")
+        # Into a file, which takes all at once. A full pipe makes the process wait in its write; if
+        # it is stopped and continued there, the rest is lost where PYTHONUNBUFFERED is set.
+        app.equation_output = tempfile.TemporaryFile("w+", encoding="utf-8")
         app.equation_checks = subprocess.Popen(
             [sys.executable, "-m", "nemo_rl_ref.equations", "--json"],
             cwd=root,
             env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
+            stdout=app.equation_output,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -77,9 +81,13 @@ def finish_checks(app: Sphinx) -> None:
     if getattr(app, "equation_results", None) is None:
         return
     if app.equation_checks is not None:
-        output, errors = app.equation_checks.communicate()
+        _, errors = app.equation_checks.communicate()
         if app.equation_checks.returncode != 0:
             raise SystemExit(f"\nEquation error: {errors.strip()}")
+        with app.equation_output as file:
+            file.seek(0)
+            output = file.read()
+        json.loads(output)  # what is kept can be read
         write_atomically(app.equation_results, output.encode())
         for old in sorted(app.equation_results.parent.glob("*.json"), key=os.path.getmtime)[:-KEPT]:
             old.unlink(missing_ok=True)
