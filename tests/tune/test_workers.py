@@ -13,6 +13,7 @@ import pytest
 import stand_in
 from optuna.trial import TrialState
 
+from nemo_rl_ref.tune import workers
 from nemo_rl_ref.tune.study import (
     SearchStopped,
     Settings,
@@ -20,7 +21,6 @@ from nemo_rl_ref.tune.study import (
     open_search,
     optimize,
 )
-from nemo_rl_ref.tune import workers
 from nemo_rl_ref.tune.workers import how_it_died
 
 SETTINGS = {"sampler": "random", "heartbeat": 1, "grace": 120}
