@@ -352,7 +352,9 @@ def _run_op(
     def scalar(count: Tensor | float | None) -> Tensor | None:
         if count is None:
             return None
-        count = torch.as_tensor(count, device=logprobs.device)
+        if not isinstance(count, Tensor):  # filled on the device: to copy it would be to wait
+            return torch.full((), count, dtype=torch.float64, device=logprobs.device)
+        count = count.to(logprobs.device)
         return count if count.dtype in _DTYPES else count.double()
 
     of_rows = (
@@ -608,13 +610,23 @@ def _counter(device: torch.device) -> Tensor:
     Kernels on one stream run one after the other. A graph can be replayed on any, so it gets its
     own.
     """
-    key, capturing = (device.type, device.index, 0), False
+    stream = 0
     if device.type == "cuda":
-        key = (device.type, device.index, torch.cuda.current_stream(device).cuda_stream)
-        capturing = torch.cuda.is_current_stream_capturing()
-    if capturing or key not in _counters:
-        counter = torch.zeros(1, dtype=torch.int32, device=device)
-        if capturing:
-            return counter
-        _counters[key] = counter
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return torch.zeros(1, dtype=torch.int32, device=device)
+            stream = torch.cuda.current_stream().cuda_stream
+    key = (device.type, device.index, stream)
+    if key not in _counters:
+        # What this thread allocates while torch.compile warms up for a graph is that graph's
+        # memory, where nothing may be kept. What another thread allocates is not.
+        with ThreadPoolExecutor(1) as executor:
+            _counters[key] = executor.submit(_new_counter, device).result()
     return _counters[key]
+
+
+def _new_counter(device: torch.device) -> Tensor:
+    counter = torch.zeros(1, dtype=torch.int32, device=device)
+    if device.type == "cuda":  # any stream may use it from now on
+        torch.cuda.current_stream(device).synchronize()
+    return counter

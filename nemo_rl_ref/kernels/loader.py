@@ -210,7 +210,10 @@ def launch(
         cuda.Device(torch.cuda.current_device()).set_current()
         kernel = _kernel(source, expression, _architecture(torch.cuda.current_device()))
         config = cuda.LaunchConfig(grid=grid, block=block)
-        cuda.launch(torch.cuda.current_stream(), config, kernel, *values)
+        # By its address: cuda-core warns of another library's stream object, and that of
+        # PyTorch's older releases does not say what it is.
+        stream = cuda.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+        cuda.launch(stream, config, kernel, *values)
 
 
 def kernel_arguments(
@@ -255,10 +258,25 @@ def unavailable(device: torch.device) -> str | None:
             f"{MINIMUM_CAPABILITY[0]}.{MINIMUM_CAPABILITY[1]}"
         )
     try:
-        _compiler_version()
+        compiler, driver = _compiler_version(), _driver_version()
     except KernelsUnavailable as error:
         return str(error)
+    if driver < int(compiler.split(".")[0]):
+        return (
+            f"the driver is one of CUDA {driver}, which does not load what NVRTC {compiler} makes; "
+            "update the driver"
+        )
+    if _newest_known(capability) is None:
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability "
+            f"{capability[0]}.{capability[1]}, which NVRTC {compiler} does not know; update it"
+        )
     return None
+
+
+# Dynamo shall call this while it compiles, not look into it. It is what
+# torch.compiler.assume_constant_result sets, which would take seconds to import.
+unavailable._dynamo_marked_constant = True
 
 
 def _compiler() -> tuple[Any, Any]:
@@ -285,6 +303,19 @@ def _compiler_version() -> str:
     if int(status):
         raise KernelsUnavailable(f"NVRTC does not tell its version ({status}); {_INSTALL}")
     return f"{major}.{minor}"
+
+
+@lru_cache
+def _driver_version() -> int:
+    try:
+        from cuda.bindings import driver
+
+        status, version = driver.cuDriverGetVersion()
+    except Exception as error:  # no driver, or one too old for the bindings
+        raise KernelsUnavailable(f"CUDA's driver cannot be asked ({error})") from error
+    if int(status):
+        raise KernelsUnavailable(f"CUDA's driver does not tell its version ({status})")
+    return version // 1000
 
 
 class _Log:
@@ -340,8 +371,22 @@ def _write_entry(path: Path, entry: Compiled) -> None:
 
 @lru_cache
 def _architecture(device_index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return f"sm_{major}{minor}"
+    return f"sm_{_newest_known(torch.cuda.get_device_capability(device_index))}"
+
+
+@lru_cache
+def _newest_known(capability: tuple[int, int]) -> int | None:
+    """The newest architecture that NVRTC knows whose machine code runs on such a GPU.
+
+    That is what has the same major number and no larger minor number.
+    """
+    from cuda.bindings import nvrtc
+
+    status, known = nvrtc.nvrtcGetSupportedArchs()
+    if int(status):
+        raise RuntimeError(f"NVRTC does not tell what it can compile for ({status})")
+    major, minor = capability
+    return max((a for a in known if a // 10 == major and a % 10 <= minor), default=None)
 
 
 @cache

@@ -74,7 +74,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="of the study: its storage, and the output of each trial; default: "
         "results/tune_ALGORITHM",
     )
-    add("--jobs", type=int, default=1, metavar="N", help="processes that train; default: 1")
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that train, each on one GPU, in turn, where there are several; default: 1",
+    )
     add("--threads", type=int, default=1, metavar="N", help="torch's, of each; default: 1")
     add("--seed", type=int, default=0, metavar="N", help="of the sampler; default: 0")
     add(

@@ -5,6 +5,9 @@ A worker lives as long as the search: libraries are imported once. It shares not
 others but the study, so a worker that dies, for want of memory for example, takes only its trial
 with it. That trial is recorded as failed, with what the process died of. If the supervising process
 dies too, nobody records anything: then the trials are abandoned, and go back to the queue.
+
+Where there are several GPUs, each worker sees one of them, in turn: with ``CUDA_VISIBLE_DEVICES``,
+from among those that it names already.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -76,7 +81,8 @@ def supervise(search: Search, jobs: int) -> None:
         SearchStopped: As `nemo_rl_ref.tune.study.work`, or if workers die before they begin.
         Stopped: If the search was asked to end. The trials that ran are back in the queue.
     """
-    workers = [_start(search, number) for number in range(jobs)]
+    devices = visible_devices(_count_devices(), os.environ)
+    workers = [_start(search, number, devices) for number in range(jobs)]
     idle_deaths = 0
     try:
         while workers:
@@ -96,7 +102,7 @@ def supervise(search: Search, jobs: int) -> None:
                         f"{idle_deaths} workers {how_it_died(worker.process.exitcode)} before they "
                         f"began a trial; see {output_file(search.folder, worker.number)}"
                     )
-                workers.append(_start(search, worker.number))
+                workers.append(_start(search, worker.number, devices))
     finally:
         _end(search, workers)
     search.changed()
@@ -118,7 +124,45 @@ def how_it_died(exitcode: int) -> str:
     return f"killed by {name}" + (" (out of memory?)" if exitcode == -signal.SIGKILL else "")
 
 
-def _start(search: Search, number: int) -> Worker:
+def visible_devices(count: int, environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that workers take in turn, as ``CUDA_VISIBLE_DEVICES`` names them.
+
+    Args:
+        count: How many GPUs this process sees.
+        environment: Its environment variables.
+
+    Returns:
+        Their names, none where there is nothing to choose from.
+    """
+    if count < 2:
+        return []
+    named = environment.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else map(str, range(count))
+    return [name.strip() for name in names][:count]
+
+
+def _count_devices() -> int:
+    import torch  # which the workers need, but nothing else here
+
+    return torch.cuda.device_count()
+
+
+@contextmanager
+def _showing(device: str | None) -> Iterator[None]:
+    """Processes that start now see this GPU alone."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    try:
+        yield
+    finally:
+        if device is not None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+            if before is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _start(search: Search, number: int, devices: list[str]) -> Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
@@ -126,7 +170,9 @@ def _start(search: Search, number: int) -> Worker:
         args=(search.spec, search.settings, search.folder, search.runner, number, theirs),
         name=f"tune worker {number}",
     )
-    with torch_threads(search.settings.threads):  # in the environment that the process inherits
+    device = devices[number % len(devices)] if devices else None
+    # In the environment that the process inherits.
+    with torch_threads(search.settings.threads), _showing(device):
         process.start()
     theirs.close()
     return Worker(number, process, ours)

@@ -134,11 +134,15 @@ def run(given, flags, backend, device="cpu", dtype=None):
 
 
 def check(given, flags, device, tolerance=None, what="", finite=False, **options):
-    """Kernels against plain PyTorch; with `finite`, an infinity counts as a NaN."""
+    """Kernels against plain PyTorch on the same device, whose exponentials have the same bits.
+
+    A ratio at a clip is a tie with one exponential and none with another. With `finite`, an
+    infinity counts as a NaN.
+    """
     double = given["logprobs"].dtype == torch.float64
     tolerance = tolerance or (1e-10 if double else 3e-5)
     terms, grads = run(given, flags, "cuda", device)
-    expected, slopes = run(given, flags, "torch", **options)
+    expected, slopes = run(given, flags, "torch", device, **options)
     if finite:
         terms, expected, *all_grads = (
             x.masked_fill(x.isinf(), math.nan) for x in (terms, expected, *grads, *slopes)
@@ -310,7 +314,8 @@ def finite_differences(device):
 
         def mixture(logprobs, given=given, config=config):
             changed = given | {"logprobs": logprobs}
-            return clipped_pg_terms(**changed, config=config, backend="cuda") @ weights
+            terms = clipped_pg_terms(**changed, config=config, backend="cuda")
+            return (terms * weights).sum()
 
         assert torch.autograd.gradcheck(mixture, given["logprobs"].requires_grad_())
 

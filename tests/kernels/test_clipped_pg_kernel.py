@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of ``clipped_pg.cu``: executed on threads of the CPU, compiled, and run on a GPU."""
 
-import pytest
-import torch
+import threading
 
 import clipped_pg_cases as cases
+import pytest
+import torch
+from test_loader import needs_compiler
+from thread_harness import (
+    SKIPPED,
+    KernelFault,
+    ThreadHarness,
+    compiler,
+    has_thread_sanitizer,
+)
+
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl_ref.kernels import TERMS, _clipped_pg, clipped_pg_terms, loader
-from test_loader import needs_compiler
-from thread_harness import SKIPPED, KernelFault, ThreadHarness, compiler, has_thread_sanitizer
 
 executed = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
 sanitized = pytest.mark.skipif(
@@ -230,6 +238,29 @@ def test_when_the_kernels_run(on_threads, monkeypatch):
 # ---- without a GPU ------------------------------------------------------------------------------
 
 
+def test_a_counter_is_another_threads_memory(monkeypatch):
+    """This one's may be that of a graph which torch.compile warms up for, and must not be kept."""
+    made, new = [], _clipped_pg._new_counter
+    monkeypatch.setattr(_clipped_pg, "_counters", {})
+    monkeypatch.setattr(
+        _clipped_pg,
+        "_new_counter",
+        lambda device: made.append(threading.current_thread()) or new(device),
+    )
+    first, second = (_clipped_pg._counter(torch.device("cpu")) for _ in range(2))
+    assert first is second and first.tolist() == [0]
+    assert len(made) == 1 and made[0] is not threading.current_thread()
+
+
+@pytest.mark.usefixtures("threads")
+@executed
+def test_counts_that_are_numbers_are_made_on_the_device(monkeypatch):
+    """A copy from the host would wait for the device."""
+    monkeypatch.setattr(torch, "as_tensor", None)
+    given = cases.batch(3, 20) | {"global_valid_toks": 7.0, "global_valid_seqs": 3}
+    cases.run(given, {"reference_policy_kl_penalty": 0.0}, "cuda")
+
+
 @needs_compiler
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
@@ -359,6 +390,28 @@ def test_cases_on_gpu(case):
 @pytest.mark.parametrize("flags", OPERATOR_FLAGS)
 def test_operator_on_gpu(flags):
     torch.library.opcheck(_clipped_pg._op, arguments_of(OPERATOR_FLAGS[flags], "cuda", True))
+
+
+@on_gpu
+def test_compiled_into_graphs():
+    """As `torch.compile` warms up for its graphs, captures and replays them."""
+    torch.use_deterministic_algorithms(False)  # its fills are no part of this
+    given = {n: x.cuda() for n, x in cases.batch(4, 300, seed=1, dtype=torch.float32).items()}
+    config = ClippedPGLossConfig(**cases.EVERYTHING)
+
+    def loss(logprobs):
+        return clipped_pg_terms(**given | {"logprobs": logprobs}, config=config)[0]
+
+    compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
+    for call in range(4):
+        results = []
+        for function in (loss, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            logprobs = (given["logprobs"] - 0.01 * call).requires_grad_()
+            value = function(logprobs)
+            value.backward()
+            results.append((value.detach().clone(), logprobs.grad.clone()))
+        torch.testing.assert_close(results[1], results[0])
 
 
 @on_gpu

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes on one study: workers that die, and a supervisor that dies."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import stand_in
 from optuna.trial import TrialState
 
+from nemo_rl_ref.tune import workers
 from nemo_rl_ref.tune.study import (
     SearchStopped,
     Settings,
@@ -28,6 +30,14 @@ def dying(spec, values, folder, *, seed=None, observe=None):
     """The second trial kills its process, as a system without memory does."""
     if folder.name == "trial_0001":
         os.kill(os.getpid(), signal.SIGKILL)
+    return stand_in.run(spec, values, folder, seed=seed, observe=observe)
+
+
+def telling_its_device(spec, values, folder, *, seed=None, observe=None):
+    """Each trial leaves the name of the GPUs that its process sees."""
+    time.sleep(0.2)  # so that no worker does all of them
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    folder.parent.joinpath(f"device_{os.getpid()}_{seen}").touch()
     return stand_in.run(spec, values, folder, seed=seed, observe=observe)
 
 
@@ -73,7 +83,7 @@ def test_workers_that_die_before_they_begin_end_the_search(tmp_path, monkeypatch
     )
     (tmp_path / "dies_in_workers.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    from dies_in_workers import run
+    run = importlib.import_module("dies_in_workers").run
 
     with pytest.raises(SearchStopped, match="3 workers ended with exit status 5 before they began"):
         optimize(stand_in.make(), folder=tmp_path / "s", runner=run, jobs=2, trials=4, **SETTINGS)
@@ -118,6 +128,37 @@ def until(condition):
     while not condition():
         assert time.monotonic() - began < 600
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("count", "named", "expected"),
+    [
+        (0, None, []),
+        (1, None, []),
+        (1, "3", []),
+        (3, None, ["0", "1", "2"]),
+        (2, "5, GPU-8a1b", ["5", "GPU-8a1b"]),
+        (2, "2,7,-1,4", ["2", "7"]),  # CUDA reads up to the first that there is not
+    ],
+)
+def test_the_devices_of_workers(count, named, expected):
+    environment = {} if named is None else {"CUDA_VISIBLE_DEVICES": named}
+    assert workers.visible_devices(count, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "named", "expected"), [(2, "4,6", ["4", "6", "4"]), (1, "4,6", ["4,6"] * 3)]
+)
+def test_each_worker_sees_its_device(tmp_path, monkeypatch, count, named, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(workers, "_count_devices", lambda: count)
+    folder = tmp_path / "s"
+    optimize(
+        stand_in.make(), folder=folder, runner=telling_its_device, jobs=3, trials=12, **SETTINGS
+    )
+    told = [path.name.split("_")[-1] for path in folder.rglob("device_*")]
+    assert sorted(told) == sorted(expected)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == named
 
 
 def test_how_a_process_died():
