@@ -40,6 +40,13 @@ def together(spec, values, folder, *, seed=None, observe=None):
     return validations(spec, values, folder, seed=seed, observe=observe)
 
 
+def reserved(spec, values, folder, *, seed=None, observe=None):
+    """The CPUs that Ray has reserved for the trial, as its objective."""
+    import ray
+
+    return {ACCURACY: ray.get_runtime_context().get_assigned_resources()["CPU"]}
+
+
 def deadly(spec, values, folder, *, seed=None, observe=None):
     """The worker is killed, as the system kills one that takes too much memory."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from nemo_rl_ref.tune import make_spec, optimize
+from nemo_rl_ref.tune import SearchStopped, make_spec, optimize
 from nemo_rl_ref.tune.nemo_rl_launcher import (
     LauncherError,
     launcher,
@@ -93,14 +93,29 @@ def test_pruning_ends_the_process(spec, tmp_path):
             raise optuna.TrialPruned
 
     with pytest.raises(optuna.TrialPruned):
-        trial(spec, tmp_path, observe, seconds_per_step=0.4)
-    assert "Max number of steps" not in (tmp_path / "output.txt").read_text()
+        trial(spec, tmp_path, observe, seconds_per_step=0.4, child=True)
+    output = (tmp_path / "output.txt").read_text()
+    assert "Max number of steps" not in output
+    script, child = (int(pid) for pid in output.split("processes ")[1].split()[:2])
+    assert not Path(f"/proc/{script}").exists(), "the script still runs"
+    assert_it_ends(child)  # also one that SIGTERM alone does not end
+
+
+def assert_it_ends(pid):
+    """A process that is not ours to wait for was killed."""
+    for _ in range(1000):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("a process of the group was left running")
 
 
 def test_one_that_ignores_sigterm_is_killed_after_the_grace_period():
     code = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
-        "child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True); time.sleep(600)"
+        "child = subprocess.Popen(['sleep', '180']); print(child.pid, flush=True); time.sleep(180)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
@@ -108,15 +123,8 @@ def test_one_that_ignores_sigterm_is_killed_after_the_grace_period():
     child = int(process.stdout.readline())
     stop(process, grace=0.2)
     process.stdout.close()
-    assert process.returncode == -signal.SIGKILL
-    for _ in range(1000):  # the child is not ours to wait for
-        state = Path(f"/proc/{child}/stat")
-        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, signal.SIGKILL)
-        pytest.fail("a process of the group was left running")
+    assert process.returncode == -signal.SIGKILL, "it ran to its own end: no SIGKILL"
+    assert_it_ends(child)
 
 
 def test_a_study_runs_on_it(spec, tmp_path):
@@ -127,6 +135,17 @@ def test_a_study_runs_on_it(spec, tmp_path):
         peak = 0.9 - 0.1 * abs(math.log10(lr) + 4)
         assert trial.value == pytest.approx(peak * (1 - math.exp(-6 / 4)), abs=1e-6)
         assert list(trial.intermediate_values) == [2, 4, 6]
+        logs = tmp_path / f"trial_{trial.number:04d}" / "logs"
+        assert [path.name for path in logs.glob("*")] == ["exp_001"], "not its own log_dir"
+
+
+def test_an_objective_that_the_script_never_logs_ends_the_search(spec, tmp_path):
+    other = make_spec(
+        "dpo", "configs/dpo.yaml", spec.space, ["val:rewards:maximize"], spec.overrides
+    )
+    runner = launcher(CHECKOUT, command=[sys.executable], poll=0.05)
+    with pytest.raises(SearchStopped, match=f"got val:rewards, .* it logs {ACCURACY}, val:valid"):
+        optimize(other, folder=tmp_path, trials=2, runner=runner, sampler="random")
 
 
 def test_names_of_tags():
@@ -158,10 +177,11 @@ def test_the_default_metrics_of_nemo_rls_files_are_names_of_tags():
         ("\x1b[36m(W pid=7)\x1b[0m torch.OutOfMemoryError: CUDA out of memory.\n", 1,
          "out of memory"),
         ("ray.exceptions.RayTaskError(ValueError): x\nValueError: seed\n", 1, "ValueError: seed"),
+        ("KeyError: 'x'\nThen:\nRuntimeError: a worker died\n", 1, "RuntimeError: a worker died"),
         ("KeyboardInterrupt\n", 1, "KeyboardInterrupt"),
         ("step 3\n", 137, "killed by SIGKILL, often the system out of memory"),
         ("step 3\n", -15, "killed by SIGTERM"),
-        ("cannot open\n\n", 2, "exit status 2: cannot open"),
+        ("starting\ncannot open\n\n", 2, "exit status 2: cannot open"),
         ("", 2, "exit status 2: no output"),
     ],
 )  # fmt: skip

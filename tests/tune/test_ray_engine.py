@@ -9,7 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState
-from ray_runners import broken, deadly, together, validations
+from ray_runners import broken, deadly, reserved, together, validations
 from studies import ACCURACY, AVERAGE, LR, MICRO, SFT, spec_of
 
 from nemo_rl_ref.tune import SearchStopped, StudyError, optimize, ray_engine
@@ -130,6 +130,9 @@ def test_it_goes_on_where_it_was_ended_and_asha_prunes(two_workers, tmp_path):
     )
     assert len(study.trials) == 10 and all(t.state.is_finished() for t in study.trials)
     assert study.trials[:4] == before
+    assert len({t.params[LR] for t in study.trials}) == 10, "a finished trial was run again"
+    pids = [(tmp_path / f"trial_{number:04d}" / "pid").read_text() for number in range(4)]
+    assert pids == [str(os.getpid())] * 4, "a finished trial was run again"
     assert study.trials[4].params == params  # run under its number, with its parameters
     states = state(study)
     assert "PRUNED" in states[5:] and "COMPLETE" in states[4:]
@@ -192,6 +195,13 @@ def test_bad_input_is_refused_before_ray_starts(tmp_path, options, error, messag
     with pytest.raises(error, match=message):
         optimize_on_ray(spec_of(), folder=tmp_path, **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_has_the_cpus_that_were_asked_for(two_workers, tmp_path):
+    study = optimize_on_ray(
+        spec_of(), folder=tmp_path, trials=1, cpus_per_trial=2, runner=reserved, sampler="random"
+    )
+    assert study.trials[0].values == [2.0]
 
 
 def test_more_than_a_node_has_is_refused(two_workers, tmp_path):

@@ -228,6 +228,7 @@ def test_lines_of_another_search_are_not_mixed_in(study, tmp_path):
 def test_two_at_once_are_refused(study, tmp_path):
     def nested(spec, values, folder, *, seed=None, observe=None):
         reevaluate(study, tmp_path, top=1, seeds=1, run_trial=runner)
+        return runner(spec, values, folder, seed=seed)
 
     with pytest.raises(ValueError, match="another re-evaluation is writing"):
         reevaluate(study, tmp_path, top=1, seeds=1, run_trial=nested)
@@ -250,6 +251,16 @@ def test_failures_are_reasons_and_not_values(study, tmp_path):
     assert result.winner.failed == 3 and result.winner.pairs == 3
     both = [r.value for r in result.runs if r.candidate == "default"][3:]
     assert result.winner.default_mean == pytest.approx(np.mean(both))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_is_not_averaged(study, tmp_path, value):
+    def odd(spec, values, folder, *, seed=None, observe=None):
+        return {ACCURACY: value if LR in values else 0.5}
+
+    result = reevaluate(study, tmp_path, top=1, seeds=1, run_trial=odd, show=lambda text: None)
+    assert result.winner.mean is None, "it was averaged"
+    assert [run.failure for run in result.failures] == [f"{ACCURACY} is {value}"]
 
 
 def test_where_all_fail_it_is_said(study, tmp_path):

@@ -23,12 +23,15 @@ from nemo_rl_ref.tune.study import (
 )
 from nemo_rl_ref.tune.workers import how_it_died
 
+#: Seconds. A worker of the tests sleeps for longer.
+PATIENCE = 500
 SETTINGS = {"sampler": "random", "heartbeat": 1, "grace": 120}
 
 
 def dying(spec, values, folder, *, seed=None, observe=None):
-    """The second trial kills its process, as a system without memory does."""
-    if folder.name == "trial_0001":
+    """The second trial kills its process, as a system without memory does, the first time."""
+    if folder.name == "trial_0001" and not folder.exists():
+        folder.mkdir(parents=True)
         os.kill(os.getpid(), signal.SIGKILL)
     return stand_in.run(spec, values, folder, seed=seed, observe=observe)
 
@@ -111,22 +114,38 @@ def test_trials_go_back_to_the_queue_when_the_supervisor_ends(tmp_path, number):
     script = tmp_path / "script.py"
     script.write_text(code)
     environment = {**os.environ, "STAND_IN_SECONDS": "600"}
-    process = subprocess.Popen(
-        [sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True
-    )
+    said = tmp_path / "said.txt"  # a pipe would be open for as long as a worker lives
+    with said.open("w") as output:
+        process = subprocess.Popen([sys.executable, script], env=environment, stdout=output)
     until(lambda: len(list(tmp_path.glob("s/trial_*/runs.txt"))) == 2)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=600)
+    process.wait(PATIENCE)
     assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
-    assert output.strip() == ("stopped" if number == signal.SIGTERM else "")
-    until(lambda: [t.state.name for t in trials_of(tmp_path / "s", 4)] == ["WAITING", "WAITING"])
+    assert said.read_text().strip() == ("stopped" if number == signal.SIGTERM else "")
+    workers = {line.split()[1] for path in tmp_path.glob("s/trial_*/runs.txt")
+               for line in path.read_text().splitlines()}  # fmt: skip
+    try:
+        until(
+            lambda: [t.state.name for t in trials_of(tmp_path / "s", 4)] == ["WAITING", "WAITING"],
+            "the trials are not back in the queue",
+        )
+        until(lambda: not any(map(runs, workers)), "a worker outlives its supervisor")
+    finally:
+        for pid in filter(runs, workers):
+            os.kill(int(pid), signal.SIGKILL)
 
 
-def until(condition):
+def runs(pid):
+    """Whether there is such a process, other than one that nobody has waited for."""
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def until(condition, otherwise="it never began"):
     """Wait, for as long as a machine that is busy or stopped may take."""
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < 600
+        assert time.monotonic() - began < PATIENCE, otherwise
         time.sleep(0.1)
 
 

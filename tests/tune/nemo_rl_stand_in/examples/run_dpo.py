@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,12 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from nemo_rl_ref.utils.config import load_config, parse_hydra_overrides
 from nemo_rl_ref.utils.logger import get_next_experiment_dir
+
+#: Code of a process that SIGTERM does not end.
+CHILD = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    "print(flush=True); time.sleep(600)"
+)
 
 
 def parse_args():
@@ -54,8 +61,11 @@ def main():
     odd = config.get("stand_in", {})
     log_dir = get_next_experiment_dir(config["logger"]["log_dir"])
     print(f"Using log directory: {log_dir}", flush=True)
-    if odd.get("ignore_sigterm"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if odd.get("child"):  # of the group, and deaf to SIGTERM, as a worker that is in a kernel
+        command = [sys.executable, "-c", CHILD]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()  # it is deaf by now
+        print(f"processes {os.getpid()} {child.pid}", flush=True)
     assert config["logger"]["tensorboard_enabled"] and "tensorboard" in config["logger"]
     if odd.get("silent"):
         return
