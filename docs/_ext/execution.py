@@ -395,18 +395,27 @@ def shorten_paths(text: str, root: Path) -> str:
 # ---- outputs ------------------------------------------------------------------------------
 
 
+#: How Matplotlib shows its objects, or a list or tuple of them: a legend, a title, lines.
+ARTIST = re.compile(r"[\[(\s]*(<matplotlib\.|<Figure |<Axes|Text\()")
+
+
 def clean_outputs(notebook: Notebook, content: Any, log: Log) -> None:
     """Make outputs fit to print, in place.
 
     Error output that is no error (warnings, progress bars) goes to the log and not on the page,
-    unless the cell is tagged 'show-stderr'. Addresses in memory and paths of this machine, which
-    differ in every run, are taken out. Of an expected error only the frames of the cell stay.
+    unless the cell is tagged 'show-stderr'. What Matplotlib's last call returned is no result
+    beside a figure. Addresses in memory and paths of this machine, which differ in every run, are
+    taken out. Of an expected error only the frames of the cell stay.
     """
     for index, cell in enumerate(content.cells):
         if cell.cell_type != "code":
             continue
         kept = []
+        has_figure = any("image/png" in output.get("data", {}) for output in cell.outputs)
         for output in cell.outputs:
+            data = output.get("data", {})
+            if has_figure and "image/png" not in data and ARTIST.match(data.get("text/plain", "")):
+                continue
             if output.output_type == "stream" and output.name == "stderr":
                 if SHOW_STDERR not in cell.metadata.get("tags", []):
                     place = cell_place(notebook, content, index)

@@ -270,6 +270,16 @@ def test_a_kernel_ends_with_its_notebook(site):
     assert "ProcessLookupError" in copy.read_text("utf-8")
 
 
+@pytest.mark.parametrize("call", ["title('a')", "plot([2, 1])", "legend(['a'])", "subplots()"])
+def test_what_matplotlib_returns_is_not_a_result(site, call):
+    site.notebook("one", f"import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.{call}")
+    done = site.run(SCRIPT, "--root", ".", "--copy-to", "notebooks")
+    assert done.returncode == 0, done.stderr
+    notebook = json.loads((site.top / "notebooks/one.ipynb").read_text("utf-8"))
+    outputs = notebook["cells"][0]["outputs"]
+    assert outputs and all("image/png" in output["data"] for output in outputs)
+
+
 def failure(site, *cells):
     """Run a notebook that fails; return the message on stderr."""
     site.notebook("bad", *cells)
