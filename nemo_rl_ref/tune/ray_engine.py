@@ -33,6 +33,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -529,7 +530,11 @@ def _ray(address: str | None, cpus: int | None) -> Iterator[None]:
         options |= {
             "num_cpus": cpus,
             "include_dashboard": False,
-            "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+            # Ray gives the interpreter to a shell as it is; its path may hold a space.
+            "runtime_env": {
+                "env_vars": {"PYTHONPATH": paths},
+                "py_executable": shlex.quote(sys.executable),
+            },
         }
     ray.init(**options)
     try:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command makes of a study: files in its folder, a re-evaluation, other launchers."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def arguments(tmp_path):
     return [
         "dpo", "--config", "configs/dpo.yaml", "--space", str(space), "--objective", ACCURACY,
         "--folder", str(tmp_path / "study"), "--sampler", "random", "--launcher", "nemo-rl",
-        "--checkout", str(CHECKOUT), "--launch-command", sys.executable,
+        "--checkout", str(CHECKOUT), "--launch-command", shlex.quote(sys.executable),
         "dpo.max_num_steps=4", "dpo.val_period=2",
     ]  # fmt: skip
 
