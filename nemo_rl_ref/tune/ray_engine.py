@@ -33,6 +33,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -522,20 +523,20 @@ def _ray(address: str | None, cpus: int | None) -> Iterator[None]:
         return
     options: dict[str, Any] = {"log_to_driver": False}
     if address:
-        ray.init(address=address, **options)
+        options["address"] = address
     else:
-        # Its workers import what this process can import: the runner, and this package. They get
-        # it from the environment that Ray starts in; a runtime_env goes through a shell that
-        # splits an interpreter's path at its spaces.
-        before = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        try:
-            ray.init(num_cpus=cpus, include_dashboard=False, **options)
-        finally:
-            if before is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = before
+        # Its workers import what this process can import: the runner, and this package.
+        paths = os.pathsep.join(path for path in sys.path if path)
+        options |= {
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            # Ray gives the interpreter to a shell as it is; its path may hold a space.
+            "runtime_env": {
+                "env_vars": {"PYTHONPATH": paths},
+                "py_executable": shlex.quote(sys.executable),
+            },
+        }
+    ray.init(**options)
     try:
         yield
     finally:

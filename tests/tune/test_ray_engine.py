@@ -3,6 +3,8 @@
 
 import os
 import secrets
+import shlex
+import sys
 import warnings
 from pathlib import Path
 
@@ -45,7 +47,10 @@ def two_workers(tmp_path_factory):
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            runtime_env={
+                "env_vars": {"PYTHONPATH": paths},
+                "py_executable": shlex.quote(sys.executable),
+            },
         )
         yield
         ray.shutdown()
