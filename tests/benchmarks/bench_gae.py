@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from _peers import time_loop  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 
 from nemo_rl_ref.algorithms import _gae  # noqa: E402
@@ -51,21 +52,6 @@ SETTINGS = {
     "VAPO": {**BASE, "gae_lambda_value": 1.0, "length_adaptive_alpha": 0.05},
     "gamma lambda = 1": {**BASE, "gae_lambda": 1.0},
 }
-
-
-def loop(rewards, values, mask, *, gamma, lam):
-    """What `gae` computes, one time step after the other."""
-    next_value = torch.zeros_like(values[:, 0])
-    carried = torch.zeros_like(next_value)
-    columns = []
-    for t in reversed(range(values.shape[1])):
-        on = mask[:, t]
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        carried = on * (delta + gamma * lam * carried) + (1 - on) * carried
-        next_value = on * values[:, t] + (1 - on) * next_value
-        columns.append(carried)
-    advantages = torch.stack(columns[::-1], 1)
-    return advantages, advantages + values
 
 
 def make_batch():
@@ -99,7 +85,7 @@ def largest_difference(ours, theirs):
 
 
 def measure(config, batch, rounds):
-    contenders = {"loop": (loop, 1), "ours": (_gae.gae, 5)}
+    contenders = {"loop": (time_loop, 1), "ours": (_gae.gae, 5)}
     seconds = {name: [] for name in contenders}
     results = {}
     for round_number in range(rounds + 1):
@@ -110,7 +96,7 @@ def measure(config, batch, rounds):
                     seconds[name].append(taken)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     double = {**batch, **{key: batch[key].double() for key in ("rewards", "mask", "values")}}
-    _, exact = timed(config, double, loop)
+    _, exact = timed(config, double, time_loop)
     return medians, {name: largest_difference(results[name], exact) for name in contenders}
 
 
