@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
+from nemo_rl_ref.files.sealed import CheckpointError, broken
 from nemo_rl_ref.processes import from_main, is_deepspeed, is_sharded
-from nemo_rl_ref.sealed import CheckpointError, broken
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
 from nemo_rl_ref.utils.logger import flatten_dict
 

@@ -36,7 +36,7 @@ def run(
     Returns:
         The exit status: 0, or 1 after an error that is printed in one piece.
     """
-    from nemo_rl_ref.sealed import CheckpointError
+    from nemo_rl_ref.files.sealed import CheckpointError
     from nemo_rl_ref.utils.config import OverridesError
     from nemo_rl_ref.utils.config_keys import read_config
     from nemo_rl_ref.utils.logger import get_next_experiment_dir

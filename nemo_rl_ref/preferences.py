@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from nemo_rl_ref.data.collate_fn import preference_collate_fn
-from nemo_rl_ref.records import DataError, Records
 from nemo_rl_ref.data.processors import preference_preprocessor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.files.records import DataError, Records
 
 
 def load_preferences(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nemo_rl_ref.atomic import replacing
+from nemo_rl_ref.files.whole import replacing
 from nemo_rl_ref.padding import PackedRows
 from nemo_rl_ref.samples import Samples
 from nemo_rl_ref.training import next_token_logprobs

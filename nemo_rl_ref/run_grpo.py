@@ -34,11 +34,19 @@ from nemo_rl_ref.algorithms import advantage_estimator as estimators
 from nemo_rl_ref.algorithms.grpo import compute_and_apply_seq_logprob_error_masking as seq_errors
 from nemo_rl_ref.algorithms.grpo import dynamic_sampling, scale_rewards
 from nemo_rl_ref.algorithms.logits_sampling_utils import need_top_k_or_top_p_filtering
-from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.algorithms.loss import MseValueLossConfig, MseValueLossFn
+from nemo_rl_ref.algorithms.loss import (
+    ClippedPGLossConfig,
+    ClippedPGLossFn,
+    MseValueLossConfig,
+    MseValueLossFn,
+)
 from nemo_rl_ref.algorithms.reward_functions import apply_reward_shaping
-from nemo_rl_ref.algorithms.utils import calculate_baseline_and_std_per_prompt, get_tokenizer
-from nemo_rl_ref.algorithms.utils import mask_out_neg_inf_logprobs, set_seed
+from nemo_rl_ref.algorithms.utils import (
+    calculate_baseline_and_std_per_prompt,
+    get_tokenizer,
+    mask_out_neg_inf_logprobs,
+    set_seed,
+)
 from nemo_rl_ref.checkpoints import Trained, load_checkpoint
 from nemo_rl_ref.command_line import run
 from nemo_rl_ref.decoding import left_pad, response_logprobs

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from nemo_rl_ref.atomic import replacing, write_text
+from nemo_rl_ref.files.whole import replacing, write_text
 
 
 def test_a_file_is_written_and_its_folder_made(tmp_path):

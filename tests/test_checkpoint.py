@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from nemo_rl_ref.sealed import CheckpointError, check_checkpoint, clear_leftovers
+from nemo_rl_ref.files.sealed import CheckpointError, check_checkpoint, clear_leftovers
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 
 

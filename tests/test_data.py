@@ -14,8 +14,8 @@ from nemo_rl_ref.data.datasets.preference_datasets import (
     PreferenceDataset,
 )
 from nemo_rl_ref.data.processors import format_messages, preference_preprocessor
+from nemo_rl_ref.files.records import DataError
 from nemo_rl_ref.preferences import load_preferences, preference_batches
-from nemo_rl_ref.records import DataError
 
 GOOD = {"prompt": "1+2=", "chosen": "3", "rejected": "12"}
 

@@ -28,7 +28,7 @@ from nemo_rl_ref.environments import (
     math_reward,
     score,
 )
-from nemo_rl_ref.records import DataError
+from nemo_rl_ref.files.records import DataError
 from nemo_rl_ref.rollouts import load_prompts, prompt_batches
 
 # Reward shaping

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 
-from nemo_rl_ref.metrics_file import read_metrics
+from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.utils.logger import Logger, flatten_dict, get_next_experiment_dir
 from nemo_rl_ref.utils.timer import TimeoutChecker, convert_to_seconds
 

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from trainer_runs import curve, make_config, run
 
-from nemo_rl_ref.metrics_file import read_metrics
-from nemo_rl_ref.sealed import CheckpointError
+from nemo_rl_ref.files.metrics import read_metrics
+from nemo_rl_ref.files.sealed import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,7 +12,7 @@ from rl_runs import GAE, settings
 
 from nemo_rl_ref import run_grpo, tiny
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.metrics_file import read_metrics
+from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.rl_settings import read_settings, teacher_name
 from nemo_rl_ref.rollouts import prompt_batches
 from nemo_rl_ref.run_grpo import Trainer, train

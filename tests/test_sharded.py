@@ -22,7 +22,7 @@ from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import NLLLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.checkpoints import Trained
-from nemo_rl_ref.metrics_file import read_metrics
+from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.processes import make_accelerator, prepare_deepspeed
 from nemo_rl_ref.samples import supervised_samples
 from nemo_rl_ref.training import NotFinite, update

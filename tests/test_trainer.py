@@ -12,7 +12,7 @@ from trainer_runs import curve, make_config, records, run, write_lines
 from nemo_rl_ref import reference_logprobs, tiny
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.data.processors import sft_processor
-from nemo_rl_ref.metrics_file import read_metrics
+from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.samples import Plan, Samples, flat_sample
 
 SECTIONS = ["sft", "dpo", "rm"]

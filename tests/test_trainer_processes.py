@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from trainer_runs import curve
 
-from nemo_rl_ref.metrics_file import read_metrics
+from nemo_rl_ref.files.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,8 +5,8 @@ import json
 import shutil
 
 from nemo_rl_ref import run_dpo, run_rm, run_sft, tiny
-from nemo_rl_ref.atomic import write_text
-from nemo_rl_ref.metrics_file import read_metrics
+from nemo_rl_ref.files.metrics import read_metrics
+from nemo_rl_ref.files.whole import write_text
 
 RUNNERS = {"sft": run_sft, "dpo": run_dpo, "rm": run_rm}
 

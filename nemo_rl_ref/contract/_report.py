@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from nemo_rl_ref.atomic import replacing
 from nemo_rl_ref.contract._batches import Batch
+from nemo_rl_ref.files.whole import replacing
 
 _MARKS = {"ok": "green", "failed": "red", "not applicable": "yellow"}
 

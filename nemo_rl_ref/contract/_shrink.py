@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from nemo_rl_ref.contract._batches import Batch
 
-
 #: Batches that are tried at most. A loss with random numbers would go on for long.
 _TRIES = 150
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
-from nemo_rl_ref.atomic import write_text
+from nemo_rl_ref.files.whole import write_text
 from nemo_rl_ref.generation import sample_answers
 from nemo_rl_ref.tiny import ASSETS
 from nemo_rl_ref.tiny.addition import answer, is_correct, problems, prompt

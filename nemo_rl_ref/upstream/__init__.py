@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-
 #: The commit of NVIDIA-NeMo/RL that the files describe.
 COMMIT = "7ea279abfbeb698b092856d0dab61e7cf39bc909"
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_ref.atomic import write_text
+from nemo_rl_ref.files.whole import write_text
 from nemo_rl_ref.upstream import COMMIT
 
 #: Where the configurations of NeMo RL's entry points are, in a checkout.

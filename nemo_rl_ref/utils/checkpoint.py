@@ -2,7 +2,7 @@
 """Where the checkpoints of a run lie, which is the latest and the best, and which are kept.
 
 `CheckpointManager` is NeMo RL's, without the background thread. A checkpoint is written as
-``tmp_step_20``, sealed (`nemo_rl_ref.sealed`) and renamed to ``step_20``. What is in it:
+``tmp_step_20``, sealed (`nemo_rl_ref.files.sealed`) and renamed to ``step_20``. What is in it:
 `nemo_rl_ref.checkpoints`.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Optional, TypedDict, Union
 
-from nemo_rl_ref.sealed import flush, read_json, seal, steps_in
+from nemo_rl_ref.files.sealed import flush, read_json, seal, steps_in
 
 PathLike = Union[str, "os.PathLike[Any]"]
 

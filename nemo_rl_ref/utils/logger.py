@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics to a JSON Lines file and to TensorBoard, under NeMo RL's names.
 
-The file is `nemo_rl_ref.metrics_file`'s, ``metrics.jsonl`` in the log folder.
+The file is `nemo_rl_ref.files.metrics`'s, ``metrics.jsonl`` in the log folder.
 Weights & Biases, SwanLab, MLflow and the GPU monitor are left out: their keys are known and have
 no effect.
 """
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from nemo_rl_ref.metrics_file import JsonlLogger, number_of
+from nemo_rl_ref.files.metrics import JsonlLogger, number_of
 
 
 class LoggerInterface(ABC):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nemo_rl_ref.atomic import write_text
+from nemo_rl_ref.files.whole import write_text
 
 ROOT = Path(__file__).parents[2]
 

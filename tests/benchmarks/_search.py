@@ -38,13 +38,12 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not o
 import optuna  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from _record import device_name  # noqa: E402
 from optuna.distributions import (  # noqa: E402
     CategoricalDistribution,
     FloatDistribution,
     IntDistribution,
 )
-
-from _record import device_name  # noqa: E402
 
 from nemo_rl_ref import reference_logprobs, run_dpo, run_grpo, tiny  # noqa: E402
 from nemo_rl_ref.generation import answer_kl, sample_answers  # noqa: E402

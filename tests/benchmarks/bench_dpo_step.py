@@ -31,11 +31,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from rich.progress import track  # noqa: E402
-
 from _record import device_name, write_result  # noqa: E402
 from _trl import TrlDpo  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from rich.progress import track  # noqa: E402
 
 from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn  # noqa: E402

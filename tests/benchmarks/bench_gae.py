@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-
 from _peers import time_loop  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 

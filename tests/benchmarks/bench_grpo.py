@@ -39,18 +39,17 @@ sys.path.insert(0, str(ROOT))
 import datasets  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from rich.progress import track  # noqa: E402
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402
-
 from _clock import Clock  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
+from rich.progress import track  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from nemo_rl_ref import run_grpo, tiny  # noqa: E402
 from nemo_rl_ref.rl_settings import USED_KEYS  # noqa: E402
 from nemo_rl_ref.rollouts import prompt_batches  # noqa: E402
 from nemo_rl_ref.run_grpo import Trainer  # noqa: E402
-from nemo_rl_ref.training import next_token_logprobs  # noqa: E402
 from nemo_rl_ref.trainer import USED_KEYS as EVERY_TRAINERS_KEYS  # noqa: E402
+from nemo_rl_ref.training import next_token_logprobs  # noqa: E402
 from nemo_rl_ref.utils.config_keys import read_config  # noqa: E402
 
 CONFIG = ROOT / "configs/grpo_tiny.yaml"

@@ -36,10 +36,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from rich.progress import track  # noqa: E402
-
 from _peers import CONTENDERS, versions  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
+from rich.progress import track  # noqa: E402
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig  # noqa: E402
 from nemo_rl_ref.kernels import floors  # noqa: E402

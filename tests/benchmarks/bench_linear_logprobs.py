@@ -32,10 +32,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from _record import device_name, write_result  # noqa: E402
 from trl.kernels import ChunkedLogProbFunction  # noqa: E402
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE  # noqa: E402
-
-from _record import device_name, write_result  # noqa: E402
 
 from nemo_rl_ref.logprobs import linear_token_logprobs  # noqa: E402
 from nemo_rl_ref.memory import measure_peak  # noqa: E402

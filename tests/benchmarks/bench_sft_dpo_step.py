@@ -45,7 +45,7 @@ from trainer_runs import RUNNERS, make_config  # noqa: E402
 
 from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
-from nemo_rl_ref.metrics_file import read_metrics  # noqa: E402
+from nemo_rl_ref.files.metrics import read_metrics  # noqa: E402
 from nemo_rl_ref.optimizers import make_optimizer  # noqa: E402
 from nemo_rl_ref.processes import make_accelerator  # noqa: E402
 from nemo_rl_ref.samples import Plan, preference_samples, supervised_samples  # noqa: E402

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from preference_checks import BETA, config, run
 from trl import DPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from nemo_rl_ref.custom import batch, f_divergence, pairwise, reference_free
 from nemo_rl_ref.logprobs import token_logprobs
-from preference_checks import BETA, config, run
 
 PAIRS, LENGTH, VOCABULARY = 5, 9, 30
 CHOSEN_FIRST = torch.cat([torch.arange(0, 2 * PAIRS, 2), torch.arange(1, 2 * PAIRS, 2)])

@@ -7,10 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from nemo_rl_ref.algorithms.loss import DPOLossFn
-from nemo_rl_ref.custom.batch import AOTLossFn, AOTUnpairedLossFn, BCOPairLossFn, KTOLossFn
-from nemo_rl_ref.custom.pairwise import ConservativeDPOLossFn
 from preference_checks import (
     BETA,
     check_definition,
@@ -23,6 +19,10 @@ from preference_checks import (
     row_sums,
     run,
 )
+
+from nemo_rl_ref.algorithms.loss import DPOLossFn
+from nemo_rl_ref.custom.batch import AOTLossFn, AOTUnpairedLossFn, BCOPairLossFn, KTOLossFn
+from nemo_rl_ref.custom.pairwise import ConservativeDPOLossFn
 
 EPS = 0.2
 batches = st.builds(

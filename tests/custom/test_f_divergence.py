@@ -7,9 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from nemo_rl_ref.algorithms.loss import DPOLossFn
-from nemo_rl_ref.custom.f_divergence import DIVERGENCES, FDivergenceDPOLossFn, f_derivative
 from preference_checks import (
     BETA,
     check_definition,
@@ -20,6 +17,9 @@ from preference_checks import (
     make_batch,
     run,
 )
+
+from nemo_rl_ref.algorithms.loss import DPOLossFn
+from nemo_rl_ref.custom.f_divergence import DIVERGENCES, FDivergenceDPOLossFn, f_derivative
 
 ALPHA = 0.3
 # f itself: the divergence is the mean of f(π/π_ref) under π_ref.

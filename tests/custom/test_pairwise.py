@@ -7,10 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import sigmoid
-
-from nemo_rl_ref.algorithms.loss import DPOLossFn
-from nemo_rl_ref.custom import pairwise
 from preference_checks import (
     BETA,
     check_definition,
@@ -22,6 +18,10 @@ from preference_checks import (
     make_batch,
     run,
 )
+from torch import sigmoid
+
+from nemo_rl_ref.algorithms.loss import DPOLossFn
+from nemo_rl_ref.custom import pairwise
 
 EPS, TAU = 0.2, 0.3
 

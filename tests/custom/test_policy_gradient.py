@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preference_checks import counts, run
 from trl import GRPOTrainer
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
@@ -24,7 +25,6 @@ from nemo_rl_ref.custom.policy_gradient import (
     VESPOLossFn,
 )
 from nemo_rl_ref.custom.policy_gradient_extras import DAPOLossFn, EntropyPGLossFn, MaxRLLossFn
-from preference_checks import counts, run
 
 ROWS, LENGTH, LONGEST, BETA = 6, 8, 11, 0.05
 POLICIES = ("prev_logprobs", "generation_logprobs", "reference_policy_logprobs")

@@ -7,16 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import sigmoid
-
-from nemo_rl_ref.algorithms.loss import DPOLossFn
-from nemo_rl_ref.custom.reference_free import (
-    CPOLossFn,
-    ORPOLossFn,
-    SimPOLossFn,
-    SLiCLossFn,
-    log_odds,
-)
 from preference_checks import (
     BETA,
     check_definition,
@@ -28,6 +18,16 @@ from preference_checks import (
     config,
     make_batch,
     run,
+)
+from torch import sigmoid
+
+from nemo_rl_ref.algorithms.loss import DPOLossFn
+from nemo_rl_ref.custom.reference_free import (
+    CPOLossFn,
+    ORPOLossFn,
+    SimPOLossFn,
+    SLiCLossFn,
+    log_odds,
 )
 
 batches = st.builds(

@@ -7,10 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import sigmoid
-
-from nemo_rl_ref.algorithms.loss import DPOLossFn
-from nemo_rl_ref.custom.reward_aware import OBJECTIVES, RPOLossFn, bernoulli_kl
 from preference_checks import (
     BETA,
     check_definition,
@@ -21,6 +17,10 @@ from preference_checks import (
     make_batch,
     run,
 )
+from torch import sigmoid
+
+from nemo_rl_ref.algorithms.loss import DPOLossFn
+from nemo_rl_ref.custom.reward_aware import OBJECTIVES, RPOLossFn, bernoulli_kl
 
 SCALE = 1.7
 

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 
-import nemo_rl_ref
 import pytest
 from bs4 import BeautifulSoup
 from small_site import TOP
 from sphinx.util.inventory import InventoryFile
+
+import nemo_rl_ref
 
 LOADING_RELS = {"stylesheet", "icon", "manifest", "preload", "modulepreload", "prefetch"}
 LOADING_RELS |= {"preconnect", "dns-prefetch", "apple-touch-icon"}

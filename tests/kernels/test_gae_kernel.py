@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernel of ``gae.cu``: executed on threads of the CPU, compiled for GPUs, and run on one."""
 
+import gae_cases as cases
 import pytest
 import torch
-
-import gae_cases as cases
-from nemo_rl_ref.kernels import _gae, gae, loader
 from test_loader import needs_compiler
 from thread_harness import SKIPPED, KernelFault, ThreadHarness, compiler, has_thread_sanitizer
+
+from nemo_rl_ref.kernels import _gae, gae, loader
 
 executed = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
 sanitized = pytest.mark.skipif(

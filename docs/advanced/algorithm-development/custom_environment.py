@@ -7,7 +7,6 @@ Stands beside run_custom_grpo.py in the examples/ folder of a NeMo RL checkout.
 import ray
 import torch
 from custom_grpo import partial_credit
-
 from nemo_rl.environments.interfaces import EnvironmentInterface, EnvironmentReturn
 
 

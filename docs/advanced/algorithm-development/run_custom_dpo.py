@@ -10,15 +10,14 @@ Goes into the examples/ folder of a NeMo RL checkout, dpop_loss.py beside it:
 import argparse
 
 import dpop_loss
-from omegaconf import OmegaConf
-from ray.cloudpickle import register_pickle_by_value
-
 from nemo_rl.algorithms.dpo import MasterConfig, dpo_train, setup
 from nemo_rl.algorithms.utils import get_tokenizer
 from nemo_rl.data.utils import setup_preference_data
 from nemo_rl.distributed.virtual_cluster import init_ray
 from nemo_rl.utils.config import load_config, parse_hydra_overrides
 from nemo_rl.utils.logger import get_next_experiment_dir
+from omegaconf import OmegaConf
+from ray.cloudpickle import register_pickle_by_value
 
 
 def main() -> None:

@@ -12,11 +12,8 @@ it:
 
 import argparse
 
-import custom_grpo
 import custom_environment
-from omegaconf import OmegaConf
-from ray.cloudpickle import register_pickle_by_value
-
+import custom_grpo
 from nemo_rl.algorithms import grpo
 from nemo_rl.algorithms.grpo import MasterConfig, grpo_train, setup, shutdown_environments
 from nemo_rl.algorithms.utils import get_tokenizer
@@ -31,6 +28,8 @@ from nemo_rl.utils.config import (
     register_omegaconf_resolvers,
 )
 from nemo_rl.utils.logger import get_next_experiment_dir
+from omegaconf import OmegaConf
+from ray.cloudpickle import register_pickle_by_value
 
 ENVIRONMENT = "custom_environment.CustomEnvironment"
 

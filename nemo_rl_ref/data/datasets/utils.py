@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl_ref.data.interfaces import TaskDataSpec
-from nemo_rl_ref.records import JSON_LINES, TABLES
+from nemo_rl_ref.files.records import JSON_LINES, TABLES
 
 #: Keys that say which data a run sees: a dataset that does not take one must not be silent.
 _BEHAVIORAL_KEYS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nemo_rl_ref.records import DataError, Records
+from nemo_rl_ref.files.records import DataError, Records
 
 
 class BinaryPreferenceDataset(Records):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from nemo_rl_ref.data.datasets.response_datasets.response_dataset import check_messages
-from nemo_rl_ref.records import DataError, Records
+from nemo_rl_ref.files.records import DataError, Records
 
 
 class OpenAIFormatDataset(Records):

@@ -73,7 +73,7 @@ def clear_leftovers(folder: Path) -> None:
     for pattern in ("tmp_step_*", "old_step_*", "removed_step_*"):
         for leftover in folder.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in folder.glob(".*.tmp"):  # of nemo_rl_ref.atomic
+    for leftover in folder.glob(".*.tmp"):  # of nemo_rl_ref.files.whole
         leftover.unlink(missing_ok=True)
 
 

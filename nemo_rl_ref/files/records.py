@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 #: Suffixes of files with one JSON object a line.
 JSON_LINES = (".json", ".jsonl")
 
