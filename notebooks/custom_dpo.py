@@ -31,7 +31,7 @@ from accelerate import Accelerator
 from IPython.display import Markdown
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
 
@@ -393,7 +393,7 @@ values(
 #|   DPOP. Above, held-out preference accuracy, which rises for all four. Below, the log-ratio of
 #|   the chosen answers, which falls below zero for DPO, further at the higher rate, and stays near
 #|   zero for the other two.
-from nemo_rl_ref.plotting import band, panels
+from nemo_rl_ref.show.figures import band, panels
 
 
 def curves(*titled):
@@ -533,7 +533,7 @@ values(
 #| label: dpo-trl-curve
 #| alt: Above, the DPO loss over 200 steps from this trainer and from TRL's; the curves coincide.
 #|   Below, the absolute difference on a logarithmic axis.
-from nemo_rl_ref.plotting import LINES
+from nemo_rl_ref.show.figures import LINES
 
 figure, (above, below) = panels(2)
 above.plot(trainer.losses, label="TRL", color=LINES[1]["color"], linewidth=3.5, alpha=0.5)

@@ -35,7 +35,7 @@ from IPython.display import Markdown
 from omegaconf import OmegaConf
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 from nemo_rl_ref.environments import exact_match
 from nemo_rl_ref.rollouts import prompt_batches
 from nemo_rl_ref.run_grpo import Trainer
@@ -344,7 +344,7 @@ values(
 #|   variants, a dot a seed and a bar of one standard deviation.
 #| caption: The share of right answers on the problems trained on. Bands reach from the lowest seed
 #|   to the highest; bars are one standard deviation over the seeds.
-from nemo_rl_ref.plotting import LINES, band, panels
+from nemo_rl_ref.show.figures import LINES, band, panels
 
 figure, (above, below) = panels(2, height=2.9)
 for line, name in enumerate(("GRPO", "leave one out, undivided", "Dr. GRPO")):

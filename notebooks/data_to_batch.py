@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.display import values
-from nemo_rl_ref.token_table import TokenTable, after_first
+from nemo_rl_ref.show.values import values
+from nemo_rl_ref.show.tokens import TokenTable, after_first
 from nemo_rl_ref.training import next_token_logprobs, valid_counts
 
 tokenizer = tiny.load_tokenizer()
@@ -277,7 +277,7 @@ values(
 #| alt: Probability of the end token over optimizer steps. With the right mask, and with the whole
 #|   row trained on, it rises to nearly one. With the end token left out it falls to nearly zero.
 #| caption: Mean probability of the end token after a right answer, on problems held out.
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 figure, (axis,) = panels(1)
 labels = {"right": "right mask", "without_end": "end token left out", "whole_row": "whole row"}

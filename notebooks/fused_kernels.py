@@ -26,7 +26,7 @@
 from IPython.display import Markdown
 from transformers import LlamaConfig
 
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 from nemo_rl_ref.memory import Model, Step, compare, table
 
 # The sizes of Llama-3.1-8B. For your own model: Model.from_config("path/of/the/model").
@@ -64,7 +64,7 @@ Markdown(table(found))
 #|   into weights, gradients, optimizer state, activations, and logits. With log_softmax the logits
 #|   are the longest part; with linear_token_logprobs they are hardly seen.
 #| caption: Memory of one GPU when the log-probabilities are made, by the calculator.
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 parts = ("weights", "gradients", "optimizer", "activations", "logits")
 hatches = ("", "//", "..", "xx", "\\\\")
@@ -186,7 +186,7 @@ Markdown("\n".join(lines))
 #| label: online-softmax
 import torch
 
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 
 
 def online(logits, target, block):
@@ -439,7 +439,7 @@ Markdown("\n".join(lines))
 import torch
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
 
 device = "cuda" if torch.cuda.is_available() else "cpu"

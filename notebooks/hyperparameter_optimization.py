@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 from nemo_rl_ref.preferences import load_preferences, preference_batches
 from nemo_rl_ref.training import add_reference_logprobs, evaluate, train
 
@@ -82,7 +82,7 @@ losses = {rate: [run(rate, seed) for seed in range(SEEDS)] for rate in LEARNING_
 #| label: noise-figure
 #| alt: Held-out loss of six seeds at each of three learning rates, one dot a run, with mean and
 #|   standard deviation. The dots of the two nearest learning rates overlap.
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 figure, (axis,) = panels(1, height=3.0)
 for place, (rate, runs) in enumerate(losses.items()):
@@ -593,7 +593,7 @@ batch_seeds = len(batches[epochs[0], sizes[0], batch_rates[0]])
 #|   batch sizes. After one epoch the smallest batch is far ahead; after four, the tops are close, and
 #|   that of the smallest batch lies at the lowest rate.
 #| caption: Means of three seeds; the bands go from the lowest to the highest of them.
-from nemo_rl_ref.plotting import band
+from nemo_rl_ref.show.figures import band
 
 shown_epochs = (1, 2, 4)
 figure, axes = panels(len(shown_epochs), height=2.2)

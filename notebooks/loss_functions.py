@@ -25,7 +25,7 @@
 import torch
 
 from nemo_rl_ref.algorithms.loss import NLLLossFn
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 
 # Two sequences in a global batch. The first has 2 tokens to learn from, the second 6.
 # They are processed one at a time, as two micro-batches.
@@ -130,7 +130,7 @@ values(
 #|   for +1; and zero below 0.8, minus the ratio above, for -1. Clip-higher moves the upper bound to
 #|   1.28. Dual clip makes the weight zero beyond 3 for the negative advantage. CISPO's weight stays
 #|   constant beyond its bound instead of vanishing.
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 variants = {
     "PPO, ε = 0.2": {},

@@ -23,7 +23,7 @@
 #| label: foundations-imports
 import torch
 
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 from nemo_rl_ref.enumeration import World, ascend, expect, gradient, groups, kl, variance
 
 # %% [markdown]
@@ -210,7 +210,7 @@ values(
 #| alt: Two panels over the probability of token 1. Above, the forward divergence, a bowl with its
 #|   minimum at one half. Below, the reverse divergence, with a hill at one half and a minimum near
 #|   each end.
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 figure, axes = panels(2, height=2.1)
 curves = [("forward", "KL(data ‖ policy)", forward), ("reverse", "KL(policy ‖ data)", reverse)]
@@ -524,7 +524,7 @@ values(kl_limit_error=f"{limit_error:.0e}", kl_price_error=f"{price_error:.0e}")
 #|   strengths lie on it. All other policies lie below it.
 #| caption: Every policy of the little world lies below the curve of best policies. The slope of
 #|   the curve is β, the price of a nat.
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 strengths = torch.logspace(2, -2, 200, dtype=torch.float64).tolist()
 frontier = [(kl(p, log_ref).item(), expect(p, reward).item()) for p, _ in map(best, strengths)]
@@ -893,7 +893,7 @@ values(ppo_drift_from=f"{small[first_out, 0]:.3f}", ppo_drift_to=f"{small[-1, 0]
 #| label: fig-ppo-ratio
 #| alt: Ratio of the best answer against gradient steps; with clipping and small steps it stops just above 1.2, with one large step it stays at its first value far above, without clipping it goes on growing.
 #| caption: Ratio of the best of three answers over gradient steps on the exact loss. The grey band is the interval from 1 − ε to 1 + ε with ε = 0.2. Clipping ends the growth; it does not keep the ratio in the band.
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 figure, (axis,) = panels(1)
 runs = {
@@ -1241,7 +1241,7 @@ values(group_std_cosine=f"{graded:.3f}", group_std_degrees=f"{math.degrees(math.
 #|   larger the group.
 #| caption: What a prompt weighs, by its success rate. Above, the factor that a group of eight puts
 #|   on the gradient of the success rate. Below, how often a group teaches nothing.
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 eight = torch.tensor([[1.0] * k + [0.0] * (8 - k) for k in range(9)], dtype=torch.float64)
 rates = torch.linspace(0.005, 0.995, 100, dtype=torch.float64)
@@ -1562,7 +1562,7 @@ values(
 #| label: fig-kl-estimators
 #| alt: "Two panels over the divergence on a logarithmic axis: mean and standard deviation of k1, k2 and k3, each divided by the divergence. The means of k1 and k3 stay at 1, that of k2 leaves it. The standard deviation of k1 is largest where the divergence is small, that of k3 where it is large."
 #| caption: "Mean (above) and standard deviation (below) of one sample's estimate, divided by the divergence that it estimates, as a policy moves away from the reference. Exact sums over all answers, drawn from the policy."
-from nemo_rl_ref.plotting import LINES, panels
+from nemo_rl_ref.show.figures import LINES, panels
 
 start, direction = reference.detach(), world.policy(seed=4).detach()
 steps = torch.logspace(-1.6, 0.7, 16, dtype=torch.float64)

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from nemo_rl_ref.token_table import TokenTable, after_first
+from nemo_rl_ref.show.tokens import TokenTable, after_first
 
 
 class Cells(HTMLParser):

@@ -140,7 +140,7 @@ def labelled_cells(name: str, path: str, notebook: dict[str, Any]) -> list[Label
 
 
 def stored_values(name: str, path: str, notebook: dict[str, Any]) -> list[StoredValue]:
-    """List the values that an executed notebook stored with `nemo_rl_ref.display.values`."""
+    """List the values that an executed notebook stored with `nemo_rl_ref.show.values.values`."""
     found = []
     for line, cell in code_cells(notebook):
         label = split_options(cell["source"])[0].get("label")

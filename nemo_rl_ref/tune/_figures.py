@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_rl_ref.plotting import LINES
+from nemo_rl_ref.show.figures import LINES
 
 #: Colours as Matplotlib gets them, and the CSS variables that take their place.
 INK, MUTED, GRID, GROUND = "#1b1b1f", "#63636e", "#dcdce1", "#fdfdfe"

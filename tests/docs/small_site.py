@@ -166,7 +166,7 @@ def fill(site: Site) -> None:
         """,
         """
         #| label: stored
-        from nemo_rl_ref.display import values
+        from nemo_rl_ref.show.values import values
         values(the_number=NUMBER, ratio=f"{NUMBER / 3:.2f}")
         """,
     )

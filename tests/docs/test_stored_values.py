@@ -3,7 +3,7 @@
 
 import pytest
 
-from nemo_rl_ref.display import values
+from nemo_rl_ref.show.values import values
 
 
 def test_a_page_prints_what_the_notebook_stored(built):
@@ -26,7 +26,7 @@ def test_a_page_that_embeds_the_cell_does_not_repeat_the_values(built):
 
 
 def test_a_name_stored_twice_is_refused(site):
-    cell = "from nemo_rl_ref.display import values\nvalues(gap=1)"
+    cell = "from nemo_rl_ref.show.values import values\nvalues(gap=1)"
     site.notebook("one", cell)
     site.notebook("two", cell)
     site.write("docs/index.md", "# Home\n\n```{toctree}\nnotebooks/one\nnotebooks/two\n```\n")
