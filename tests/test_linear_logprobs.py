@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from nemo_rl_ref import _linear_logprobs as module
 from nemo_rl_ref.logprobs import IGNORE_INDEX, linear_token_logprobs, token_logprobs
+from nemo_rl_ref.logprobs import linear as module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LEAST = 1 << 16

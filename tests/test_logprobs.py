@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nemo_rl_ref import logprobs as module
 from nemo_rl_ref.logprobs import IGNORE_INDEX, token_logprobs
+from nemo_rl_ref.logprobs import token as module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

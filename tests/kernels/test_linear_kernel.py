@@ -6,9 +6,9 @@ import torch
 from test_token_logprobs_kernel import BLOCK, harness
 from thread_harness import SKIPPED, compiler
 
-from nemo_rl_ref import _linear_logprobs as module
-from nemo_rl_ref.kernels import _token_logprobs as kernel
+from nemo_rl_ref.kernels import token_logprobs as kernel
 from nemo_rl_ref.logprobs import IGNORE_INDEX, linear_token_logprobs
+from nemo_rl_ref.logprobs import linear as module
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
 

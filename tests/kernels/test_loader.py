@@ -9,7 +9,7 @@ import torch
 
 from nemo_rl_ref.kernels import __main__ as report
 from nemo_rl_ref.kernels import _token_logprobs, loader
-from nemo_rl_ref.kernels._token_logprobs import _BLOCK, _NAMES, _SMALL_BLOCK
+from nemo_rl_ref.kernels.token_logprobs import _BLOCK, _NAMES, _SMALL_BLOCK
 
 try:
     loader._compiler_version()

@@ -14,7 +14,7 @@ from thread_harness import (
     has_thread_sanitizer,
 )
 
-from nemo_rl_ref.kernels import _token_logprobs as kernel
+from nemo_rl_ref.kernels import token_logprobs as kernel
 from nemo_rl_ref.logprobs import _token_logprobs_op, token_logprobs
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason=SKIPPED)

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from nemo_rl_ref.kernels import _token_logprobs as kernel
+from nemo_rl_ref.kernels import token_logprobs as kernel
 from nemo_rl_ref.logprobs import IGNORE_INDEX, token_logprobs
 
 DTYPES = {

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities of given tokens, and entropies, without a float32 copy of the logits.
-
-:func:`token_logprobs` starts from logits, :func:`linear_token_logprobs` from hidden states and the
-language-model head, and never holds all logits. Where the tensors are on CUDA they run the CUDA
-kernels of :mod:`nemo_rl_ref.kernels`, elsewhere plain PyTorch; the argument ``backend`` and the
-environment variable ``NEMO_RL_REF_BACKEND`` choose otherwise.
-"""
+"""Log-probabilities of given tokens from logits, without a float32 copy of the logits."""
 
 import math
 from collections.abc import Iterator
@@ -13,20 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nemo_rl_ref import _linear_logprobs as _linear
-from nemo_rl_ref.kernels import _token_logprobs as _kernel
+from nemo_rl_ref.kernels import token_logprobs as kernel
 from nemo_rl_ref.kernels.backend import use_kernels
-
-#: Targets with this value are left out: log-probability 0, entropy 0, no gradient.
-IGNORE_INDEX = -100
+from nemo_rl_ref.logprobs.arguments import IGNORE_INDEX, check, check_targets, work_dtype
 
 # Logits are worked on in pieces of at most this many elements, or of one row where that is more.
 # On CPU the number is for each thread: 1 MiB of float32 stays in its cache; smaller and much larger
 # pieces measured slower. On a GPU a piece costs a few kernel launches, so it is larger: 128 MiB.
 _PIECE_ELEMENTS = 1 << 18
 _GPU_PIECE_ELEMENTS = 1 << 25
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def token_logprobs(
@@ -88,7 +77,7 @@ def token_logprobs(
         nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
             compiles them is missing.
     """
-    _check(logits, targets, temperature)
+    check(logits, targets, temperature)
     kernels = use_kernels(backend, logits.device)
     if kernels or torch.compiler.is_compiling():
         options = (temperature, return_entropy, inplace_backward, kernels)
@@ -98,7 +87,7 @@ def token_logprobs(
     # On CPU one pass over the targets says whether they are legal and whether -100 occurs.
     has_ignored = True
     if targets.device.type == "cpu":
-        has_ignored = _check_targets(targets, logits.shape[-1])
+        has_ignored = check_targets(targets, logits.shape[-1])
 
     if torch.is_grad_enabled() and logits.requires_grad:
         options = (temperature, return_entropy, has_ignored, inplace_backward)
@@ -106,92 +95,6 @@ def token_logprobs(
     else:
         outputs = _forward(logits, targets, temperature, return_entropy, has_ignored)
     return outputs if return_entropy else outputs[0]
-
-
-def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-    max_extra_bytes: int = 512 << 20,
-    return_entropy: bool = False,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Log-probability of each target from hidden states and the language-model head, in nats.
-
-    What ``token_logprobs(hidden @ weight.T + bias, targets)`` computes, in the same precision,
-    without holding the logits of all rows and tokens, neither forward nor backward:
-
-    .. math::
-        \log p_y = z_y - \log \sum_v e^{z_v}, \qquad
-        z = \tfrac{1}{T}\, c \tanh\!\left(\tfrac{1}{c} (W h + b)\right)
-
-    (without a cap c, z is (W h + b) / T). The logits are made in tiles by PyTorch's matrix
-    products and used up at once. Two numbers a row are kept for backward, which makes the logits
-    again, so that forward and backward take four matrix products instead of three. The gradient
-    of the weight is summed in float32 inside a matrix product and rounded once; there is no float32
-    copy of it. First derivatives only.
-
-    Args:
-        hidden: (..., H), float32, bfloat16, float16 or float64. Leading dimensions that cannot be
-            seen as one, such as those of ``hidden[:, :-1]``, cost a copy; pass all positions and
-            targets of -100 instead.
-        weight: (V, H), of the same dtype: the head's weight, as in `torch.nn.Linear`.
-        targets: (...), int64, in [0, V), or -100 to leave a position out, as for
-            :func:`token_logprobs`.
-        bias: (V,), of the same dtype, or None.
-        temperature: T, finite and positive.
-        logit_softcap: c, finite and positive, as Gemma 2 caps its logits; or None for no cap.
-        max_extra_bytes: how much memory forward and backward may each take at once beyond the
-            inputs, what is returned and what is kept for backward: tiles of logits, the
-            float32 sum of the gradient of the hidden states where they are in 16 bits, and 128
-            bytes a row. Workspaces of the matrix products are not in it. On a CPU far less is
-            taken, 32 MiB of tiles at most.
-        return_entropy: also return the entropy of the softmax, differentiable.
-        backend: as for :func:`token_logprobs`.
-
-    Under autocast, hidden states, weight and bias are converted to its dtype first, as
-    `torch.nn.Linear` does.
-
-    Returns:
-        (...), float32, or float64 for float64 inputs: the log-probabilities, or a pair of them
-        and the entropies.
-
-    Raises:
-        TypeError: if `hidden` is not of a dtype above, `weight` or `bias` is of another one, or
-            `targets` is not int64.
-        ValueError: if shapes or devices do not fit, a target is out of range (on CPU), the
-            temperature or the cap is not finite and positive, `max_extra_bytes` is too small (the
-            message says for how much it would be enough), or `backend` is unknown or does not fit
-            the tensors.
-        nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
-            compiles them is missing.
-    """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check_linear(hidden, weight, targets, bias, temperature, logit_softcap)
-    kernels = use_kernels(backend, hidden.device)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    _linear.check_extra_bytes(rows, weight, logit_softcap, max_extra_bytes, return_entropy, kernels)
-    logprobs, entropy, _ = _linear.linear_token_logprobs_op(
-        rows,
-        weight,
-        targets.reshape(-1),
-        bias,
-        temperature,
-        logit_softcap,
-        max_extra_bytes,
-        return_entropy,
-        kernels,
-    )
-    logprobs = logprobs.view(targets.shape)
-    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -240,7 +143,7 @@ def _forward(
     pieces = _pieces(logits)
     if len(pieces) == 1:
         return _forward_piece(logits, targets, *options)
-    logprobs = torch.empty(targets.shape, dtype=_work_dtype(logits), device=logits.device)
+    logprobs = torch.empty(targets.shape, dtype=work_dtype(logits), device=logits.device)
     entropy = torch.empty_like(logprobs) if return_entropy else None
     for piece in pieces:
         logprobs[piece], piece_entropy = _forward_piece(logits[piece], targets[piece], *options)
@@ -300,7 +203,7 @@ def _backward_piece(
     """
     a = None if grad_logprobs is None else grad_logprobs.unsqueeze(-1) / temperature
     if grad_entropy is None:
-        grad = torch.softmax(_scaled(logits, temperature), -1, dtype=_work_dtype(logits))
+        grad = torch.softmax(_scaled(logits, temperature), -1, dtype=work_dtype(logits))
         grad.mul_(-a)
     else:
         b = grad_entropy.unsqueeze(-1) / temperature
@@ -340,9 +243,9 @@ def _token_logprobs_op(
     logprobs, entropy, state = _empty_outputs(logits, targets, return_entropy, kernels)
     if kernels:
         outputs = (logprobs, entropy if return_entropy else None, *state)
-        _kernel.forward(logits, targets, outputs, temperature=temperature)
+        kernel.forward(logits, targets, outputs, temperature=temperature)
         return logprobs, entropy, state
-    has_ignored = targets.device.type != "cpu" or _check_targets(targets, logits.shape[-1])
+    has_ignored = targets.device.type != "cpu" or check_targets(targets, logits.shape[-1])
     logprobs, values = _forward(logits, targets, temperature, return_entropy, has_ignored)
     return logprobs, entropy if values is None else values, state
 
@@ -350,7 +253,7 @@ def _token_logprobs_op(
 def _empty_outputs(
     logits: Tensor, targets: Tensor, return_entropy: bool, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, shape = _work_dtype(logits), targets.shape
+    dtype, shape = work_dtype(logits), targets.shape
     logprobs = torch.empty(shape, dtype=dtype, device=logits.device)
     entropy = torch.empty(shape if return_entropy else (0,), dtype=dtype, device=logits.device)
     state = torch.empty((2, *shape) if kernels else (0,), dtype=dtype, device=logits.device)
@@ -441,7 +344,7 @@ def _gradient_into(
 ):
     if kernels:
         results, grads = (*state, entropy), (grad_logprobs, grad_entropy)
-        _kernel.backward(logits, targets, results, grads, grad, temperature=temperature)
+        kernel.backward(logits, targets, results, grads, grad, temperature=temperature)
         return
     tensors = (logits, targets, grad_logprobs, entropy, grad_entropy)
     _backward(tensors, temperature, has_ignored=True, out=grad)
@@ -460,15 +363,11 @@ def _finite(logp: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(_scaled(logits, temperature), -1, dtype=_work_dtype(logits))
+    return torch.log_softmax(_scaled(logits, temperature), -1, dtype=work_dtype(logits))
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    return logits if temperature == 1.0 else logits.to(_work_dtype(logits)) / temperature
-
-
-def _work_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits if temperature == 1.0 else logits.to(work_dtype(logits)) / temperature
 
 
 def _pieces(logits: Tensor) -> list[tuple[int | slice, ...]]:
@@ -492,78 +391,3 @@ def _cut(shape: tuple[int, ...], limit: int) -> Iterator[tuple[int | slice, ...]
     for i in range(shape[0]):  # one entry is too large alone: cut its own rows
         for rest in _cut(shape[1:], limit):
             yield (i, *rest)
-
-
-def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
-    if logits.dtype not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise TypeError(f"logits has dtype {logits.dtype}, expected one of {names}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets has dtype {targets.dtype}, expected torch.int64")
-    if not logits.ndim or not logits.shape[-1]:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (..., V) with V > 0")
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, expected that of logits without its last "
-            f"dimension, {tuple(logits.shape[:-1])}"
-        )
-    if targets.device != logits.device:
-        raise ValueError(f"targets is on {targets.device}, expected the logits' {logits.device}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
-
-
-def _check_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_softcap: float | None,
-) -> None:
-    if hidden.dtype not in _DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        raise TypeError(f"hidden has dtype {hidden.dtype}, expected one of {names}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets has dtype {targets.dtype}, expected torch.int64")
-    if not hidden.ndim:
-        raise ValueError("hidden has shape (), expected (..., H)")
-    size = hidden.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != size or not weight.shape[0]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, {size}) with V > 0")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, expected that of hidden without its last "
-            f"dimension, {tuple(hidden.shape[:-1])}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    for name, tensor in (("weight", weight), ("bias", bias), ("targets", targets)):
-        if tensor is None:
-            continue
-        if name != "targets" and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected hidden's {hidden.dtype}")
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected hidden's {hidden.device}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, expected a finite number above 0")
-    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
-        raise ValueError(
-            f"logit_softcap is {logit_softcap}, expected a finite number above 0 or None"
-        )
-
-
-def _check_targets(targets: Tensor, vocabulary: int) -> bool:
-    """Raises if a target is out of range. Returns whether -100 occurs."""
-    if not targets.numel():
-        return False
-    low, high = (bound.item() for bound in torch.aminmax(targets))
-    if low < 0:
-        low = min((t for t in targets.unique().tolist() if t != IGNORE_INDEX), default=0)
-        has_ignored = True
-    else:
-        has_ignored = False
-    if low < 0 or high >= vocabulary:
-        bad = low if low < 0 else high
-        raise ValueError(f"targets holds {bad}, expected {IGNORE_INDEX} or 0 to {vocabulary - 1}")
-    return has_ignored

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How `nemo_rl_ref.logprobs.linear_token_logprobs` computes without all logits.
+"""Log-probabilities of given tokens from hidden states, without holding all logits.
 
 The logits are made in tiles, (rows, columns) at a time, in one buffer. Forward, a tile only
 updates three numbers a row: the largest logit, the sum of the exponentials relative to it, and the
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemo_rl_ref.kernels import _token_logprobs as _kernel
-
-IGNORE_INDEX = -100
+from nemo_rl_ref.kernels import token_logprobs as kernel
+from nemo_rl_ref.kernels.backend import use_kernels
+from nemo_rl_ref.logprobs.arguments import IGNORE_INDEX, check_linear, check_targets, work_dtype
 
 # What vectors with a number for each row may take together, forward or backward.
 _BYTES_PER_ROW = 128
@@ -40,6 +40,92 @@ _WIDE = 2048
 # two threads; between 1 and 8 MiB the time differs by a fifteenth.
 _CPU_TILE_BYTES, _CPU_ALL_TILE_BYTES = 8 << 20, 32 << 20
 _CPU_COLUMNS = 128
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    max_extra_bytes: int = 512 << 20,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Log-probability of each target from hidden states and the language-model head, in nats.
+
+    What ``token_logprobs(hidden @ weight.T + bias, targets)`` computes, in the same precision,
+    without holding the logits of all rows and tokens, neither forward nor backward:
+
+    .. math::
+        \log p_y = z_y - \log \sum_v e^{z_v}, \qquad
+        z = \tfrac{1}{T}\, c \tanh\!\left(\tfrac{1}{c} (W h + b)\right)
+
+    (without a cap c, z is (W h + b) / T). The logits are made in tiles by PyTorch's matrix
+    products and used up at once. Two numbers a row are kept for backward, which makes the logits
+    again, so that forward and backward take four matrix products instead of three. The gradient
+    of the weight is summed in float32 inside a matrix product and rounded once; there is no float32
+    copy of it. First derivatives only.
+
+    Args:
+        hidden: (..., H), float32, bfloat16, float16 or float64. Leading dimensions that cannot be
+            seen as one, such as those of ``hidden[:, :-1]``, cost a copy; pass all positions and
+            targets of -100 instead.
+        weight: (V, H), of the same dtype: the head's weight, as in `torch.nn.Linear`.
+        targets: (...), int64, in [0, V), or -100 to leave a position out, as for
+            :func:`token_logprobs`.
+        bias: (V,), of the same dtype, or None.
+        temperature: T, finite and positive.
+        logit_softcap: c, finite and positive, as Gemma 2 caps its logits; or None for no cap.
+        max_extra_bytes: how much memory forward and backward may each take at once beyond the
+            inputs, what is returned and what is kept for backward: tiles of logits, the
+            float32 sum of the gradient of the hidden states where they are in 16 bits, and 128
+            bytes a row. Workspaces of the matrix products are not in it. On a CPU far less is
+            taken, 32 MiB of tiles at most.
+        return_entropy: also return the entropy of the softmax, differentiable.
+        backend: as for :func:`token_logprobs`.
+
+    Under autocast, hidden states, weight and bias are converted to its dtype first, as
+    `torch.nn.Linear` does.
+
+    Returns:
+        (...), float32, or float64 for float64 inputs: the log-probabilities, or a pair of them
+        and the entropies.
+
+    Raises:
+        TypeError: if `hidden` is not of a dtype above, `weight` or `bias` is of another one, or
+            `targets` is not int64.
+        ValueError: if shapes or devices do not fit, a target is out of range (on CPU), the
+            temperature or the cap is not finite and positive, `max_extra_bytes` is too small (the
+            message says for how much it would be enough), or `backend` is unknown or does not fit
+            the tensors.
+        nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
+            compiles them is missing.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_linear(hidden, weight, targets, bias, temperature, logit_softcap)
+    kernels = use_kernels(backend, hidden.device)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    check_extra_bytes(rows, weight, logit_softcap, max_extra_bytes, return_entropy, kernels)
+    logprobs, entropy, _ = linear_token_logprobs_op(
+        rows,
+        weight,
+        targets.reshape(-1),
+        bias,
+        temperature,
+        logit_softcap,
+        max_extra_bytes,
+        return_entropy,
+        kernels,
+    )
+    logprobs = logprobs.view(targets.shape)
+    return (logprobs, entropy.view(targets.shape)) if return_entropy else logprobs
 
 
 @dataclass(frozen=True)
@@ -118,7 +204,7 @@ def plan(
 
 
 def _even(total: int, largest: int) -> int:
-    """The size of pieces that are about equal, at most ``largest``, and multiples of 128 if wide."""
+    """The size of about equal pieces, at most ``largest``, multiples of 128 if wide."""
     pieces = -(-total // largest)
     size = -(-total // pieces)
     rounded = -(-size // 128) * 128
@@ -135,7 +221,7 @@ def _buffers(
     hidden: Tensor, return_entropy: bool, softcap: float | None, kernels: bool
 ) -> list[torch.dtype]:
     """Dtypes of the buffers with a tile's shape. The kernels work in the first one alone."""
-    work = _work_dtype(hidden)
+    work = work_dtype(hidden)
     if kernels:
         return [hidden.dtype]
     extra = (hidden.dtype != work) + return_entropy + (softcap is not None)
@@ -144,14 +230,10 @@ def _buffers(
 
 def _sum_bytes(hidden: Tensor) -> int:
     """Extra memory for the sum of the hidden states' gradient over tiles."""
-    if hidden.dtype == _work_dtype(hidden):
+    if hidden.dtype == work_dtype(hidden):
         return 0  # the result itself serves
     on_cpu = hidden.device.type == "cpu"  # no product with a float32 result there
     return hidden.numel() * (4 + (hidden.element_size() if on_cpu else 0))
-
-
-def _work_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
@@ -194,7 +276,7 @@ class _Tiles:
         """
         tile, others = self.logits(rows, columns)
         z, tanh = tile, None
-        if tile.dtype != _work_dtype(tile):
+        if tile.dtype != work_dtype(tile):
             z, *others = others
             z.copy_(tile)
         if self.keep_tanh:
@@ -242,7 +324,7 @@ def forward(
         part = tuple(None if output is None else output[r0:r1] for output in outputs)
         for c0, c1 in _ranges(v, column_step):
             if kernels:
-                _kernel.forward(
+                kernel.forward(
                     tiles.logits((r0, r1), (c0, c1))[0],
                     targets[r0:r1],
                     part,
@@ -260,7 +342,7 @@ def forward(
 
 def empty_outputs(hidden: Tensor, return_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what :func:`forward` returns."""
-    n, options = hidden.shape[0], {"dtype": _work_dtype(hidden), "device": hidden.device}
+    n, options = hidden.shape[0], {"dtype": work_dtype(hidden), "device": hidden.device}
     return (
         torch.empty(n, **options),
         torch.empty(n if return_entropy else 0, **options),
@@ -308,7 +390,7 @@ def _finish(targets: Tensor, outputs) -> None:
 
 
 def _in_range(targets: Tensor, columns) -> tuple[Tensor, Tensor]:
-    """The targets as columns of a tile, (rows, 1), 0 where they are not in it; and where they are."""
+    """The targets as columns of a tile, (rows, 1), 0 where they are outside; where inside."""
     index = targets - columns[0]
     here = (index >= 0) & (index < columns[1] - columns[0])
     return index.masked_fill_(~here, 0).unsqueeze(1), here
@@ -361,7 +443,7 @@ def backward(
             if needs[1]:
                 torch.mm(tile.t(), hidden, out=grad_weight[c0:c1])
             if needs[2]:
-                grad_bias[c0:c1] = exact.sum(0, dtype=_work_dtype(hidden))
+                grad_bias[c0:c1] = exact.sum(0, dtype=work_dtype(hidden))
             if total is not None:
                 total.add(tile, weight[c0:c1])
         if total is not None:
@@ -390,7 +472,7 @@ class _Sum:
 
     def __init__(self, result: Tensor, hidden: Tensor) -> None:
         self.result, self.first = result, True
-        work = _work_dtype(hidden)
+        work = work_dtype(hidden)
         self.total = result if result.dtype == work else torch.empty_like(result, dtype=work)
         on_cpu = hidden.device.type == "cpu"
         self.product = torch.empty_like(result) if self.total is not result and on_cpu else None
@@ -423,7 +505,7 @@ def _gradient(tiles: _Tiles, rows, columns, results, grads) -> tuple[Tensor, Ten
     targets = tiles.targets[r0:r1]
     if tiles.kernels:
         tile, _ = tiles.logits(rows, columns)
-        _kernel.backward(
+        kernel.backward(
             tile,
             targets,
             (maximum, total, entropy),
@@ -473,9 +555,7 @@ def linear_token_logprobs_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `forward`."""
     if targets.device.type == "cpu":
-        from nemo_rl_ref.logprobs import _check_targets
-
-        _check_targets(targets, weight.shape[0])
+        check_targets(targets, weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
         return forward(
             hidden,
