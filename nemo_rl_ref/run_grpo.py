@@ -60,7 +60,7 @@ from nemo_rl_ref.samples import digest
 from nemo_rl_ref.tiny import load_policy
 from nemo_rl_ref.trainer import USED_KEYS as EVERY_TRAINERS_KEYS
 from nemo_rl_ref.trainer import Run, make_trained
-from nemo_rl_ref.training import NotFinite, combine_updates, update
+from nemo_rl_ref.training.step import NotFinite, combine_updates, update
 from nemo_rl_ref.user_code import checked_loss, load_object
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 from nemo_rl_ref.value_model import load_value_model, token_values

@@ -28,7 +28,7 @@ from nemo_rl_ref.optimizers import make_optimizer, make_scheduler
 from nemo_rl_ref.processes import from_main, is_deepspeed, make_accelerator, prepare_deepspeed
 from nemo_rl_ref.progress import Progress, Timer
 from nemo_rl_ref.samples import Plan, Samples, digest
-from nemo_rl_ref.training import NotFinite, run_batch, update, weighted_means
+from nemo_rl_ref.training.step import NotFinite, run_batch, update, weighted_means
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 from nemo_rl_ref.utils.logger import Logger
 from nemo_rl_ref.utils.timer import TimeoutChecker

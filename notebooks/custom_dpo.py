@@ -251,7 +251,7 @@ values(
 #| label: dpo-run
 from nemo_rl_ref.generation import answer_kl, sample_answers
 from nemo_rl_ref.tiny.addition import is_correct, problems, prompt
-from nemo_rl_ref.training import add_reference_logprobs, evaluate, train
+from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
 
 _, never_seen = problems()
 prompts = [prompt(problem) for problem in never_seen[:500]]

@@ -171,7 +171,7 @@ Markdown("\n".join(rows))
 #| label: grpo-loss
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl_ref.decoding import response_logprobs
-from nemo_rl_ref.training import valid_counts
+from nemo_rl_ref.training.step import valid_counts
 
 loss_fn = ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.0))
 seqs, toks = valid_counts(data)

@@ -32,7 +32,7 @@ import torch
 from nemo_rl_ref import tiny
 from nemo_rl_ref.show.values import values
 from nemo_rl_ref.show.tokens import TokenTable, after_first
-from nemo_rl_ref.training import next_token_logprobs, valid_counts
+from nemo_rl_ref.training.step import next_token_logprobs, valid_counts
 
 tokenizer = tiny.load_tokenizer()
 policy = tiny.load_policy().eval()
@@ -395,7 +395,7 @@ assert exact["loss_multiplier"] == 0.0 and kept["loss_multiplier"] == 1.0
 #| label: batch-pair
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
 from nemo_rl_ref.preferences import load_preferences, preference_batches
-from nemo_rl_ref.training import add_reference_logprobs
+from nemo_rl_ref.training.step import add_reference_logprobs
 
 pairs = load_preferences(
     BinaryPreferenceDataset(str(tiny.VALIDATION_PAIRS)), tokenizer, max_seq_length=16

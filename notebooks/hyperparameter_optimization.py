@@ -34,7 +34,7 @@ from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
 from nemo_rl_ref.show.values import values
 from nemo_rl_ref.preferences import load_preferences, preference_batches
-from nemo_rl_ref.training import add_reference_logprobs, evaluate, train
+from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
 
 STEPS, PAIRS, SEEDS = 16, 32, 6
 LEARNING_RATES = (1e-4, 1.3e-4, 3e-4)

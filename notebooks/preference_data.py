@@ -42,7 +42,7 @@ from nemo_rl_ref.generation import answer_kl, sample_answers
 from nemo_rl_ref.show.figures import LINES, band, panels
 from nemo_rl_ref.preferences import load_preferences, preference_batches
 from nemo_rl_ref.tiny.addition import answer, is_correct, problems, prompt
-from nemo_rl_ref.training import add_reference_logprobs, evaluate, train
+from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
 

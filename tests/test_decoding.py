@@ -12,7 +12,7 @@ from nemo_rl_ref.algorithms.logits_sampling_utils import (
 )
 from nemo_rl_ref.decoding import generate, left_pad, response_logprobs
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.training import next_token_logprobs
+from nemo_rl_ref.training.step import next_token_logprobs
 
 PLAIN = TrainingSamplingParams()
 PROMPTS = ["0+1=", "7+8=", "90+9=", "12+34="]  # 5, 5, 6 and 7 tokens

@@ -25,7 +25,7 @@ from nemo_rl_ref.checkpoints import Trained
 from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.processes import make_accelerator, prepare_deepspeed
 from nemo_rl_ref.samples import supervised_samples
-from nemo_rl_ref.training import NotFinite, update
+from nemo_rl_ref.training.step import NotFinite, update
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs" / "accelerate"

@@ -18,7 +18,7 @@ from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDatase
 from nemo_rl_ref.generation import answer_kl, sample_answers
 from nemo_rl_ref.preferences import load_preferences, preference_batches
 from nemo_rl_ref.tiny.addition import is_correct, problems, prompt
-from nemo_rl_ref.training import (
+from nemo_rl_ref.training.step import (
     add_reference_logprobs,
     evaluate,
     next_token_logprobs,
@@ -187,7 +187,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         "from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn\n"
         "from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset\n"
         "from nemo_rl_ref.preferences import load_preferences, preference_batches\n"
-        "from nemo_rl_ref.training import add_reference_logprobs, train\n"
+        "from nemo_rl_ref.training.step import add_reference_logprobs, train\n"
         "torch.set_num_threads(1)\n"
         "accelerator = Accelerator(cpu=True)\n"
         "tokenizer = tiny.load_tokenizer()\n"

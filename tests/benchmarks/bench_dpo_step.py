@@ -8,7 +8,7 @@ All contenders have the same model, pairs, batch size and optimizer, and take tu
 so that a slow moment of the machine hits all of them. Numbers are medians.
 
 floor           forward, backward from the sum of the logits, optimizer step
-ours            a step of nemo_rl_ref.training.train, reference log-probabilities known
+ours            a step of nemo_rl_ref.training.step.train, reference log-probabilities known
 ours, all in    the same, with collation and the reference forward in every step
 TRL             a step of DPOTrainer with its defaults, except for float32 and no activation
                 checkpointing: it runs the reference in every step
@@ -40,7 +40,7 @@ from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn  # noqa: E402
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
 from nemo_rl_ref.preferences import load_preferences, preference_batches  # noqa: E402
-from nemo_rl_ref.training import add_reference_logprobs, train  # noqa: E402
+from nemo_rl_ref.training.step import add_reference_logprobs, train  # noqa: E402
 
 PAIRS = 32
 ROUND = 24  # steps a contender takes before the next one's turn

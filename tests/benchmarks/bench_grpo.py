@@ -49,7 +49,7 @@ from nemo_rl_ref.rl_settings import USED_KEYS  # noqa: E402
 from nemo_rl_ref.rollouts import prompt_batches  # noqa: E402
 from nemo_rl_ref.run_grpo import Trainer  # noqa: E402
 from nemo_rl_ref.trainer import USED_KEYS as EVERY_TRAINERS_KEYS  # noqa: E402
-from nemo_rl_ref.training import next_token_logprobs  # noqa: E402
+from nemo_rl_ref.training.step import next_token_logprobs  # noqa: E402
 from nemo_rl_ref.utils.config_keys import read_config  # noqa: E402
 
 CONFIG = ROOT / "configs/grpo_tiny.yaml"
