@@ -18,7 +18,7 @@ from nemo_rl_ref.decoding import generate
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.environments import ENVIRONMENTS, Environment, score
 from nemo_rl_ref.padding import pad_right
-from nemo_rl_ref.samples import load_datasets
+from nemo_rl_ref.training.samples import load_datasets
 
 
 @dataclass(frozen=True)

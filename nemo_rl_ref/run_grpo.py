@@ -47,21 +47,21 @@ from nemo_rl_ref.algorithms.utils import (
     mask_out_neg_inf_logprobs,
     set_seed,
 )
-from nemo_rl_ref.checkpoints import Trained, load_checkpoint
-from nemo_rl_ref.command_line import run
 from nemo_rl_ref.decoding import left_pad, response_logprobs
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.environments import Environment
-from nemo_rl_ref.processes import by_share, is_sharded, make_accelerator, whole_model
-from nemo_rl_ref.progress import Timer
 from nemo_rl_ref.rl_settings import NOT_HERE_IN_RL, USED_KEYS
 from nemo_rl_ref.rollouts import Prompt, PromptPlan, batch_metrics, load_prompts, roll_out
-from nemo_rl_ref.samples import digest
 from nemo_rl_ref.tiny import load_policy
-from nemo_rl_ref.trainer import USED_KEYS as EVERY_TRAINERS_KEYS
-from nemo_rl_ref.trainer import Run, make_trained
+from nemo_rl_ref.training.checkpoints import Trained, load_checkpoint
+from nemo_rl_ref.training.command_line import run
+from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS
+from nemo_rl_ref.training.loop import Run, make_trained
+from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
+from nemo_rl_ref.training.progress import Timer
+from nemo_rl_ref.training.samples import digest
 from nemo_rl_ref.training.step import NotFinite, combine_updates, update
-from nemo_rl_ref.user_code import checked_loss, load_object
+from nemo_rl_ref.training.user_code import checked_loss, load_object
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 from nemo_rl_ref.value_model import load_value_model, token_values
 
@@ -69,7 +69,7 @@ Batch = BatchedDataDict[Any]
 
 
 class Trainer:
-    """The models of a run, and what one step does to them: a `nemo_rl_ref.trainer.Trainer`.
+    """The models of a run, and what one step does to them: a `nemo_rl_ref.training.loop.Trainer`.
 
     Args:
         config: The configuration, a plain dict with all interpolations resolved.
@@ -149,7 +149,7 @@ class Trainer:
             return load_policy(name).eval().requires_grad_(False).to(self.accelerator.device)
 
     def next_step(self, state: dict[str, Any]) -> dict[str, Any] | None:
-        """A step with the prompts that follow; see `nemo_rl_ref.trainer.Trainer`."""
+        """A step with the prompts that follow; see `nemo_rl_ref.training.loop.Trainer`."""
         while state["current_epoch"] < self.cfg.max_num_epochs:
             metrics = self.step(self.plan.rest(state), state["total_steps"])
             if metrics is not None:
@@ -160,7 +160,7 @@ class Trainer:
         return None
 
     def is_last(self, state: Mapping[str, Any]) -> bool:
-        """See `nemo_rl_ref.trainer.Trainer`."""
+        """See `nemo_rl_ref.training.loop.Trainer`."""
         return state["total_steps"] >= self.cfg.max_num_steps or self.plan.is_used_up(state)
 
     def step(self, batches: Iterator[list[Prompt]], number: int) -> dict[str, Any] | None:
@@ -443,7 +443,7 @@ class Trainer:
         return found
 
     def validations(self, done: int) -> Iterator[tuple[str, dict[str, float]]]:
-        """See `nemo_rl_ref.trainer.Trainer`."""
+        """See `nemo_rl_ref.training.loop.Trainer`."""
         yield "validation", self.validate(done)
 
 
@@ -469,7 +469,7 @@ def train(
             given, each dataset's ``env_name`` does.
         loss: ``file.py:Class`` to take in the place of `ClippedPGLossFn`.
         strict: Refuse such a loss if it breaks one of NeMo RL's promises.
-        **options: ``allow_config_changes`` and ``observe`` of `nemo_rl_ref.trainer.Run`.
+        **options: ``allow_config_changes`` and ``observe`` of `nemo_rl_ref.training.loop.Run`.
 
     Returns:
         The last validation's metrics; empty if there was none.

@@ -16,10 +16,10 @@ from typing import Any
 
 from nemo_rl_ref.algorithms.loss import PreferenceLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
-from nemo_rl_ref.command_line import run
-from nemo_rl_ref.samples import preference_samples
-from nemo_rl_ref.trainer import USED_KEYS, Task, fit
-from nemo_rl_ref.user_code import checked_loss
+from nemo_rl_ref.training.command_line import run
+from nemo_rl_ref.training.loop import USED_KEYS, Task, fit
+from nemo_rl_ref.training.samples import preference_samples
+from nemo_rl_ref.training.user_code import checked_loss
 
 USED = (*USED_KEYS, "rm", "data.val_data_paths", "policy.reward_model_cfg")
 METRICS = ("loss", "accuracy", "rewards_chosen_mean", "rewards_rejected_mean", "num_valid_samples")
@@ -32,10 +32,10 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
         config: The configuration, resolved, a plain dict.
         loss: ``file.py:Class`` to take in the place of `PreferenceLossFn`.
         strict: Refuse such a loss if it breaks one of NeMo RL's promises.
-        **options: Passed to `nemo_rl_ref.trainer.fit`.
+        **options: Passed to `nemo_rl_ref.training.loop.fit`.
 
     Returns:
-        What `nemo_rl_ref.trainer.fit` returns.
+        What `nemo_rl_ref.training.loop.fit` returns.
 
     Raises:
         ValueError: If ``policy.reward_model_cfg`` asks for another kind of reward model.

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from trainer_runs import curve, model_with_dropout, records, run
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.samples import Plan
+from nemo_rl_ref.training.samples import Plan
 
 DIVERGES = """
 import torch

@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 
-from nemo_rl_ref.optimizers import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
+from nemo_rl_ref.training.optimizers import OPTIMIZERS, SCHEDULERS, make_optimizer, make_scheduler
 
 ADAMW = {"name": "torch.optim.AdamW", "kwargs": {"lr": 1.0, "foreach": False}}
 LINEAR = {

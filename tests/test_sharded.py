@@ -21,10 +21,10 @@ from trainer_runs import curve, make_config
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import NLLLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
-from nemo_rl_ref.checkpoints import Trained
 from nemo_rl_ref.files.metrics import read_metrics
-from nemo_rl_ref.processes import make_accelerator, prepare_deepspeed
-from nemo_rl_ref.samples import supervised_samples
+from nemo_rl_ref.training.checkpoints import Trained
+from nemo_rl_ref.training.processes import make_accelerator, prepare_deepspeed
+from nemo_rl_ref.training.samples import supervised_samples
 from nemo_rl_ref.training.step import NotFinite, update
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ from accelerate import DistributedType, PartialState
 from rl_runs import settings
 from trainer_runs import run
 from nemo_rl_ref import run_grpo
-from nemo_rl_ref.processes import make_accelerator, process_state
+from nemo_rl_ref.training.processes import make_accelerator, process_state
 
 sharded = sys.argv[2] == "fsdp"
 made = PartialState.__init__

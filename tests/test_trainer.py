@@ -13,7 +13,7 @@ from nemo_rl_ref import reference_logprobs, tiny
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.data.processors import sft_processor
 from nemo_rl_ref.files.metrics import read_metrics
-from nemo_rl_ref.samples import Plan, Samples, flat_sample
+from nemo_rl_ref.training.samples import Plan, Samples, flat_sample
 
 SECTIONS = ["sft", "dpo", "rm"]
 

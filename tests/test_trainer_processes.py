@@ -21,7 +21,7 @@ def test_two_processes_train_what_one_does(tmp_path):
         f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         "from pathlib import Path\n"
         "from trainer_runs import run\n"
-        "from nemo_rl_ref.processes import process_state\n"
+        "from nemo_rl_ref.training.processes import process_state\n"
         "for section in ('sft', 'dpo', 'rm'):\n"
         "    name = f'{section}-{process_state().num_processes}'\n"
         "    changes = {'policy__train_micro_batch_size': 2, f'{section}__max_num_steps': 8}\n"

@@ -6,7 +6,7 @@ import sys
 import pytest
 from trainer_runs import curve, run
 
-from nemo_rl_ref.user_code import build_loss, load_object
+from nemo_rl_ref.training.user_code import build_loss, load_object
 
 GOOD = """
 import torch

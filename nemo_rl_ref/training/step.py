@@ -17,11 +17,15 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nemo_rl_ref.algorithms.loss.interfaces import LossFunction, LossInputType
-from nemo_rl_ref.checkpoints import get_random_state, get_torch_random_state, set_random_state
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.divergence import Origin, find_origin
 from nemo_rl_ref.logprobs import token_logprobs
-from nemo_rl_ref.processes import accumulating, from_main, is_deepspeed, is_sharded
+from nemo_rl_ref.training.checkpoints import (
+    get_random_state,
+    get_torch_random_state,
+    set_random_state,
+)
+from nemo_rl_ref.training.not_finite import Origin, find_origin
+from nemo_rl_ref.training.processes import accumulating, from_main, is_deepspeed, is_sharded
 
 #: Runs a model and a loss on a micro-batch: ``(model, loss_fn, data, (seqs, toks))`` to the loss,
 #: a scalar, and its metrics.

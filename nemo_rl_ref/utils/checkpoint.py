@@ -3,7 +3,7 @@
 
 `CheckpointManager` is NeMo RL's, without the background thread. A checkpoint is written as
 ``tmp_step_20``, sealed (`nemo_rl_ref.files.sealed`) and renamed to ``step_20``. What is in it:
-`nemo_rl_ref.checkpoints`.
+`nemo_rl_ref.training.checkpoints`.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ from nemo_rl_ref import reference_logprobs, run_dpo, run_grpo, tiny  # noqa: E40
 from nemo_rl_ref.generation import answer_kl, sample_answers  # noqa: E402
 from nemo_rl_ref.rl_settings import USED_KEYS as RL_KEYS  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
-from nemo_rl_ref.trainer import USED_KEYS  # noqa: E402
+from nemo_rl_ref.training.loop import USED_KEYS  # noqa: E402
 from nemo_rl_ref.utils.config_keys import read_config  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()

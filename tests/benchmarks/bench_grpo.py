@@ -48,7 +48,7 @@ from nemo_rl_ref import run_grpo, tiny  # noqa: E402
 from nemo_rl_ref.rl_settings import USED_KEYS  # noqa: E402
 from nemo_rl_ref.rollouts import prompt_batches  # noqa: E402
 from nemo_rl_ref.run_grpo import Trainer  # noqa: E402
-from nemo_rl_ref.trainer import USED_KEYS as EVERY_TRAINERS_KEYS  # noqa: E402
+from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS  # noqa: E402
 from nemo_rl_ref.training.step import next_token_logprobs  # noqa: E402
 from nemo_rl_ref.utils.config_keys import read_config  # noqa: E402
 

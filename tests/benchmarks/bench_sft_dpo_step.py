@@ -46,9 +46,9 @@ from trainer_runs import RUNNERS, make_config  # noqa: E402
 from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
 from nemo_rl_ref.files.metrics import read_metrics  # noqa: E402
-from nemo_rl_ref.optimizers import make_optimizer  # noqa: E402
-from nemo_rl_ref.processes import make_accelerator  # noqa: E402
-from nemo_rl_ref.samples import Plan, preference_samples, supervised_samples  # noqa: E402
+from nemo_rl_ref.training.optimizers import make_optimizer  # noqa: E402
+from nemo_rl_ref.training.processes import make_accelerator  # noqa: E402
+from nemo_rl_ref.training.samples import Plan, preference_samples, supervised_samples  # noqa: E402
 
 SAMPLES = {"sft": 64, "dpo": 32}  # a step has 64 rows in both
 ROUND = 24  # steps a contender takes before the other one's turn

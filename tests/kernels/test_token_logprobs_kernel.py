@@ -15,7 +15,7 @@ from thread_harness import (
 )
 
 from nemo_rl_ref.kernels import token_logprobs as kernel
-from nemo_rl_ref.logprobs import _token_logprobs_op, token_logprobs
+from nemo_rl_ref.logprobs.token import _token_logprobs_op, token_logprobs
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
 

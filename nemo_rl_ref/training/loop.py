@@ -22,12 +22,22 @@ from typing import Any, Protocol
 import torch
 
 from nemo_rl_ref.algorithms.utils import maybe_pad_last_batch, set_seed
-from nemo_rl_ref.checkpoints import Trained, check_same_config, load_checkpoint, save_checkpoint
 from nemo_rl_ref.files.sealed import check_checkpoint, clear_leftovers
-from nemo_rl_ref.optimizers import make_optimizer, make_scheduler
-from nemo_rl_ref.processes import from_main, is_deepspeed, make_accelerator, prepare_deepspeed
-from nemo_rl_ref.progress import Progress, Timer
-from nemo_rl_ref.samples import Plan, Samples, digest
+from nemo_rl_ref.training.checkpoints import (
+    Trained,
+    check_same_config,
+    load_checkpoint,
+    save_checkpoint,
+)
+from nemo_rl_ref.training.optimizers import make_optimizer, make_scheduler
+from nemo_rl_ref.training.processes import (
+    from_main,
+    is_deepspeed,
+    make_accelerator,
+    prepare_deepspeed,
+)
+from nemo_rl_ref.training.progress import Progress, Timer
+from nemo_rl_ref.training.samples import Plan, Samples, digest
 from nemo_rl_ref.training.step import NotFinite, run_batch, update, weighted_means
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 from nemo_rl_ref.utils.logger import Logger

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from nemo_rl_ref.files.sealed import CheckpointError, broken
-from nemo_rl_ref.processes import from_main, is_deepspeed, is_sharded
+from nemo_rl_ref.training.processes import from_main, is_deepspeed, is_sharded
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
 from nemo_rl_ref.utils.logger import flatten_dict
 

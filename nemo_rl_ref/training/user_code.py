@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_ref.processes import from_main, process_state
+from nemo_rl_ref.training.processes import from_main, process_state
 
 
 def load_object(spec: str, option: str = "--loss") -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from nemo_rl_ref.files.whole import replacing
 from nemo_rl_ref.padding import PackedRows
-from nemo_rl_ref.samples import Samples
+from nemo_rl_ref.training.samples import Samples
 from nemo_rl_ref.training.step import next_token_logprobs
 
 #: Samples of one set and the numbers of some of them: what one forward pass takes.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from nemo_rl_ref.processes import from_main, process_state
+from nemo_rl_ref.training.processes import from_main, process_state
 from nemo_rl_ref.utils.config_keys import NOT_HERE
 
 
