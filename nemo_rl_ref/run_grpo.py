@@ -52,18 +52,17 @@ from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.environments import Environment
 from nemo_rl_ref.rl_settings import NOT_HERE_IN_RL, USED_KEYS
 from nemo_rl_ref.rollouts import Prompt, PromptPlan, batch_metrics, load_prompts, roll_out
-from nemo_rl_ref.tiny import load_policy
 from nemo_rl_ref.training.checkpoints import Trained, load_checkpoint
 from nemo_rl_ref.training.command_line import run
 from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS
 from nemo_rl_ref.training.loop import Run, make_trained
+from nemo_rl_ref.training.models import load_policy, load_value_model, token_values
 from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
 from nemo_rl_ref.training.progress import Timer
 from nemo_rl_ref.training.samples import digest
 from nemo_rl_ref.training.step import NotFinite, combine_updates, update
 from nemo_rl_ref.training.user_code import checked_loss, load_object
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
-from nemo_rl_ref.value_model import load_value_model, token_values
 
 Batch = BatchedDataDict[Any]
 

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from nemo_rl_ref.algorithms.loss import PreferenceLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.loop import USED_KEYS, Task, fit
+from nemo_rl_ref.training.loop import USED_KEYS
+from nemo_rl_ref.training.models import load_reward_model
 from nemo_rl_ref.training.samples import preference_samples
+from nemo_rl_ref.training.supervised import Task, fit
 from nemo_rl_ref.training.user_code import checked_loss
 
 USED = (*USED_KEYS, "rm", "data.val_data_paths", "policy.reward_model_cfg")
@@ -32,10 +33,10 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
         config: The configuration, resolved, a plain dict.
         loss: ``file.py:Class`` to take in the place of `PreferenceLossFn`.
         strict: Refuse such a loss if it breaks one of NeMo RL's promises.
-        **options: Passed to `nemo_rl_ref.training.loop.fit`.
+        **options: Passed to `nemo_rl_ref.training.supervised.fit`.
 
     Returns:
-        What `nemo_rl_ref.training.loop.fit` returns.
+        What `nemo_rl_ref.training.supervised.fit` returns.
 
     Raises:
         ValueError: If ``policy.reward_model_cfg`` asks for another kind of reward model.
@@ -59,24 +60,6 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
         validation_metrics=None if loss else {name: name for name in METRICS},
     )
     return fit(task, config, tokenizer, **options)
-
-
-def load_reward_model(model_name: str | Path, pad_token_id: int) -> Any:
-    """Load a model with one output a sequence, in float32 and training mode.
-
-    Args:
-        model_name: Name or path of a Hugging Face model.
-        pad_token_id: The reward is read at the last token that is not this one. Where padding is
-            done with the end token, that is the token before it, as in NeMo RL.
-    """
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(model_name), num_labels=1, dtype=torch.float32, use_safetensors=True
-    )
-    model.config.pad_token_id = pad_token_id
-    return model.train()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,10 +16,11 @@ from typing import Any
 
 from nemo_rl_ref.algorithms.loss import NLLLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
-from nemo_rl_ref.tiny import load_policy
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.loop import USED_KEYS, Task, fit
+from nemo_rl_ref.training.loop import USED_KEYS
+from nemo_rl_ref.training.models import load_policy
 from nemo_rl_ref.training.samples import supervised_samples
+from nemo_rl_ref.training.supervised import Task, fit
 from nemo_rl_ref.training.user_code import checked_loss
 
 USED = (*USED_KEYS, "sft", "data.add_bos", "data.add_eos", "data.add_generation_prompt")
@@ -32,10 +33,10 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
         config: The configuration, resolved, a plain dict.
         loss: ``file.py:Class`` to take in the place of the negative log-likelihood.
         strict: Refuse such a loss if it breaks one of NeMo RL's promises.
-        **options: Passed to `nemo_rl_ref.training.loop.fit`.
+        **options: Passed to `nemo_rl_ref.training.supervised.fit`.
 
     Returns:
-        What `nemo_rl_ref.training.loop.fit` returns.
+        What `nemo_rl_ref.training.supervised.fit` returns.
     """
     section = config["sft"]
     loss_fn = NLLLossFn()

@@ -16,10 +16,9 @@ from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.rl_settings import read_settings, teacher_name
 from nemo_rl_ref.rollouts import prompt_batches
 from nemo_rl_ref.run_grpo import Trainer, train
-from nemo_rl_ref.training.loop import NotFinite
-from nemo_rl_ref.training.step import next_token_logprobs
+from nemo_rl_ref.training.models import load_value_model, token_values
+from nemo_rl_ref.training.step import NotFinite, next_token_logprobs
 from nemo_rl_ref.upstream import load_manifest
-from nemo_rl_ref.value_model import load_value_model, token_values
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialized.*")
 

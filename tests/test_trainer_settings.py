@@ -10,8 +10,8 @@ from trainer_runs import make_config, records, run, write_lines
 from nemo_rl_ref import run_dpo, run_rm, run_sft, tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
-from nemo_rl_ref.training.loop import Task, fit
 from nemo_rl_ref.training.samples import preference_samples
+from nemo_rl_ref.training.supervised import Task, fit
 
 ROOT = Path(__file__).parents[1]
 

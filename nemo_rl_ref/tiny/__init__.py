@@ -15,6 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nemo_rl_ref.training import models
+
 ASSETS = Path(__file__).parent / "assets"
 MODEL = ASSETS / "addition-qwen3"
 TRAIN_PAIRS = ASSETS / "addition-preferences.train.jsonl"
@@ -25,25 +27,16 @@ RANKED_VALIDATION_PAIRS = ASSETS / "addition-preferences.validation.ranked.jsonl
 
 
 def load_policy(model_name: str | Path | None = None, **kwargs: Any) -> Any:
-    """Load a causal language model for training.
+    """Load a causal language model for training: the shipped one if no name is given.
 
     Args:
-        model_name: Name or path of a Hugging Face model; the shipped one if not given.
-        **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``. ``dtype`` is float32 if
-            not given. ``use_safetensors`` is always true: weights in pickle files are refused.
+        model_name: Name or path of a Hugging Face model.
+        **kwargs: See `nemo_rl_ref.training.models.load_policy`.
 
     Returns:
-        The model, a ``torch.nn.Module`` in training mode, on the CPU unless ``kwargs`` say
-        otherwise.
+        The model, a ``torch.nn.Module`` in training mode.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    kwargs.setdefault("dtype", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(model_name or MODEL), use_safetensors=True, **kwargs
-    )
-    return model.train()
+    return models.load_policy(model_name or MODEL, **kwargs)
 
 
 def load_tokenizer(model_name: str | Path | None = None) -> Any:
