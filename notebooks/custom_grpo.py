@@ -36,9 +36,9 @@ from omegaconf import OmegaConf
 
 from nemo_rl_ref import tiny
 from nemo_rl_ref.show.values import values
-from nemo_rl_ref.environments import exact_match
-from nemo_rl_ref.rollouts import prompt_batches
-from nemo_rl_ref.run_grpo import Trainer
+from nemo_rl_ref.rl.rewards import exact_match
+from nemo_rl_ref.rl.rollouts import prompt_batches
+from nemo_rl_ref.rl.trainer import RLTrainer
 from nemo_rl_ref.utils.config import load_config, parse_hydra_overrides
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
@@ -89,14 +89,14 @@ SMALL = [
     "policy.scheduler.0.kwargs.start_factor=1.0",
     "policy.optimizer.kwargs.lr=5e-5",
 ]
-trainer = Trainer(settings(*SMALL), environment=exact_match)
+trainer = RLTrainer(settings(*SMALL), environment=exact_match)
 prompts = next(prompt_batches(trainer.train_prompts, size=4, shuffle=True, seed=0, epoch=0))
 for prompt in prompts:
     print(f"{prompt.text!r:16} truth {prompt.truth:4} ids {prompt.ids.tolist()}")
 
 # %%
 #| label: grpo-group
-from nemo_rl_ref.rollouts import roll_out
+from nemo_rl_ref.rl.rollouts import roll_out
 
 batch, rollout_metrics = roll_out(
     trainer.policy.model,
@@ -170,7 +170,7 @@ Markdown("\n".join(rows))
 # %%
 #| label: grpo-loss
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.decoding import response_logprobs
+from nemo_rl_ref.rl.generate import response_logprobs
 from nemo_rl_ref.training.step import valid_counts
 
 loss_fn = ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.0))
@@ -222,7 +222,7 @@ grouped(
 
 # %%
 #| label: grpo-run
-from nemo_rl_ref.decoding import response_logprobs
+from nemo_rl_ref.rl.generate import response_logprobs
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 
 
@@ -251,7 +251,7 @@ def accuracy(model, prompts, trainer):
 
 def run(seed, *overrides, environment=exact_match, loss_fn=None, estimator=None):
     """Train a fresh copy of the policy. Return reward, length and accuracy, by step."""
-    trainer = Trainer(
+    trainer = RLTrainer(
         settings(f"grpo.seed={seed}", *overrides), environment=environment, loss_fn=loss_fn
     )
     if estimator is not None:

@@ -10,8 +10,8 @@ from nemo_rl_ref.algorithms.logits_sampling_utils import (
     apply_top_k_top_p,
     need_top_k_or_top_p_filtering,
 )
-from nemo_rl_ref.decoding import generate, left_pad, response_logprobs
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.rl.generate import generate, left_pad, response_logprobs
 from nemo_rl_ref.training.step import next_token_logprobs
 
 PLAIN = TrainingSamplingParams()

@@ -20,7 +20,8 @@ from nemo_rl_ref.algorithms.grpo import (
 from nemo_rl_ref.algorithms.ppo import AsyncPPOConfig, PPOConfig
 from nemo_rl_ref.algorithms.reward_functions import RewardShapingConfig, apply_reward_shaping
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.environments import (
+from nemo_rl_ref.files.records import DataError
+from nemo_rl_ref.rl.rewards import (
     ENVIRONMENTS,
     exact_match,
     final_answer,
@@ -28,8 +29,7 @@ from nemo_rl_ref.environments import (
     math_reward,
     score,
 )
-from nemo_rl_ref.files.records import DataError
-from nemo_rl_ref.rollouts import load_prompts, prompt_batches
+from nemo_rl_ref.rl.rollouts import load_prompts, prompt_batches
 
 # Reward shaping
 

@@ -13,9 +13,10 @@ from rl_runs import GAE, settings
 from nemo_rl_ref import run_grpo, tiny
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl_ref.files.metrics import read_metrics
-from nemo_rl_ref.rl_settings import read_settings, teacher_name
-from nemo_rl_ref.rollouts import prompt_batches
-from nemo_rl_ref.run_grpo import Trainer, train
+from nemo_rl_ref.rl.rollouts import prompt_batches
+from nemo_rl_ref.rl.settings import read_settings, teacher_name
+from nemo_rl_ref.rl.trainer import RLTrainer
+from nemo_rl_ref.run_grpo import train
 from nemo_rl_ref.training.models import load_value_model, token_values
 from nemo_rl_ref.training.step import NotFinite, next_token_logprobs
 from nemo_rl_ref.upstream import load_manifest
@@ -30,7 +31,7 @@ def batches(trainer):
 
 def steps(config, count=2, **options):
     """Metrics of some steps, and the trainer."""
-    trainer = Trainer(config, **options)
+    trainer = RLTrainer(config, **options)
     source = batches(trainer)
     return [trainer.step(source, number) for number in range(count)], trainer
 
@@ -59,7 +60,7 @@ def test_a_step_is_what_it_says(tmp_path, micro, penalty):
         "policy.train_micro_batch_size": micro,
         "grpo.adv_estimator": {"use_leave_one_out_baseline": False},
     }
-    trainer = Trainer(settings(tmp_path, changes), environment=dense)
+    trainer = RLTrainer(settings(tmp_path, changes), environment=dense)
     # Away from the reference policy, so that the penalty has a gradient.
     with torch.no_grad():
         for parameter in trainer.policy.model.parameters():
@@ -118,7 +119,7 @@ def test_a_step_is_what_it_says(tmp_path, micro, penalty):
 def test_prev_logprobs_from_the_update_are_those_computed_before_it(tmp_path):
     config = settings(tmp_path, {"grpo.num_generations_per_prompt": 4})
     first, trainer = steps(config, environment=dense)
-    other = Trainer(config, environment=dense)
+    other = RLTrainer(config, environment=dense)
     other.has_dropout = True  # there is none; but now they are computed first
     assert other._prev_logprobs_first and not trainer._prev_logprobs_first
     source = batches(other)
@@ -232,7 +233,7 @@ def test_every_estimator_and_loss(tmp_path, changes):
         assert one["token_mult_prob_error"] == pytest.approx(1, abs=1e-3)
         assert one["num_valid_samples"] == 16
         assert one.get("num_masked_seqs_by_logprob_error", 0) == 0
-    moved = weights(trainer) - weights(Trainer(settings(tmp_path, changes)))
+    moved = weights(trainer) - weights(RLTrainer(settings(tmp_path, changes)))
     if changes is VARIANTS["opd"]:  # the teacher is the student: at first there is nothing to learn
         assert abs(metrics[0]["on_policy_distillation/adv_mean"]) < 1e-5
     assert moved.abs().max() > 1e-5
@@ -346,7 +347,7 @@ def test_ppo_value_model_learns(tmp_path):
     assert metrics[-1]["critic/values_mean"] == pytest.approx(1.0, abs=0.3)
     assert metrics[-1]["critic/residual_sq_mean"] < 0.2 * metrics[0]["critic/residual_sq_mean"]
     assert "loss" not in metrics[-1]  # critic warm-up: the policy was left alone
-    assert torch.equal(weights(trainer), weights(Trainer(settings(tmp_path))))
+    assert torch.equal(weights(trainer), weights(RLTrainer(settings(tmp_path))))
 
 
 def test_ppo_without_a_value_model(tmp_path):
@@ -509,7 +510,7 @@ def test_not_a_number_stops_the_run(tmp_path, monkeypatch):
             loss, metrics = super().__call__(next_token_logprobs, data, **counts)
             return (loss * math.nan if Broken.calls > 1 else loss), metrics
 
-    monkeypatch.setattr(run_grpo, "ClippedPGLossFn", Broken)
+    monkeypatch.setattr("nemo_rl_ref.rl.trainer.ClippedPGLossFn", Broken)
     config = settings(tmp_path, {"grpo.max_num_steps": 4, "checkpointing.enabled": True,
                                  "checkpointing.save_period": 50})  # fmt: skip
     with pytest.raises(NotFinite, match="step 2: .*gradient norm nan; it starts in the loss f"):
@@ -518,7 +519,7 @@ def test_not_a_number_stops_the_run(tmp_path, monkeypatch):
     assert info["total_steps"] == 1 and info["data_position"] == 1
     monkeypatch.undo()
     saved = tiny.load_policy(tmp_path / "checkpoints/step_1/policy/weights")
-    fresh = Trainer(settings(tmp_path))
+    fresh = RLTrainer(settings(tmp_path))
     fresh.step(batches(fresh), 0)
     assert torch.equal(
         torch.cat([p.detach().flatten() for p in saved.parameters()]), weights(fresh)
@@ -589,7 +590,7 @@ def test_more_refusals(tmp_path):
 
 
 def test_the_loss_config_reaches_the_loss(tmp_path):
-    trainer = Trainer(settings(tmp_path, {"loss_fn.ratio_clip_max": 0.28}))
+    trainer = RLTrainer(settings(tmp_path, {"loss_fn.ratio_clip_max": 0.28}))
     assert trainer.loss_fn.ratio_clip_max == 0.28
     assert vars(trainer.loss_fn) == vars(
         ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.0, ratio_clip_max=0.28))

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from trainer_runs import curve, make_config, records, run, write_lines
 
-from nemo_rl_ref import reference_logprobs, tiny
+from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.data.processors import sft_processor
 from nemo_rl_ref.files.metrics import read_metrics
+from nemo_rl_ref.training import reference as reference_logprobs
 from nemo_rl_ref.training.samples import Plan, Samples, flat_sample
 
 SECTIONS = ["sft", "dpo", "rm"]

@@ -19,7 +19,7 @@ MODULES = (
     "nemo_rl_ref.algorithms.advantage_estimator",
     "nemo_rl_ref.algorithms.grpo",
     "nemo_rl_ref.algorithms.ppo",
-    "nemo_rl_ref.rl_settings",
+    "nemo_rl_ref.rl.settings",
 )
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO's settings, and what happens to a batch of rollouts before the loss sees it.
 
-The training loop is in :mod:`nemo_rl_ref.run_grpo`.
+The training loop is in :mod:`nemo_rl_ref.rl.trainer`.
 """
 
 from typing import Any, Optional

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PPO's settings. The training loop is in :mod:`nemo_rl_ref.run_grpo`."""
+"""PPO's settings. The training loop is in :mod:`nemo_rl_ref.rl.trainer`."""
 
 from typing import Any
 

@@ -61,7 +61,7 @@ def trainer_of(algorithm: str) -> Trainer:
 
     if algorithm in ("grpo", "ppo"):
         from nemo_rl_ref import run_grpo
-        from nemo_rl_ref.rl_settings import NOT_HERE_IN_RL, USED_KEYS
+        from nemo_rl_ref.rl.settings import NOT_HERE_IN_RL, USED_KEYS
         from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS
 
         return Trainer(run_grpo.train, (*EVERY_TRAINERS_KEYS, *USED_KEYS), NOT_HERE_IN_RL)

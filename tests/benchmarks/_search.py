@@ -45,10 +45,12 @@ from optuna.distributions import (  # noqa: E402
     IntDistribution,
 )
 
-from nemo_rl_ref import reference_logprobs, run_dpo, run_grpo, tiny  # noqa: E402
+from nemo_rl_ref import run_dpo, run_grpo, tiny  # noqa: E402
 from nemo_rl_ref.generation import answer_kl, sample_answers  # noqa: E402
-from nemo_rl_ref.rl_settings import USED_KEYS as RL_KEYS  # noqa: E402
+from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
+from nemo_rl_ref.rl.settings import USED_KEYS as RL_KEYS  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
+from nemo_rl_ref.training import reference  # noqa: E402
 from nemo_rl_ref.training.loop import USED_KEYS  # noqa: E402
 from nemo_rl_ref.utils.config_keys import read_config  # noqa: E402
 
@@ -208,10 +210,10 @@ class Trainings:
             json.loads(line)["input"] for line in (WORK / "sums.jsonl").read_text().splitlines()
         ]
         self.loaded = []
-        for module in (run_dpo, run_grpo):
+        for module in (run_dpo, rl_trainer):
             module.load_policy = self._keep(module.load_policy)
         tokenized, logprobs = {}, {}
-        samples, compute = run_dpo.preference_samples, reference_logprobs._compute
+        samples, compute = run_dpo.preference_samples, reference._compute
 
         def tokenized_once(config, *args, **options):
             train, validation = samples(config, *args, **options)
@@ -222,13 +224,13 @@ class Trainings:
             return train, validation
 
         def computed_once(policy, load_model, chunks, accelerator):
-            key = reference_logprobs._fingerprint(policy, chunks)
+            key = reference._fingerprint(policy, chunks)
             if key not in logprobs:
                 logprobs[key] = compute(policy, load_model, chunks, accelerator)
             return logprobs[key]
 
         run_dpo.preference_samples = tokenized_once
-        reference_logprobs._compute = computed_once
+        reference._compute = computed_once
 
     def _keep(self, load):
         def kept(*args, **options):

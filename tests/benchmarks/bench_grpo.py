@@ -13,7 +13,7 @@ have the same model, prompts and optimizer, and take turns in one process, so th
 the machine hits all of them. Numbers are medians, on the wall clock
 and of processor time; where other programs run beside it, only the latter mean something.
 
-GRPO            a whole step of nemo_rl_ref.run_grpo: sampling, rewards, advantages, update
+GRPO            a whole step of nemo_rl_ref.rl.trainer: sampling, rewards, advantages, update
 GRPO, update    its update alone, on rollouts that are there
 GRPO, update plain  the same without sharing prompts: forward passes over whole rows
 floor           forward, backward from the sum of the logits, optimizer step, same rows
@@ -44,10 +44,11 @@ from _record import device_name, write_result  # noqa: E402
 from rich.progress import track  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
-from nemo_rl_ref import run_grpo, tiny  # noqa: E402
-from nemo_rl_ref.rl_settings import USED_KEYS  # noqa: E402
-from nemo_rl_ref.rollouts import prompt_batches  # noqa: E402
-from nemo_rl_ref.run_grpo import Trainer  # noqa: E402
+from nemo_rl_ref import tiny  # noqa: E402
+from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
+from nemo_rl_ref.rl.rollouts import prompt_batches  # noqa: E402
+from nemo_rl_ref.rl.settings import USED_KEYS  # noqa: E402
+from nemo_rl_ref.rl.trainer import RLTrainer  # noqa: E402
 from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS  # noqa: E402
 from nemo_rl_ref.training.step import next_token_logprobs  # noqa: E402
 from nemo_rl_ref.utils.config_keys import read_config  # noqa: E402
@@ -80,7 +81,7 @@ def batches_of(trainer):
 
 def learn(seed, seconds):
     """Share of right answers before and after, and the number of steps."""
-    trainer = Trainer(configuration(f"grpo.seed={seed}"))
+    trainer = RLTrainer(configuration(f"grpo.seed={seed}"))
     before, batches, step = trainer.validate(0)["accuracy"], batches_of(trainer), 0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -106,7 +107,7 @@ class Ours:
     def __init__(self, part):
         rows = f"{PROMPTS * COPIES}"
         self.part = part
-        self.trainer = Trainer(
+        self.trainer = RLTrainer(
             configuration(
                 f"grpo.num_prompts_per_step={PROMPTS}",
                 f"grpo.num_generations_per_prompt={COPIES}",
@@ -151,9 +152,9 @@ class Ours:
             del self.data.data["prev_logprobs"]
 
     def turn(self):
-        shared = run_grpo.response_logprobs
+        shared = rl_trainer.response_logprobs
         if self.part == "plain":
-            run_grpo.response_logprobs = lambda model, data, *_, **__: next_token_logprobs(
+            rl_trainer.response_logprobs = lambda model, data, *_, **__: next_token_logprobs(
                 model, data
             )
         ticks = [tick()]
@@ -162,7 +163,7 @@ class Ours:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             ticks.append(tick())
-        run_grpo.response_logprobs = shared
+        rl_trainer.response_logprobs = shared
         return steps_of(ticks)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_rl_ref import _linear_logprobs
 from nemo_rl_ref.kernels import loader
 from nemo_rl_ref.logprobs import (
     _token_logprobs_op,
+    linear,
     linear_token_logprobs,
     token_logprobs,
 )
@@ -100,7 +100,7 @@ def head(dtype, rows=300, size=64, vocabulary=5000):
 def test_linear_operator():
     (hidden, weight, bias), targets = head(torch.float32)
     arguments = (hidden, weight, targets, bias, 0.9, 5.0, 2 << 20, True, True)
-    torch.library.opcheck(_linear_logprobs.linear_token_logprobs_op, arguments)
+    torch.library.opcheck(linear.linear_token_logprobs_op, arguments)
 
 
 @pytest.mark.parametrize("extra", [512 << 20, 1 << 20])

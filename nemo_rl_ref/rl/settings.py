@@ -14,7 +14,7 @@ from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
 from nemo_rl_ref.algorithms.ppo import PPOConfig
 from nemo_rl_ref.utils.config_keys import NOT_HERE
 
-#: Keys that :mod:`nemo_rl_ref.run_grpo` reads besides those of every trainer.
+#: Keys that :mod:`nemo_rl_ref.rl.trainer` reads besides those of every trainer.
 USED_KEYS = (
     *(f"grpo.{name}" for name in GRPOConfig.model_fields),
     *(f"ppo.{name}" for name in PPOConfig.model_fields),

@@ -14,10 +14,10 @@ from torch import Tensor
 from nemo_rl_ref.algorithms.logits_sampling_utils import TrainingSamplingParams
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
 from nemo_rl_ref.data.processors import math_hf_data_processor
-from nemo_rl_ref.decoding import generate
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.environments import ENVIRONMENTS, Environment, score
 from nemo_rl_ref.padding import pad_right
+from nemo_rl_ref.rl.generate import generate
+from nemo_rl_ref.rl.rewards import ENVIRONMENTS, Environment, score
 from nemo_rl_ref.training.samples import load_datasets
 
 

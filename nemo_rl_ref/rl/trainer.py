@@ -1,0 +1,443 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer of GRPO and PPO: rollouts, advantages, updates.
+
+One step:
+
+1. sample ``num_generations_per_prompt`` responses to each of ``num_prompts_per_step`` prompts
+   and score them (:mod:`nemo_rl_ref.rl.rollouts`, :mod:`nemo_rl_ref.rl.rewards`);
+2. scale and shape the rewards, drop groups that teach nothing, turn rewards into advantages;
+3. update the policy once for every ``train_global_batch_size`` responses (PPO: ``ppo_epochs``
+   times over, the value model before the policy).
+
+Every process has the whole batch of rollouts, samples its share of the prompts and trains on its
+share of the rows. Random numbers come from the seed and the number of the step, not from a
+generator that runs on, so that a resumed run draws what the interrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nemo_rl_ref.algorithms import advantage_estimator as estimators
+from nemo_rl_ref.algorithms.grpo import compute_and_apply_seq_logprob_error_masking as seq_errors
+from nemo_rl_ref.algorithms.grpo import dynamic_sampling, scale_rewards
+from nemo_rl_ref.algorithms.logits_sampling_utils import need_top_k_or_top_p_filtering
+from nemo_rl_ref.algorithms.loss import (
+    ClippedPGLossConfig,
+    ClippedPGLossFn,
+    MseValueLossConfig,
+    MseValueLossFn,
+)
+from nemo_rl_ref.algorithms.reward_functions import apply_reward_shaping
+from nemo_rl_ref.algorithms.utils import (
+    calculate_baseline_and_std_per_prompt,
+    get_tokenizer,
+    mask_out_neg_inf_logprobs,
+    set_seed,
+)
+from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.rl import settings as settings
+from nemo_rl_ref.rl.generate import left_pad, response_logprobs
+from nemo_rl_ref.rl.rewards import Environment
+from nemo_rl_ref.rl.rollouts import Prompt, PromptPlan, batch_metrics, load_prompts, roll_out
+from nemo_rl_ref.training.checkpoints import Trained, load_checkpoint
+from nemo_rl_ref.training.loop import make_trained
+from nemo_rl_ref.training.models import load_policy, load_value_model, token_values
+from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
+from nemo_rl_ref.training.progress import Timer
+from nemo_rl_ref.training.samples import digest
+from nemo_rl_ref.training.step import NotFinite, combine_updates, update
+from nemo_rl_ref.utils.checkpoint import CheckpointManager
+
+Batch = BatchedDataDict[Any]
+
+
+class RLTrainer:
+    """The models of a run, and what one step does to them: a `nemo_rl_ref.training.loop.Trainer`.
+
+    Args:
+        config: The configuration, a plain dict with all interpolations resolved.
+        environment: Scores all responses; if not given, that of each dataset's ``env_name``.
+        loss_fn: The loss; NeMo RL's `ClippedPGLossFn` if not given.
+        load: Whether to load the models at once; otherwise `load` does.
+
+    Raises:
+        ValueError: If the configuration cannot be used. The message names the key.
+    """
+
+    counters = (
+        "consumed_samples", "current_step", "current_epoch", "total_steps", "total_valid_tokens",
+        "data_position",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        environment: Environment | None = None,
+        loss_fn: Any = None,
+        load: bool = True,
+    ):
+        policy = self.policy_config = config["policy"]
+        self.config, self.name = config, settings.section_name(config)
+        self.accelerator, self.timer = make_accelerator(policy["precision"]), Timer()
+        self.cfg = cfg = settings.read_settings(config, self.accelerator.num_processes)
+        self.section, self.is_ppo = cfg.model_dump(), self.name == "ppo"
+        self.updates = settings.updates_per_step(config, cfg)
+        self.loss_config = ClippedPGLossConfig(**config["loss_fn"])
+        self.loss_fn = loss_fn or ClippedPGLossFn(self.loss_config)
+        self.estimator = settings.make_estimator(config, cfg)
+        self.tokenizer = get_tokenizer(policy["tokenizer"])
+        self.train_prompts, self.val_prompts = load_prompts(
+            config["data"], self.tokenizer, environment
+        )
+        self.digest = digest((prompt.text, prompt.truth) for prompt in self.train_prompts)
+        self.sampling = settings.sampling_params(policy["generation"])
+        self.val_sampling = settings.sampling_params(policy["generation"], "val_")
+        self.filters = need_top_k_or_top_p_filtering(self.sampling)
+        self.samples, self.samples_per_step = len(self.train_prompts), cfg.num_prompts_per_step
+        batch_size = int(cfg.num_prompts_per_step * cfg.batch_multiplier)
+        order = (cfg.max_num_epochs, config["data"].get("shuffle", True), cfg.seed)
+        self.plan = PromptPlan(self.train_prompts, batch_size, *order)
+        self.steps, self.updates_made = min(self.plan.batches, cfg.max_num_steps), 0
+        several = getattr(cfg, "val_num_generations_per_prompt", 1) > 1
+        self.metric_names = ("accuracy", "avg_length", *(("pass_k",) if several else ()))
+        if load:
+            self.load()
+
+    def load(self, checkpoint: str | None = None) -> None:
+        """Load the models, as they are in a checkpoint if one is given."""
+        config, policy = self.config, self.policy_config
+        set_seed(self.cfg.seed)
+        weights, _ = CheckpointManager.get_resume_paths(checkpoint)
+        model = load_policy(weights or policy["model_name"])
+        self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+        self.whole = self._frozen(weights or policy["model_name"], is_sharded(self.accelerator))
+        self.policy = make_trained(self.accelerator, model, policy)
+        self.models = {"policy": self.policy}
+        self.teacher = self.value_loss_fn = None
+        kl = self.loss_config.reference_policy_kl_penalty
+        self.reference = self._frozen(policy["model_name"], kl)
+        if isinstance(self.estimator, estimators.OPDAdvantageEstimator):
+            self.teacher = self._frozen(settings.teacher_name(config))
+        if isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
+            weights, _ = CheckpointManager.get_resume_paths(checkpoint, model_component="value")
+            model = load_value_model(weights or config["value"]["model_name"])
+            self.models["value"] = make_trained(self.accelerator, model, config["value"], "value")
+            self.value_loss_fn = MseValueLossFn(MseValueLossConfig(**config["value_loss_fn"]))
+        if checkpoint:
+            load_checkpoint(checkpoint, accelerator=self.accelerator, models=self.models)
+
+    def _frozen(self, name: Any, wanted: Any = True) -> Any:
+        if wanted:
+            return load_policy(name).eval().requires_grad_(False).to(self.accelerator.device)
+
+    def next_step(self, state: dict[str, Any]) -> dict[str, Any] | None:
+        """A step with the prompts that follow; see `nemo_rl_ref.training.loop.Trainer`."""
+        while state["current_epoch"] < self.cfg.max_num_epochs:
+            metrics = self.step(self.plan.rest(state), state["total_steps"])
+            if metrics is not None:
+                state["current_step"] += 1
+                return metrics
+            state["current_epoch"] += 1
+            state["current_step"] = state["data_position"] = 0
+        return None
+
+    def is_last(self, state: Mapping[str, Any]) -> bool:
+        """See `nemo_rl_ref.training.loop.Trainer`."""
+        return state["total_steps"] >= self.cfg.max_num_steps or self.plan.is_used_up(state)
+
+    def step(self, batches: Iterator[list[Prompt]], number: int) -> dict[str, Any] | None:
+        """Rollouts, advantages, updates.
+
+        Args:
+            batches: The prompts of the next batches of rollouts.
+            number: Steps done before.
+
+        Returns:
+            NeMo RL's training metrics; None if the prompts ran out before the step was full.
+        """
+        cfg, cache, complete, tried = self.cfg, None, False, 0
+        self.updates_made = 0
+        while not complete:
+            prompts = next(batches, None)
+            if prompts is None:
+                return None
+            tried += 1
+            batch, rollout_metrics = self._roll_out(
+                prompts, cfg.num_generations_per_prompt, self.sampling, (number, tried)
+            )
+            with self.timer.time("reward_calculation"):
+                batch = scale_rewards(batch, cfg.reward_scaling)
+                batch = apply_reward_shaping(batch, cfg.reward_shaping)
+                raw = batch.get("unshaped_total_reward") if cfg.use_dynamic_sampling else None
+                baseline, std = calculate_baseline_and_std_per_prompt(
+                    left_pad(batch["input_ids"], batch["length"])[0],
+                    batch["total_reward"],
+                    torch.ones_like(batch["total_reward"]),
+                    leave_one_out_baseline=getattr(cfg, "use_leave_one_out_baseline", True),
+                    std_rewards=raw,
+                )
+            batch, complete, cache, sampled = dynamic_sampling(
+                batch, std, baseline, tried, SimpleNamespace(grpo=cfg), self.timer, cache
+            )
+        if cfg.use_dynamic_sampling:
+            sampled["dynamic_sampling_num_gen_batches"] = tried
+            sampled["filtered_reward"] = batch["filtered_reward"].mean().item()
+        data, metrics = self.training_data(batch)
+        for _ in range(getattr(cfg, "ppo_epochs", 1)):
+            if self.value_loss_fn is not None:
+                with self.timer.time("value_training"):
+                    metrics.update(self.update_value(data))
+            if number >= getattr(cfg, "policy_training_start_step", 0):
+                with self.timer.time("policy_training"):
+                    metrics.update(self.update_policy(data))
+        if not self._prev_logprobs_first and not self.loss_config.force_on_policy_ratio:
+            metrics.update(_seq_errors(data, batch["total_reward"], None))
+        return {**metrics, **sampled, **rollout_metrics, **batch_metrics(batch)}
+
+    def _roll_out(
+        self, prompts: list[Prompt], copies: int, sampling: Any, number: tuple[int, ...]
+    ) -> tuple[Batch, dict[str, float]]:
+        seed = self.cfg.seed
+        for part in number:
+            seed = (seed * 1_000_003 + part) % (1 << 62)
+        with self.timer.time("generation"):
+            return roll_out(
+                whole_model(self.policy.model, self.whole, self.accelerator),
+                self.tokenizer,
+                prompts,
+                self.policy_config,
+                sampling,
+                copies=copies,
+                seed=seed,
+                accelerator=self.accelerator,
+            )
+
+    def training_data(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        """Log-probabilities, values and advantages of a batch of rollouts.
+
+        Args:
+            batch: From `roll_out`, through `dynamic_sampling`.
+
+        Returns:
+            What the losses read, and metrics.
+
+        Raises:
+            ValueError: If no response counts in the loss.
+        """
+        cfg = self.cfg
+        rewards = batch["filtered_reward" if cfg.use_dynamic_sampling else "total_reward"]
+        names = ("input_ids", "input_lengths", "generation_logprobs", "token_mask")
+        data: Batch = BatchedDataDict({name: batch[name] for name in names})
+        data["prompt_lengths"], data["sample_mask"] = batch["length"], batch["loss_multiplier"]
+        if cfg.overlong_filtering:
+            data["sample_mask"] = data["sample_mask"].masked_fill(batch["truncated"], 0)
+        if self.is_ppo:
+            data["rewards"] = rewards
+        if self.value_loss_fn is not None:
+            with self.timer.time("value_inference"):
+                data["values"] = self._by_share(token_values, self.models["value"].model, data)
+        metrics: dict[str, float] = {}
+        with self.timer.time("policy_and_reference_logprobs"):
+            if self.reference is not None:
+                data["reference_policy_logprobs"] = self._by_share(
+                    self._unfiltered, self.reference, data
+                )
+            if self.teacher is not None:
+                data["teacher_logprobs"] = self._by_share(self._unfiltered, self.teacher, data)
+            if self._prev_logprobs_first:
+                data["prev_logprobs"] = self._by_share(self._logprobs, self.policy.model, data)
+                metrics = _seq_errors(data, rewards, cfg.seq_logprob_error_threshold)
+        mask = data["token_mask"] * data["sample_mask"].unsqueeze(-1)
+        if not mask.any():
+            raise ValueError(
+                "no response counts in the loss: all prompts are longer than "
+                "data.max_input_seq_length, or overlong_filtering or seq_logprob_error_threshold "
+                "leave none"
+            )
+        with self.timer.time("advantage_calculation"):
+            reference, prev = data.get("reference_policy_logprobs"), data.get("prev_logprobs")
+            result = self.estimator.compute_advantage(
+                prompt_ids=left_pad(batch["input_ids"], batch["length"])[0],
+                rewards=rewards,
+                mask=mask,
+                repeated_batch=batch,
+                # One quantity under the names of several estimators.
+                **dict.fromkeys(("logprobs", "logprobs_policy", "prev_logprobs"), prev),
+                **dict.fromkeys(("reference_logprobs", "logprobs_reference"), reference),
+                **{name: data[name] for name in ("teacher_logprobs", "values") if name in data},
+            )
+        advantages, returns = result if isinstance(result, tuple) else (result, None)
+        if returns is not None:
+            data["returns"] = returns
+        low, high = (getattr(cfg, f"advantage_clip_{end}", None) for end in ("low", "high"))
+        if low is not None or high is not None:
+            advantages = advantages.clamp(low, high)
+        data["advantages"] = advantages
+        shown = advantages[(mask if self.is_ppo else data["token_mask"]).bool()]
+        metrics.update(getattr(self.estimator, "last_metrics", {}))
+        ends = {end: getattr(shown, end)().item() for end in ("mean", "max", "min")}
+        return data, {**metrics, **{f"advantages/{end}": value for end, value in ends.items()}}
+
+    @property
+    def _prev_logprobs_first(self) -> bool:
+        """Whether the policy has to be run before its update to know log π_old.
+
+        If a step makes one update, that update computes it anyway: then it is taken from there,
+        unless the advantages or the masks depend on it.
+        """
+        needed = self.loss_config.use_kl_in_reward and self.reference is not None
+        needed |= self.teacher is not None or self.cfg.seq_logprob_error_threshold is not None
+        several = self.updates > 1 or self.has_dropout
+        return needed or (several and not self.loss_config.force_on_policy_ratio)
+
+    def _logprobs(self, model: Any, data: Batch) -> Tensor:
+        """Log π of the policy, (B, S), column t for token t."""
+        logprobs = response_logprobs(model, data, self.sampling)
+        if self.filters:
+            mask = data["token_mask"] * data["sample_mask"].unsqueeze(-1)
+            logprobs = mask_out_neg_inf_logprobs(logprobs, mask[:, 1:], "logprobs")
+        return pad(logprobs, (1, 0))
+
+    def _unfiltered(self, model: Any, data: Batch) -> Tensor:
+        """Log π without top-k and top-p, (B, S), column t for token t."""
+        return pad(response_logprobs(model, data, self.sampling, filtered=False), (1, 0))
+
+    def _by_share(self, function: Callable[..., Tensor], model: Any, data: Batch) -> Tensor:
+        size = self.policy_config.get("logprob_batch_size")
+        model.eval()
+        found = by_share(lambda part: function(model, part), data, self.accelerator, size)
+        model.train()
+        return found
+
+    def _update(
+        self, trained: Trained, section: Mapping[str, Any], data: Batch, loss: Callable[..., Any]
+    ) -> dict[str, float]:
+        """One optimizer step for every ``train_global_batch_size`` rows, then the scheduler's.
+
+        Returns:
+            The loss's metrics, over updates as NeMo RL adds them up; ``grad_norm`` is the last
+            update's, before clipping.
+
+        Raises:
+            NotFinite: If a loss or gradient is not finite. That update is not made.
+        """
+        metrics: dict[str, list[float]] = {}
+        size = section["train_global_batch_size"]
+        for low in range(0, data.size, size):
+            try:
+                found = update(
+                    trained.model,
+                    trained.optimizer,
+                    None,
+                    data.slice(low, low + size),
+                    self.accelerator,
+                    micro_rows=section["train_micro_batch_size"],
+                    max_grad_norm=section.get("max_grad_norm") or None,
+                    loss=loss,
+                    place=lambda row: f"response {low + row}",  # noqa: B023, called at once
+                )
+            except NotFinite as error:
+                error.model_is_whole &= not self.updates_made
+                raise
+            self.updates_made += 1
+            for name, value in found.items():
+                metrics.setdefault(name, []).append(value)
+        trained.scheduler.step()
+        return {name: combine_updates(name, values) for name, values in metrics.items()}
+
+    def update_policy(self, data: Batch) -> dict[str, float]:
+        """Train the policy on a batch of rollouts once.
+
+        Args:
+            data: From `training_data`. Gets ``prev_logprobs`` if it has none.
+        """
+        seen: list[Tensor] = []
+
+        def loss(model: Any, _: Any, part: Batch, counts: tuple[Tensor, Tensor]) -> Any:
+            logprobs = self._logprobs(model, part)
+            if self.filters and self.reference is not None:
+                part["curr_logprobs_unfiltered"] = self._unfiltered(model, part)[:, 1:]
+            if "prev_logprobs" not in part:
+                part["prev_logprobs"] = logprobs.detach()
+                seen.append(part["prev_logprobs"])
+            seqs, toks = counts
+            return self.loss_fn(
+                next_token_logprobs=logprobs[:, 1:],
+                data=part,
+                global_valid_seqs=seqs,
+                global_valid_toks=toks,
+            )
+
+        metrics = self._update(self.policy, self.policy_config, data, loss)
+        if seen:
+            data["prev_logprobs"] = self.accelerator.gather(torch.cat(seen))
+        return metrics
+
+    def update_value(self, data: Batch) -> dict[str, float]:
+        """Train the value model on a batch of rollouts once.
+
+        Returns:
+            Metrics under ``critic/``, with the explained variance of the returns.
+        """
+
+        def loss(model: Any, _: Any, part: Batch, counts: tuple[Tensor, Tensor]) -> Any:
+            seqs, toks = counts
+            return self.value_loss_fn(
+                logits=token_values(model, part),
+                data=part,
+                global_valid_seqs=seqs,
+                global_valid_toks=toks,
+            )
+
+        section = self.config["value"]
+        found = self._update(self.models["value"], section, data, loss)
+        names = ("returns_mean", "values_mean", "returns_sq_mean", "residual_sq_mean")
+        returns, values, returns_sq, residual_sq = (
+            found[name] * section["train_global_batch_size"] / data.size for name in names
+        )
+        residual = residual_sq - (returns - values) ** 2
+        found["explained_var"] = 1.0 - residual / max(returns_sq - returns**2, 1e-8)
+        return {f"critic/{name}": value for name, value in found.items()}
+
+    def validate(self, number: int) -> dict[str, float]:
+        """Mean reward of responses to the validation prompts, as the environment gives it.
+
+        Args:
+            number: Steps done.
+
+        Returns:
+            ``accuracy``, ``avg_length`` in tokens, and with several responses a prompt ``pass_k``,
+            the share of prompts with a positive reward among theirs.
+        """
+        cfg, rewards, lengths = self.cfg, [], []
+        copies = getattr(cfg, "val_num_generations_per_prompt", 1)
+        wanted = self.val_prompts[: cfg.max_val_samples // cfg.val_batch_size * cfg.val_batch_size]
+        for low in range(0, len(wanted), cfg.val_batch_size):
+            prompts = wanted[low : low + cfg.val_batch_size]
+            # Training's batches of a step are numbered from 1 on.
+            batch, metrics = self._roll_out(prompts, copies, self.val_sampling, (number, -1 - low))
+            rewards.append(batch["total_reward"])
+            lengths.append(metrics["mean_gen_tokens_per_sample"])
+        total = torch.cat(rewards)
+        found = {"accuracy": total.mean().item(), "avg_length": sum(lengths) / len(lengths)}
+        if copies > 1:
+            found["pass_k"] = (total.view(-1, copies) > 0).any(1).float().mean().item()
+        return found
+
+    def validations(self, done: int) -> Iterator[tuple[str, dict[str, float]]]:
+        """See `nemo_rl_ref.training.loop.Trainer`."""
+        yield "validation", self.validate(done)
+
+
+def _seq_errors(data: Batch, rewards: Tensor, threshold: float | None) -> dict[str, float]:
+    metrics = seq_errors(data, rewards, threshold)
+    metrics["num_masked_seqs_by_logprob_error"] = metrics.pop("num_masked_seqs")
+    return metrics
