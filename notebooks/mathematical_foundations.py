@@ -24,7 +24,7 @@
 import torch
 
 from nemo_rl_ref.show.values import values
-from nemo_rl_ref.enumeration import World, ascend, expect, gradient, groups, kl, variance
+from nemo_rl_ref.equations.world import World, ascend, expect, gradient, groups, kl, variance
 
 # %% [markdown]
 # ## Notation and the token-level MDP

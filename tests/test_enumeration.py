@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nemo_rl_ref.enumeration import World, ascend, expect, gradient, groups, kl, variance
+from nemo_rl_ref.equations.world import World, ascend, expect, gradient, groups, kl, variance
 
 
 def doubles(*values):

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl_ref.algorithms.utils import calculate_kl
-from nemo_rl_ref.enumeration import expect
-from nemo_rl_ref.enumeration import kl as exact_kl
 from nemo_rl_ref.equations._calls import count
 from nemo_rl_ref.equations._equation import Equation, Inputs, each
 from nemo_rl_ref.equations._functions import (
@@ -25,6 +23,8 @@ from nemo_rl_ref.equations._functions import (
 )
 from nemo_rl_ref.equations._symbols import POSITIVE, PROBABILITY, REAL, indexed, symbol
 from nemo_rl_ref.equations.notation import R, Y, beta, old, pi, ref, y
+from nemo_rl_ref.equations.world import expect
+from nemo_rl_ref.equations.world import kl as exact_kl
 
 __all__ = ["EQUATIONS"]
 
@@ -71,7 +71,7 @@ UNDER_POLICY = r"y \sim \pi_\theta"
 UNDER_REFERENCE = r"y \sim \pi_{\mathrm{ref}}"
 UNDER_OLD = r"y \sim \pi_{\mathrm{old}}"
 CALCULATE_KL = "nemo_rl_ref.algorithms.utils.calculate_kl"
-KL = "nemo_rl_ref.enumeration.kl"
+KL = "nemo_rl_ref.equations.world.kl"
 
 
 # ---- values ---------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ with evaluate(False):
             left=rf"\nabla_\theta \mathbb{{E}}_{{{UNDER_POLICY}}}[f_\theta(y)]",
             right=expectation(score[y] * f[y], y, Y, pi[y], UNDER_POLICY)
             + expectation(grad_f[y], y, Y, pi[y], UNDER_POLICY),
-            implementation="nemo_rl_ref.enumeration.expect",
+            implementation="nemo_rl_ref.equations.world.expect",
             check=_product_rule,
             prepare=centred,
         ),
@@ -408,7 +408,7 @@ with evaluate(False):
             title="KL in the reward",
             left=r"\nabla_\theta J",
             right=expectation(score[y] * (R[y] - beta * log_ratio), y, Y, pi[y], UNDER_POLICY),
-            implementation=("nemo_rl_ref.enumeration.expect", KL),
+            implementation=("nemo_rl_ref.equations.world.expect", KL),
             check=_kl_in_reward,
             prepare=centred,
             note=r"Compared with autograd through $J = \mathbb{E}[r] - \beta\, \mathrm{KL}$.",

@@ -10,12 +10,12 @@ import torch
 from sympy import Integer, evaluate, exp, log
 from torch import Tensor
 
-from nemo_rl_ref.enumeration import World, expect
-from nemo_rl_ref.enumeration import kl as kl_of
 from nemo_rl_ref.equations._equation import Equation, Inputs, each
 from nemo_rl_ref.equations._functions import expectation, kl, sum_over, variance
 from nemo_rl_ref.equations._symbols import POSITIVE, PROBABILITIES, indexed, symbol
 from nemo_rl_ref.equations.notation import R, Y, beta, pi, ref, y, y_other
+from nemo_rl_ref.equations.world import World, expect
+from nemo_rl_ref.equations.world import kl as kl_of
 
 __all__ = ["EQUATIONS"]
 
@@ -140,8 +140,8 @@ with evaluate(False):
                 expectation(R[y] - beta * log(pi[y] / ref[y]), y, Y, pi[y], POLICY),
             ),
             implementation=(
-                "nemo_rl_ref.enumeration.expect",
-                "nemo_rl_ref.enumeration.kl",
+                "nemo_rl_ref.equations.world.expect",
+                "nemo_rl_ref.equations.world.kl",
             ),
             check=_objective,
             source="rafailov2023",
@@ -155,8 +155,8 @@ with evaluate(False):
             right=Integer(1) / Z * ref[y] * exp(R[y] / beta),
             lets={Z: NORMALISER},
             implementation=(
-                "nemo_rl_ref.enumeration.expect",
-                "nemo_rl_ref.enumeration.kl",
+                "nemo_rl_ref.equations.world.expect",
+                "nemo_rl_ref.equations.world.kl",
             ),
             check=_best,
             prepare=_moderate_beta,
@@ -171,8 +171,8 @@ with evaluate(False):
             left=r"J_\beta(\pi^*)",
             right=beta * log(NORMALISER),
             implementation=(
-                "nemo_rl_ref.enumeration.expect",
-                "nemo_rl_ref.enumeration.kl",
+                "nemo_rl_ref.equations.world.expect",
+                "nemo_rl_ref.equations.world.kl",
             ),
             check=_value,
             prepare=_moderate_beta,
@@ -187,8 +187,8 @@ with evaluate(False):
             ),
             also=(R, ref),
             implementation=(
-                "nemo_rl_ref.enumeration.expect",
-                "nemo_rl_ref.enumeration.kl",
+                "nemo_rl_ref.equations.world.expect",
+                "nemo_rl_ref.equations.world.kl",
             ),
             check=_objective,
             prepare=_with_best,
@@ -202,8 +202,8 @@ with evaluate(False):
             right=-kl(best[y], ref[y], y, Y, STAR, REF),
             also=(R, beta),
             implementation=(
-                "nemo_rl_ref.enumeration.expect",
-                "nemo_rl_ref.enumeration.kl",
+                "nemo_rl_ref.equations.world.expect",
+                "nemo_rl_ref.equations.world.kl",
             ),
             check=_value_slope,
             prepare=_with_best,
@@ -216,8 +216,8 @@ with evaluate(False):
             right=variance(R[y], y, Y, best[y], BEST),
             also=(ref, beta),
             implementation=(
-                "nemo_rl_ref.enumeration.expect",
-                "nemo_rl_ref.enumeration.kl",
+                "nemo_rl_ref.equations.world.expect",
+                "nemo_rl_ref.equations.world.kl",
             ),
             check=_reward_slope,
             prepare=_with_best,
@@ -231,8 +231,8 @@ with evaluate(False):
             right=Integer(1) / beta * variance(R[y], y, Y, best[y], BEST),
             also=(ref,),
             implementation=(
-                "nemo_rl_ref.enumeration.expect",
-                "nemo_rl_ref.enumeration.kl",
+                "nemo_rl_ref.equations.world.expect",
+                "nemo_rl_ref.equations.world.kl",
             ),
             check=_divergence_slope,
             prepare=_with_best,
@@ -245,8 +245,8 @@ with evaluate(False):
             right=beta * log(best[y] / ref[y]) + beta * log(Z),
             also=(R, ref),
             implementation=(
-                "nemo_rl_ref.enumeration.expect",
-                "nemo_rl_ref.enumeration.kl",
+                "nemo_rl_ref.equations.world.expect",
+                "nemo_rl_ref.equations.world.kl",
             ),
             check=_reward,
             prepare=_with_best,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nemo_rl_ref.algorithms.advantage_estimator import GeneralizedAdvantageEstimator
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, NLLLossFn
-from nemo_rl_ref.enumeration import World, expect
 from nemo_rl_ref.equations._calls import count
 from nemo_rl_ref.equations._equation import Equation, Inputs, each
 from nemo_rl_ref.equations._functions import expectation, indicator, kl, sum_over
@@ -30,6 +29,7 @@ from nemo_rl_ref.equations._symbols import (
     symbol,
 )
 from nemo_rl_ref.equations.notation import N, T, V, Y, gamma, n, pi, t, u, v, y
+from nemo_rl_ref.equations.world import World, expect
 from nemo_rl_ref.logprobs import token_logprobs
 
 __all__ = ["EQUATIONS"]
@@ -264,7 +264,7 @@ with evaluate(False):
                 log(Product(token_prob[t], (t, 1, T))),
                 Sum(log(token_prob[t]), (t, 1, T)),
             ),
-            implementation="nemo_rl_ref.enumeration.World",
+            implementation="nemo_rl_ref.equations.world.World",
             check=_sequence_logprob,
         ),
         Equation(
@@ -292,7 +292,7 @@ with evaluate(False):
             title="Value of a prefix",
             left=rf"V_\pi({STATE})",
             right=expectation(reward_v[v] + gamma * value_v[v], v, V, token_policy[v], NEXT),
-            implementation="nemo_rl_ref.enumeration.expect",
+            implementation="nemo_rl_ref.equations.world.expect",
             check=_value_recursion,
             prepare=_last_rewards,
             note="The mean return over all ways in which two tokens can follow, each with rewards of "

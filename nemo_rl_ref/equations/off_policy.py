@@ -10,7 +10,6 @@ import torch
 from sympy import evaluate, exp, log
 from torch import Tensor
 
-from nemo_rl_ref.enumeration import expect, variance
 from nemo_rl_ref.equations._calls import count
 from nemo_rl_ref.equations._equation import Equation, Inputs, each
 from nemo_rl_ref.equations._functions import (
@@ -42,6 +41,7 @@ from nemo_rl_ref.equations.ppo import (
     token_ratio,
 )
 from nemo_rl_ref.equations.scaling import share_of_samples
+from nemo_rl_ref.equations.world import expect, variance
 
 __all__ = ["EQUATIONS"]
 
@@ -289,7 +289,7 @@ with evaluate(False):
                 - expectation(R[y], y, Y, old[y], UNDER_OLD),
                 -expectation(maximum(answer_weight[y] - w_max, 0) * R[y], y, Y, mu[y], UNDER_MU),
             ),
-            implementation=(CLIPPED, "nemo_rl_ref.enumeration.expect"),
+            implementation=(CLIPPED, "nemo_rl_ref.equations.world.expect"),
             check=_bias,
             **policies,
             source="ionides2008",
@@ -303,7 +303,7 @@ with evaluate(False):
                 expectation(truncated**2, y, Y, mu[y], UNDER_MU)
                 - expectation(truncated, y, Y, mu[y], UNDER_MU) ** 2,
             ),
-            implementation=(CLIPPED, "nemo_rl_ref.enumeration.variance"),
+            implementation=(CLIPPED, "nemo_rl_ref.equations.world.variance"),
             check=_variance,
             **policies,
         ),
@@ -315,7 +315,7 @@ with evaluate(False):
                 1 / expectation(answer_weight[y] ** 2, y, Y, mu[y], UNDER_MU),
                 1 / (1 + variance_under(answer_weight[y], y, Y, mu[y], UNDER_MU)),
             ),
-            implementation=(CLIPPED, "nemo_rl_ref.enumeration.groups"),
+            implementation=(CLIPPED, "nemo_rl_ref.equations.world.groups"),
             check=_share,
             **policies,
             source="kong1992",

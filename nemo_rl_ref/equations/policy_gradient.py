@@ -17,13 +17,13 @@ from sympy import Integer, Product, Sum, evaluate, log
 from torch import Tensor
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.enumeration import World, expect, variance
 from nemo_rl_ref.equations._calls import count
 from nemo_rl_ref.equations._equation import Equation, Inputs, each
 from nemo_rl_ref.equations._functions import bracket, expectation, sum_over
 from nemo_rl_ref.equations._symbols import MODERATE, REAL, UNIT, indexed, symbol
 from nemo_rl_ref.equations.likelihood import data_prob, mask
 from nemo_rl_ref.equations.notation import N, R, T, Y, n, old, pi, t, u, y
+from nemo_rl_ref.equations.world import World, expect, variance
 
 __all__ = ["EQUATIONS"]
 
@@ -298,7 +298,7 @@ with evaluate(False):
             title="Expected reward",
             left=r"J(\theta)",
             right=(expectation(R[y], y, Y, pi[y], SAMPLED), sum_over(pi[y] * R[y], y, Y)),
-            implementation="nemo_rl_ref.enumeration.expect",
+            implementation="nemo_rl_ref.equations.world.expect",
             check=_expected_reward,
             note="The first expression is a definition.",
         ),
@@ -311,7 +311,7 @@ with evaluate(False):
                 sum_over(pi[y] * R[y] * score[y], y, Y),
                 expectation(R[y] * score[y], y, Y, pi[y], SAMPLED),
             ),
-            implementation="nemo_rl_ref.enumeration.expect",
+            implementation="nemo_rl_ref.equations.world.expect",
             check=_policy_gradient,
             prepare=_with_scores,
             source="williams1992",
@@ -326,7 +326,7 @@ with evaluate(False):
                 expectation(score[y], y, Y, pi[y], SAMPLED),
                 Integer(0),
             ),
-            implementation="nemo_rl_ref.enumeration.expect",
+            implementation="nemo_rl_ref.equations.world.expect",
             check=_constant_gradient,
             prepare=_with_scores,
         ),
@@ -335,7 +335,7 @@ with evaluate(False):
             title="Policy gradient with a baseline",
             left=r"\nabla_\theta J(\theta)",
             right=expectation((R[y] - b) * score[y], y, Y, pi[y], SAMPLED),
-            implementation="nemo_rl_ref.enumeration.expect",
+            implementation="nemo_rl_ref.equations.world.expect",
             check=_policy_gradient,
             prepare=_with_scores,
             source="williams1992",
@@ -346,7 +346,7 @@ with evaluate(False):
             left=rf"\mathrm{{Var}}_{{{SAMPLED}}}\big[ (r(x, y) - b)\, s(y) \big]",
             right=expectation((R[y] - b) ** 2 * s[y] ** 2, y, Y, pi[y], SAMPLED)
             - bracket(grad_J) ** 2,
-            implementation="nemo_rl_ref.enumeration.variance",
+            implementation="nemo_rl_ref.equations.world.variance",
             check=_baseline_variance,
             prepare=_with_gradient,
         ),
@@ -356,7 +356,7 @@ with evaluate(False):
             left="b^*",
             right=expectation(R[y] * s[y] ** 2, y, Y, pi[y], SAMPLED)
             / expectation(s[y] ** 2, y, Y, pi[y], SAMPLED),
-            implementation="nemo_rl_ref.enumeration.variance",
+            implementation="nemo_rl_ref.equations.world.variance",
             check=_optimal_baseline,
             prepare=_steady,
             source="greensmith2004",
@@ -382,7 +382,7 @@ with evaluate(False):
                     SAMPLED,
                 ),
             ),
-            implementation="nemo_rl_ref.enumeration.expect",
+            implementation="nemo_rl_ref.equations.world.expect",
             check=_return_gradient,
             prepare=_trajectories,
             source="sutton2000",
@@ -414,7 +414,7 @@ with evaluate(False):
             left=r"\mathrm{Var}_{y \sim \pi_{\mathrm{old}}}"
             r"\left[ \frac{\pi_\theta(y \mid x)}{\pi_{\mathrm{old}}(y \mid x)} \right]",
             right=expectation(pi[y] / old[y], y, Y, pi[y], SAMPLED) - Integer(1),
-            implementation="nemo_rl_ref.enumeration.variance",
+            implementation="nemo_rl_ref.equations.world.variance",
             check=_ratio_variance,
         ),
         Equation(
@@ -423,7 +423,7 @@ with evaluate(False):
             left=r"\mathrm{Var}_{y \sim \pi_{\mathrm{old}}}"
             r"\left[ \frac{\pi_\theta(y \mid x)}{\pi_{\mathrm{old}}(y \mid x)} \right]",
             right=Product(Integer(1) + ratio_variance[t], (t, 1, T)) - Integer(1),
-            implementation="nemo_rl_ref.enumeration.variance",
+            implementation="nemo_rl_ref.equations.world.variance",
             check=_sequence_ratio_variance,
         ),
         Equation(

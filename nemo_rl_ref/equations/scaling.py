@@ -14,8 +14,6 @@ from nemo_rl_ref.algorithms.advantage_estimator import (
     GRPOAdvantageEstimator,
 )
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
-from nemo_rl_ref.enumeration import expect, groups
-from nemo_rl_ref.enumeration import variance as exact_variance
 from nemo_rl_ref.equations._equation import Equation, Inputs, each
 from nemo_rl_ref.equations._functions import bracket, expectation, sum_over, variance
 from nemo_rl_ref.equations._symbols import (
@@ -30,6 +28,8 @@ from nemo_rl_ref.equations._symbols import (
     symbol,
 )
 from nemo_rl_ref.equations.notation import G, N, Y, i, j, n, old, pi, rewards, y
+from nemo_rl_ref.equations.world import expect, groups
+from nemo_rl_ref.equations.world import variance as exact_variance
 
 __all__ = ["EQUATIONS"]
 
@@ -69,7 +69,7 @@ D = symbol("sc_d2", r"D_2", "Rényi divergence of order 2 of the policy from the
 UNDER_POLICY = r"y \sim \pi_\theta"
 UNDER_OLD = r"y \sim \pi_{\mathrm{old}}"
 ESTIMATOR = "nemo_rl_ref.algorithms.advantage_estimator.GRPOAdvantageEstimator"
-ENUMERATION = "nemo_rl_ref.enumeration.variance"
+ENUMERATION = "nemo_rl_ref.equations.world.variance"
 
 
 def advantages(rewards: Tensor, *, normalize: bool = False) -> Tensor:
@@ -200,7 +200,7 @@ with evaluate(False):
             title="Effective sample size",
             left=r"\mathrm{ESS}",
             right=bracket(sum_over(rho[n], n, N)) ** 2 / sum_over(rho[n] ** 2, n, N),
-            implementation=("nemo_rl_ref.enumeration.groups", ENUMERATION),
+            implementation=("nemo_rl_ref.equations.world.groups", ENUMERATION),
             check=_ess,
             source="kong1992",
             note="One over the variance of the weighted mean of $N$ independent signs. No code of "
@@ -215,7 +215,7 @@ with evaluate(False):
                 exp(-D),
             ),
             lets={D: log(sum_over(pi[y] ** 2 / old[y], y, Y))},
-            implementation=("nemo_rl_ref.enumeration.groups", ENUMERATION),
+            implementation=("nemo_rl_ref.equations.world.groups", ENUMERATION),
             check=_ess_renyi,
             source="metelli2018",
             note="The variance of the mean of two independent signs, over that of their mean "
