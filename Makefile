@@ -51,16 +51,16 @@ notebooks: venv ## write each notebook as .ipynb, not executed, into _build/ipyn
 		echo "_build/ipynb/$${name%.py}.ipynb"; \
 	done
 
-bench: venv ## run the benchmarks, tests/benchmarks/bench_*.py
-	@for script in tests/benchmarks/bench_*.py; do \
-		[ -f "$$script" ] || { echo "error: no script in tests/benchmarks" >&2; exit 1; }; \
+bench: venv ## run the benchmarks, benchmarks/bench_*.py
+	@for script in benchmarks/bench_*.py; do \
+		[ -f "$$script" ] || { echo "error: no script in benchmarks" >&2; exit 1; }; \
 		echo "$$script"; $(PY) "$$script" || exit 1; \
 	done
 
 studies: venv ## run the searches that the site shows, one to two hours; goes on where it was stopped
 	@for script in pool samplers batch modelled; do \
-		echo "tests/benchmarks/search_$$script.py"; \
-		OMP_NUM_THREADS=1 $(PY) "tests/benchmarks/search_$$script.py" || exit 1; \
+		echo "benchmarks/search_$$script.py"; \
+		OMP_NUM_THREADS=1 $(PY) "benchmarks/search_$$script.py" || exit 1; \
 	done
 
 gpu: venv ## on a GPU: test the kernels, execute the notebooks, run the benchmarks

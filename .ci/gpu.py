@@ -2,7 +2,7 @@
 """What `make gpu` does on a machine with a GPU: tests, sanitizers, notebooks, benchmarks.
 
 Every step runs, also after one that failed. The benchmarks write
-tests/benchmarks/results/<device>.json. The exit status is 0 if nothing failed.
+benchmarks/results/<device>.json. The exit status is 0 if nothing failed.
 """
 
 import argparse
@@ -70,8 +70,8 @@ def commands(step):
     else:
         if peers := absent_peers():
             print(f"absent peers: {', '.join(peers)}: pip install -r requirements-gpu.txt")
-        for script in sorted(ROOT.glob("tests/benchmarks/bench_*.py")):
-            name = f"tests/benchmarks/{script.name}"
+        for script in sorted(ROOT.glob("benchmarks/bench_*.py")):
+            name = f"benchmarks/{script.name}"
             yield name, [python, name, "--write"]
 
 

@@ -554,7 +554,7 @@ below.set_xlabel("optimizer steps");
 import json
 from pathlib import Path
 
-recorded = Path(tiny.__file__).parents[2] / "tests" / "benchmarks" / "results"
+recorded = Path(tiny.__file__).parents[2] / "benchmarks" / "results"
 rows = ["| device | contender | ms a step | pairs/s | over the floor |", "| --- " * 5 + "|"]
 for file in sorted(recorded.glob("*.json")):  # none where only the package is installed
     result = json.loads(file.read_text()).get("dpo_step")

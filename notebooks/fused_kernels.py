@@ -337,7 +337,7 @@ from pathlib import Path
 
 import nemo_rl_ref
 
-RESULTS = Path(nemo_rl_ref.__file__).parents[1] / "tests" / "benchmarks" / "results"
+RESULTS = Path(nemo_rl_ref.__file__).parents[1] / "benchmarks" / "results"
 recorded = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 on_gpu = {name: entries["kernels"] for name, entries in recorded.items() if "kernels" in entries}
 
@@ -363,7 +363,7 @@ def gpu_table(entry):
 
 
 NOT_YET = (
-    "**Not yet measured.** There is no result file of a GPU in `tests/benchmarks/results`. "
+    "**Not yet measured.** There is no result file of a GPU in `benchmarks/results`. "
     "`make gpu` on a machine with one writes it; this table and the figure are then drawn from it."
 )
 Markdown("\n\n".join(gpu_table(entry) for entry in on_gpu.values()) if on_gpu else NOT_YET)

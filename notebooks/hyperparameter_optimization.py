@@ -141,7 +141,7 @@ values(
 #
 # What needs hundreds of runs was run once. `make studies` makes these files again, in one to two hours
 # on one core: `search_pool.py`, `search_samplers.py`, `search_batch.py` and `search_modelled.py` in
-# `tests/benchmarks`.
+# `benchmarks`.
 
 # %%
 #| label: search-recorded
@@ -151,7 +151,7 @@ from pathlib import Path
 import numpy as np
 from IPython.display import Markdown
 
-RECORDED = Path(tiny.__file__).parents[2] / "tests" / "benchmarks" / "results"
+RECORDED = Path(tiny.__file__).parents[2] / "benchmarks" / "results"
 
 
 def read(name):
@@ -498,7 +498,7 @@ values(
 # ## Learning rate and β
 #
 # What a Gaussian process, fitted to the random runs, says over the two keys, the others fixed
-# (`tests/benchmarks/search_modelled.py`).
+# (`benchmarks/search_modelled.py`).
 
 # %%
 #| label: rate-beta

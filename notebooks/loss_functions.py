@@ -479,7 +479,7 @@ print(f"in float32: {many.float().sum().item():.3f}")
 
 # %%
 #| label: upstream-differences
-from nemo_rl_ref.upstream.replay import differences
+from nemo_rl_ref.contract.replay import differences
 
 rows = ["| symbol | recorded cases | largest difference |", "| --- | --- | --- |"]
 by_symbol = differences()
@@ -503,7 +503,7 @@ from pathlib import Path
 
 import nemo_rl_ref
 
-checks = Path(nemo_rl_ref.__file__).parents[1] / "tests" / "custom"
+checks = Path(nemo_rl_ref.__file__).parents[1] / "tests" / "help"
 rows = ["| loss | largest relative difference to TRL |", "| --- | --- |"]
 if checks.exists():  # not where only the package is installed
     sys.path.insert(0, str(checks))

@@ -406,11 +406,11 @@ def test_notebooks_are_written_without_outputs(checkout):
 
 def test_bench_runs_each_script_and_stops_at_a_failure(checkout):
     bench = "bench", "-o", "venv", HERE
-    assert checkout.fail(*bench) == "error: no script in tests/benchmarks"
-    folder = checkout.folder / "tests" / "benchmarks"
+    assert checkout.fail(*bench) == "error: no script in benchmarks"
+    folder = checkout.folder / "benchmarks"
     folder.mkdir(parents=True)
     (folder / "bench_a.py").write_text("print('ran a')\n")
-    assert checkout.succeed(*bench) == "tests/benchmarks/bench_a.py\nran a\n"
+    assert checkout.succeed(*bench) == "benchmarks/bench_a.py\nran a\n"
     (folder / "bench_0.py").write_text("raise SystemExit(3)\n")
     status, output = checkout.make(*bench)
     assert status != 0
@@ -419,12 +419,12 @@ def test_bench_runs_each_script_and_stops_at_a_failure(checkout):
 
 def test_studies_run_in_the_order_that_they_need(checkout):
     studies = "studies", "-o", "venv", HERE
-    folder = checkout.folder / "tests" / "benchmarks"
+    folder = checkout.folder / "benchmarks"
     folder.mkdir(parents=True)
     for name in ("batch", "modelled", "pool", "samplers"):
         (folder / f"search_{name}.py").write_text(f"print('ran {name}')\n")
     names = [
-        f"tests/benchmarks/search_{name}.py\nran {name}\n"
+        f"benchmarks/search_{name}.py\nran {name}\n"
         for name in ("pool", "samplers", "batch", "modelled")
     ]
     assert checkout.succeed(*studies) == "".join(names)
@@ -448,7 +448,7 @@ def gpu_checkout(checkout: Checkout) -> Checkout:
         "tests/kernels/test_one.py": "def test_one(): pass\n",
         "tests/gpu/sanitized_calls.py": "",
         "tests/gpu/test_two.py": "def test_two(): pass\n",
-        "tests/benchmarks/bench_one.py": "import sys; print('bench', *sys.argv[1:])\n",
+        "benchmarks/bench_one.py": "import sys; print('bench', *sys.argv[1:])\n",
         "notebooks/one.py": "print('notebook one')\n",
         "notebooks/two.py": "print('notebook two')\n",
     }
@@ -570,7 +570,7 @@ def test_gpu_workflow():
     assert make_commands("\n".join(s["run"] for s in steps if "run" in s)) == ["venv", "gpu"]
     assert any("requirements-gpu.txt" in s.get("run", "") for s in steps)
     (upload,) = [s for s in steps if "upload-artifact" in s.get("uses", "")]
-    assert upload["with"]["path"] == "tests/benchmarks/results"
+    assert upload["with"]["path"] == "benchmarks/results"
     assert all(re.search(r"@v\d+$", s["uses"]) for s in steps if "uses" in s)
 
 

@@ -124,7 +124,7 @@ def test_peers_are_pinned_exactly_and_imported_by_the_benchmarks_alone():
     assert set(pins(text)) == set(PEERS.values())
     assert all(str(r.specifier).startswith("==") for r in pins(text).values())
     found = {m: file for m, file in imported_modules().items() if m in PEERS}
-    assert found == dict.fromkeys(PEERS, "tests/benchmarks/_peers.py")
+    assert found == dict.fromkeys(PEERS, "benchmarks/_peers.py")
 
 
 def test_what_is_imported_is_chosen_by_hand():

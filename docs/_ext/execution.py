@@ -40,7 +40,7 @@ from notebook_cells import cell_starts, split_options
 
 # What notebooks read: the package, the example configurations, the comparisons with TRL, the
 # recorded benchmarks.
-STOOD_ON = ("nemo_rl_ref", "configs", "tests/custom", "tests/benchmarks/results")
+STOOD_ON = ("nemo_rl_ref", "configs", "tests/help", "benchmarks/results")
 PINS = "requirements.txt"
 KEPT = 3  # executed copies of one notebook that stay in the store
 AT_ONCE = 2  # notebooks that are executed at the same time

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nemo_rl_ref.kernels import _token_logprobs, loader
+from nemo_rl_ref.kernels import loader, token_logprobs
 
 #: Where each source's instances are listed.
-SOURCES = (_token_logprobs,)
+SOURCES = (token_logprobs,)
 
 
 def main(arguments: list[str] | None = None) -> int:

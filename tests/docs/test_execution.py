@@ -119,7 +119,7 @@ def test_key_changes_with_python_pins_and_device(project, monkeypatch):
         assert environment_key(project.top) != one
 
 
-@pytest.mark.parametrize("file", ["tests/custom/trl.py", "tests/benchmarks/results/cpu.json"])
+@pytest.mark.parametrize("file", ["tests/help/trl.py", "benchmarks/results/cpu.json"])
 def test_key_changes_with_what_notebooks_read_outside_the_package(project, file):
     before = environment_key(project.top)
     project.write("tests/test_other.py", "1")

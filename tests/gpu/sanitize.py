@@ -37,7 +37,7 @@ def run(tool: str) -> int:
 
 def inside() -> None:
     """What a tool watches: few launches that touch every branch."""
-    sys.path.insert(0, str(ROOT / "tests" / "kernels"))
+    sys.path.insert(0, str(ROOT / "tests" / "help"))
     import token_logprobs_cases as cases
     import torch
 

@@ -6,21 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conversion_cases
 import pytest
+import token_logprobs_cases as cases
 import torch
 
 from nemo_rl_ref.kernels import loader
-from nemo_rl_ref.logprobs import (
-    _token_logprobs_op,
-    linear,
-    linear_token_logprobs,
-    token_logprobs,
-)
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
-import conversion_cases
-import token_logprobs_cases as cases
+from nemo_rl_ref.logprobs import linear, linear_token_logprobs, token_logprobs
+from nemo_rl_ref.logprobs.token import _token_logprobs_op
 
 pytestmark = [
     pytest.mark.skipif(

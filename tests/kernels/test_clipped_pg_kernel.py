@@ -6,7 +6,7 @@ import threading
 import clipped_pg_cases as cases
 import pytest
 import torch
-from test_loader import needs_compiler
+from kernel_compiler import needs_compiler
 from thread_harness import (
     SKIPPED,
     KernelFault,

@@ -4,7 +4,7 @@
 import gae_cases as cases
 import pytest
 import torch
-from test_loader import needs_compiler
+from kernel_compiler import needs_compiler
 from thread_harness import SKIPPED, KernelFault, ThreadHarness, compiler, has_thread_sanitizer
 
 from nemo_rl_ref.kernels import _gae, gae, loader

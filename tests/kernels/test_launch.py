@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loader import needs_compiler
+from kernel_compiler import needs_compiler
 
 from nemo_rl_ref.kernels import backend, loader
 
@@ -49,7 +49,7 @@ def driver(tmp_path_factory):
     if compiler is None:
         pytest.skip("no C compiler was found, so launches were not looked at")
     folder = tmp_path_factory.mktemp("driver")
-    source = Path(__file__).parent / "driver.c"
+    source = Path(__file__).parents[1] / "help" / "driver.c"
     command = [compiler, "-shared", "-fPIC", str(source), "-o", str(folder / "libcuda.so.1")]
     subprocess.run(command, check=True)
     return folder

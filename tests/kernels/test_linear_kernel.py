@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from test_token_logprobs_kernel import BLOCK, harness
 from thread_harness import SKIPPED, compiler
+from token_logprobs_harness import BLOCK, harness
 
 from nemo_rl_ref.kernels import token_logprobs as kernel
 from nemo_rl_ref.logprobs import IGNORE_INDEX, linear_token_logprobs

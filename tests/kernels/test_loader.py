@@ -6,24 +6,17 @@ import sys
 
 import pytest
 import torch
+from kernel_compiler import needs_compiler
 
 from nemo_rl_ref.kernels import __main__ as report
-from nemo_rl_ref.kernels import _token_logprobs, loader
+from nemo_rl_ref.kernels import loader, token_logprobs
 from nemo_rl_ref.kernels.token_logprobs import _BLOCK, _NAMES, _SMALL_BLOCK
-
-try:
-    loader._compiler_version()
-    MISSING = None
-except loader.KernelsUnavailable as error:
-    MISSING = f"the CUDA kernels were not compiled: {error}"
-
-needs_compiler = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 FORWARD = "token_logprobs_forward<float, 128, false, false>"
 
 
 def instances(dtype, block):
-    return [e for _, e in _token_logprobs.instances() if f"<{dtype}, {block}, " in e]
+    return [e for _, e in token_logprobs.instances() if f"<{dtype}, {block}, " in e]
 
 
 # Every instance for the architecture in the middle; for the others those with the most registers.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of ``token_logprobs.cu``, executed on the CPU, against float64 references."""
 
-from functools import cache
 
 import pytest
 import token_logprobs_cases as cases
@@ -13,29 +12,14 @@ from thread_harness import (
     compiler,
     has_thread_sanitizer,
 )
+from token_logprobs_harness import BLOCK, harness, instances
 
 from nemo_rl_ref.kernels import token_logprobs as kernel
 from nemo_rl_ref.logprobs.token import _token_logprobs_op, token_logprobs
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
 
-BLOCK = 64
 CPU = torch.device("cpu")
-
-
-def instances(dtype, block=BLOCK, entropies=("true", "false"), caps=("false", "true")):
-    return [
-        f"token_logprobs_{name}<{dtype}, {block}, {entropy}, {cap}>"
-        for name in ("forward", "backward")
-        for entropy in entropies
-        for cap in caps
-        if (entropy, cap) != ("false", "true")
-    ]
-
-
-@cache
-def harness(dtype):
-    return ThreadHarness("token_logprobs", instances(dtype))
 
 
 @pytest.fixture

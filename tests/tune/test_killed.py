@@ -17,7 +17,7 @@ TRIALS, KILLS = 100, 10
 
 
 def test_no_trial_is_lost_or_counted_twice(tmp_path):
-    script = Path(__file__).with_name("killed_study.py")
+    script = Path(__file__).parents[1] / "help" / "killed_study.py"
     arguments = [sys.executable, str(script), str(tmp_path), str(TRIALS), str(KILLS)]
     output = subprocess.run(arguments, stdout=subprocess.PIPE, text=True, check=True, timeout=900)
     ended = json.loads(output.stdout)

@@ -25,7 +25,7 @@ from nemo_rl_ref.tune.nemo_rl_launcher import (
 from nemo_rl_ref.tune.runner import TrialFailed
 from nemo_rl_ref.upstream import load_manifest
 
-CHECKOUT = Path(__file__).parent / "nemo_rl_stand_in"
+CHECKOUT = Path(__file__).parents[1] / "help" / "nemo_rl_stand_in"
 ACCURACY = "val:validation-default_accuracy"
 OPTIONS = {"checkout": str(CHECKOUT), "command": (sys.executable,), "poll": 0.05}
 

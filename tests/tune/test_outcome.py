@@ -15,7 +15,7 @@ from nemo_rl_ref.tune.outcome import write_outcome
 from nemo_rl_ref.tune.spec import SpecError
 from nemo_rl_ref.tune.study import Settings, open_search
 
-CHECKOUT = Path(__file__).parent / "nemo_rl_stand_in"
+CHECKOUT = Path(__file__).parents[1] / "help" / "nemo_rl_stand_in"
 
 
 @pytest.fixture

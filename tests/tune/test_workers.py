@@ -103,7 +103,7 @@ def test_ctrl_c_ends_cleanly(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_trials_go_back_to_the_queue_when_the_supervisor_ends(tmp_path, number):
     code = (
-        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), '.']}\n"
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parents[1] / 'help'), '.']}\n"
         "import stand_in\nfrom nemo_rl_ref.tune import optimize, Stopped\n"
         "if __name__ == '__main__':\n"
         "    try:\n"
