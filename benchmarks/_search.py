@@ -52,7 +52,7 @@ from nemo_rl_ref.rl.settings import USED_KEYS as RL_KEYS  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
 from nemo_rl_ref.training import reference  # noqa: E402
 from nemo_rl_ref.training.loop import USED_KEYS  # noqa: E402
-from nemo_rl_ref.utils.config_keys import read_config  # noqa: E402
+from nemo_rl_ref.config.read import read_config  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -51,7 +51,7 @@ from nemo_rl_ref.rl.settings import USED_KEYS  # noqa: E402
 from nemo_rl_ref.rl.trainer import RLTrainer  # noqa: E402
 from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS  # noqa: E402
 from nemo_rl_ref.training.step import next_token_logprobs  # noqa: E402
-from nemo_rl_ref.utils.config_keys import read_config  # noqa: E402
+from nemo_rl_ref.config.read import read_config  # noqa: E402
 
 CONFIG = ROOT / "configs/grpo_tiny.yaml"
 PROMPTS, COPIES, LONGEST = 64, 8, 5  # the sizes of the tuned example

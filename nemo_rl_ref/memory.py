@@ -574,16 +574,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{misspelt[0]}: no such option")
     from omegaconf import OmegaConf
 
-    from nemo_rl_ref.utils.config import (
-        OverridesError,
-        load_config,
-        parse_hydra_overrides,
-        register_omegaconf_resolvers,
-    )
+    from nemo_rl_ref.config.read import apply_overrides
+    from nemo_rl_ref.utils.config import OverridesError, load_config, register_omegaconf_resolvers
 
     try:
         register_omegaconf_resolvers()
-        config = parse_hydra_overrides(load_config(options.config), overrides)
+        config = apply_overrides(load_config(options.config), overrides)
         config = OmegaConf.to_container(config, resolve=True)
         name = options.model or (config.get("policy") or {}).get("model_name")
         if not name:

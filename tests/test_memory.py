@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from nemo_rl_ref import memory
+from nemo_rl_ref.config.keys import key_exists
 from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
 from nemo_rl_ref.memory import Model, Step, estimate, measure_peak
-from nemo_rl_ref.utils.config_keys import key_exists
 
 TOLERANCE = 0.02  # of what is alive beside weights, optimizer state and earlier gradients
 

@@ -12,7 +12,7 @@ from nemo_rl_ref.algorithms.grpo import GRPOConfig
 from nemo_rl_ref.algorithms.logits_sampling_utils import TrainingSamplingParams
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
 from nemo_rl_ref.algorithms.ppo import PPOConfig
-from nemo_rl_ref.utils.config_keys import NOT_HERE
+from nemo_rl_ref.config.lists import NOT_HERE
 
 #: Keys that :mod:`nemo_rl_ref.rl.trainer` reads besides those of every trainer.
 USED_KEYS = (

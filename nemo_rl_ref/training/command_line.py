@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from nemo_rl_ref.config.lists import NOT_HERE
 from nemo_rl_ref.training.processes import from_main, process_state
-from nemo_rl_ref.utils.config_keys import NOT_HERE
 
 
 def run(
@@ -27,18 +27,18 @@ def run(
         argv: The arguments; None for those of the process.
         description: What the program does.
         used: Patterns of the keys that ``train`` reads, see
-            `nemo_rl_ref.utils.config_keys.check_keys`.
+            `nemo_rl_ref.config.keys.check_keys`.
         train: Called with the configuration, a plain dict, and the options ``loss``, ``strict`` and
             ``allow_config_changes``, and ``env`` if there is such an option.
         env: Whether there is an option ``--env``, for a reward of one's own.
-        not_here: Switches that must be off, see `nemo_rl_ref.utils.config_keys.check_keys`.
+        not_here: Switches that must be off, see `nemo_rl_ref.config.keys.check_keys`.
 
     Returns:
         The exit status: 0, or 1 after an error that is printed in one piece.
     """
+    from nemo_rl_ref.config.read import read_config
     from nemo_rl_ref.files.sealed import CheckpointError
     from nemo_rl_ref.utils.config import OverridesError
-    from nemo_rl_ref.utils.config_keys import read_config
     from nemo_rl_ref.utils.logger import get_next_experiment_dir
 
     parser = argparse.ArgumentParser(

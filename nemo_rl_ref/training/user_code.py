@@ -77,17 +77,22 @@ def build_loss(kind: Any, section: Mapping[str, Any], key: str) -> Any:
     Raises:
         ValueError: If the class refuses the settings.
     """
-    from nemo_rl_ref.contract.__main__ import UsageError, _call, _fields, _signature
-    from nemo_rl_ref.contract.__main__ import _takes_any_field as takes_any
+    from nemo_rl_ref.contract.build import (
+        UsageError,
+        call_loss_class,
+        fields_of,
+        signature_of,
+        takes_any_field,
+    )
 
     if not isinstance(kind, type):
         return kind
-    argument, config, others = _signature(kind)
-    wanted = section if takes_any(config) else _fields(config)
+    argument, config, others = signature_of(kind)
+    wanted = section if takes_any_field(config) else fields_of(config)
     settings = {name: section[name] for name in section if name in wanted and name not in others}
     given = {name: section[name] for name in others if name in section}
     try:
-        return _call(kind, argument, config, given, settings)
+        return call_loss_class(kind, argument, config, given, settings)
     except UsageError as error:
         raise ValueError(f"--loss with the section {key}: {error}") from error
 

@@ -238,7 +238,7 @@ def _best(reading: Reading, trial: FrozenTrial, how: str) -> Best:
 
 def _check_unchanged(reading: Reading, path: str, given: Sequence[str]) -> None:
     """Raise if the configuration is no longer what the study searched."""
-    from nemo_rl_ref.utils.config_keys import flatten_keys
+    from nemo_rl_ref.config.keys import flatten_keys
 
     now = flatten_keys(resolved_config(path, given))
     then = reading.attributes.get("base") or {}
@@ -256,11 +256,12 @@ def _check_unchanged(reading: Reading, path: str, given: Sequence[str]) -> None:
 
 def _keys_of_both(path: str, given: Sequence[str], algorithm: str) -> dict[str, Any]:
     """The keys that the searched configuration and NeMo RL's own file have; others need ``++``."""
+    from nemo_rl_ref.config.keys import flatten_keys
+    from nemo_rl_ref.config.read import apply_overrides
     from nemo_rl_ref.upstream import load_manifest
-    from nemo_rl_ref.utils.config import load_config, parse_hydra_overrides
-    from nemo_rl_ref.utils.config_keys import flatten_keys
+    from nemo_rl_ref.utils.config import load_config
 
-    ours = flatten_keys(parse_hydra_overrides(load_config(path), list(given)))
+    ours = flatten_keys(apply_overrides(load_config(path), given))
     theirs = load_manifest()["configs"][NEMO_RL_CONFIGS[algorithm]]
     return {key: value for key, value in ours.items() if key in theirs}
 
@@ -278,14 +279,11 @@ def resolved_config(path: str | Path, overrides: Sequence[str]) -> dict[str, Any
     """
     from omegaconf import OmegaConf
 
-    from nemo_rl_ref.utils.config import (
-        load_config,
-        parse_hydra_overrides,
-        register_omegaconf_resolvers,
-    )
+    from nemo_rl_ref.config.read import apply_overrides
+    from nemo_rl_ref.utils.config import load_config, register_omegaconf_resolvers
 
     register_omegaconf_resolvers()
-    config = parse_hydra_overrides(load_config(path), list(overrides))
+    config = apply_overrides(load_config(path), overrides)
     return OmegaConf.to_container(config, resolve=True)
 
 
@@ -348,11 +346,9 @@ def check_with_nemo_rl(
     """
     from omegaconf import OmegaConf
 
+    from nemo_rl_ref.config.read import apply_overrides
     from nemo_rl_ref.upstream import load_manifest
-    from nemo_rl_ref.utils.config import (
-        parse_hydra_overrides,
-        register_omegaconf_resolvers,
-    )
+    from nemo_rl_ref.utils.config import register_omegaconf_resolvers
 
     if algorithm not in NEMO_RL_CONFIGS:
         raise ValueError(f"algorithm: got {algorithm!r}, expected one of {[*NEMO_RL_CONFIGS]}")
@@ -365,7 +361,7 @@ def check_with_nemo_rl(
     config = OmegaConf.create({})
     for key, value in load_manifest()["configs"][name].items():
         OmegaConf.update(config, key, value, force_add=True)
-    parse_hydra_overrides(config, overrides)
+    apply_overrides(config, overrides)
     return OmegaConf.to_container(config, resolve=True)
 
 

@@ -57,7 +57,7 @@ class Trainer:
 @cache
 def trainer_of(algorithm: str) -> Trainer:
     """The trainer of an algorithm; imports it."""
-    from nemo_rl_ref.utils.config_keys import NOT_HERE
+    from nemo_rl_ref.config.lists import NOT_HERE
 
     if algorithm in ("grpo", "ppo"):
         from nemo_rl_ref import run_grpo
@@ -135,8 +135,8 @@ def trial_config(
     spec: Spec, values: Mapping[str, Any], folder: Path, seed: int | None
 ) -> dict[str, Any]:
     """The configuration of a trial: values set, logs in the folder, no checkpoints."""
+    from nemo_rl_ref.config.read import read_config
     from nemo_rl_ref.tune.space import overrides
-    from nemo_rl_ref.utils.config_keys import read_config
 
     trainer = trainer_of(spec.algorithm)
     ours = {"checkpointing.enabled": False, "logger.log_dir": str(folder)}

@@ -41,7 +41,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_ref.tune.keys import fits, key_types, problem_with_key, type_name
+from nemo_rl_ref.config.types import fits, key_types, problem_with_key, type_name
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

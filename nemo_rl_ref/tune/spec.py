@@ -14,15 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_ref.tune.keys import key_types, type_name
+from nemo_rl_ref.config.keys import KeyReport, flatten_keys, nearest_key
+from nemo_rl_ref.config.read import read_config
+from nemo_rl_ref.config.types import key_types, type_name
 from nemo_rl_ref.tune.space import RANGES, Space, SpaceError, overrides
 from nemo_rl_ref.utils.config import load_config
-from nemo_rl_ref.utils.config_keys import (
-    KeyReport,
-    flatten_keys,
-    nearest_key,
-    read_config,
-)
 
 #: The algorithms that can be searched: those that this package trains.
 ALGORITHMS = ("sft", "dpo", "rm", "grpo", "ppo")

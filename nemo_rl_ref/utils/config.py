@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 
 class OverridesError(Exception):
-    """An override that Hydra's grammar does not have, or that does not fit the configuration."""
+    """An override that Hydra's grammar does not have, or that does not fit the configuration.
+
+    Attributes:
+        line: The override.
+    """
+
+    def __init__(self, message: str, line: str = ""):
+        super().__init__(message)
+        self.line = line
 
 
 def resolve_path(base_path: Path, path: str) -> Path:
@@ -142,7 +150,8 @@ def parse_hydra_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 
     Raises:
         OverridesError: With the first override that does not parse, names a key that does not
-            exist (the message has the nearest one that does) or lists several values.
+            exist or lists several values. `nemo_rl_ref.config.read.apply_overrides` adds the
+            nearest key that does.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -158,22 +167,8 @@ def parse_hydra_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:
             ConfigLoaderImpl._apply_overrides_to_config([override], cfg)
         except Exception as error:  # Hydra's and OmegaConf's classes have no common base
             message = f"Failed to parse Hydra overrides: {line!r}: {error}".rstrip()
-            raise OverridesError(message + _hint(cfg, line)) from error
+            raise OverridesError(message, line) from error
     return cfg
-
-
-def _hint(cfg: DictConfig, line: str) -> str:
-    """What to write instead of an override whose key `cfg` does not have, or nothing."""
-    from nemo_rl_ref.utils.config_keys import flatten_keys, key_exists, nearest_key
-
-    key = line.lstrip("~").partition("=")[0]
-    keys = flatten_keys(cfg)
-    if line.startswith("+") or any(known == key or known.startswith(f"{key}.") for known in keys):
-        return ""
-    if key_exists(key) and not line.startswith("~"):
-        return f"\nNeMo RL has this key, this configuration does not: ++{line} adds it."
-    nearest = nearest_key(key, keys)
-    return f"\nThe nearest key is {nearest!r}." if nearest else ""
 
 
 def register_omegaconf_resolvers() -> None:

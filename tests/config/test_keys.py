@@ -14,22 +14,20 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_rl_ref.upstream import COMMIT, load_keys, load_manifest, make_keys
-from nemo_rl_ref.utils.config import (
-    load_config,
-    parse_hydra_overrides,
-    register_omegaconf_resolvers,
-)
-from nemo_rl_ref.utils.config_keys import (
-    CAUTIONS,
-    IGNORED,
-    NOT_HERE,
+from nemo_rl_ref.config.keys import (
     ConfigKeyError,
     check_keys,
     flatten_keys,
     key_exists,
     nearest_key,
-    read_config,
+)
+from nemo_rl_ref.config.lists import CAUTIONS, IGNORED, NOT_HERE
+from nemo_rl_ref.config.read import read_config
+from nemo_rl_ref.upstream import COMMIT, load_keys, load_manifest, make_keys
+from nemo_rl_ref.utils.config import (
+    load_config,
+    parse_hydra_overrides,
+    register_omegaconf_resolvers,
 )
 
 ROOT = Path(__file__).parents[2]

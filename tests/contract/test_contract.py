@@ -16,7 +16,7 @@ from nemo_rl_ref.algorithms.loss import (
 from nemo_rl_ref.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
 from nemo_rl_ref.contract import PROMISES, check_loss
 
-# The promises that need no second interpreter; test_contract_pickling.py has the other.
+# The promises that need no second interpreter; test_pickling.py has the other.
 HERE = tuple(name for name in PROMISES if name != "pickling")
 
 

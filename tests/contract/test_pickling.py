@@ -58,7 +58,7 @@ def test_all_nine():
     assert report.ok, str(report)
     assert [entry.name for entry in report.entries] == list(PROMISES)
     measured = report["pickling"].measured
-    assert "by reference: a worker must be able to import test_contract_pickling" in measured
+    assert f"by reference: a worker must be able to import {__name__}" in measured
     assert "largest difference 0.0e+00" in measured
 
 

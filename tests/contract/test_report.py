@@ -17,7 +17,8 @@ from rich.console import Console
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn, NLLLossFn
 from nemo_rl_ref.algorithms.loss.interfaces import LossInputType
 from nemo_rl_ref.contract import PROMISES, Entry, Failure, Report, check_loss
-from nemo_rl_ref.contract.__main__ import UsageError, build_loss, find, main
+from nemo_rl_ref.contract.__main__ import main
+from nemo_rl_ref.contract.build import UsageError, build_loss, find
 
 ROOT = Path(__file__).parents[2]
 
@@ -313,9 +314,9 @@ class CrossTokenizer(NLLLossFn):
         ([NLL, "--only", "mask"], "invalid choice: 'mask'"),
         ([NLL, "x=1"], "NLLLossFn has no setting 'x'"),
         ([NLL, "--junit", "no/such/folder/a.xml"], "--junit is 'no/such/folder/a.xml', whose"),
-        (["test_contract_report:CrossTokenizer"], "give a batch_maker"),
-        ([NLL, "--batch-maker", "test_contract_report:bad_maker"], "data has no tensor"),
-        ([NLL, "--batch-maker", "test_contract_report:nope"], "has no 'nope'"),
+        ([f"{__name__}:CrossTokenizer"], "give a batch_maker"),
+        ([NLL, "--batch-maker", f"{__name__}:bad_maker"], "data has no tensor"),
+        ([NLL, "--batch-maker", f"{__name__}:nope"], "has no 'nope'"),
     ],
 )
 def test_usage_errors_are_one_line(argv, words, capsys):
@@ -327,7 +328,7 @@ def test_usage_errors_are_one_line(argv, words, capsys):
 
 
 def test_options(capsys):
-    maker = ["--batch-maker", "test_contract_report:good_maker"]
+    maker = ["--batch-maker", f"{__name__}:good_maker"]
     assert main([NLL, "--only", "ranks", *maker]) == 0
     assert main([NLL, "--only", "micro-batches", *maker, "--preference-pairs"]) == 0
     assert "one call a pair" in capsys.readouterr().out.replace("\n", " ")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from optuna.trial import FixedTrial
 
-from nemo_rl_ref.tune.keys import key_types
+from nemo_rl_ref.config.types import key_types
 from nemo_rl_ref.tune.samplers import SearchError, grid_points
 from nemo_rl_ref.tune.space import Space, SpaceError, override_line
 from nemo_rl_ref.upstream import load_manifest

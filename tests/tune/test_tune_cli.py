@@ -8,6 +8,7 @@ import pytest
 import stand_in
 from rich.console import Console
 
+from nemo_rl_ref.config.read import read_config
 from nemo_rl_ref.tune.__main__ import main
 from nemo_rl_ref.tune.runner import run_trial, trainer_of
 from nemo_rl_ref.tune.spec import make_spec
@@ -20,7 +21,6 @@ from nemo_rl_ref.tune.study import (
     run_search,
 )
 from nemo_rl_ref.tune.table import Display, duration, make_table, short_names
-from nemo_rl_ref.utils.config_keys import read_config
 
 LR, BETA = stand_in.LR, stand_in.BETA
 SPACE = f"{LR}: {{log_uniform: [1e-5, 1e-3]}}\n{BETA}: {{choice: [0.05, 0.5]}}\n"

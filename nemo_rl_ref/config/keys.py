@@ -9,10 +9,7 @@ A pattern covers a key and everything below it; ``*`` in it stands for one part 
 ``policy.optimizer`` and ``policy.scheduler.*.name``. Where several patterns cover a key, the
 longest decides.
 
-A runner says what it reads, and gets the configuration as a plain dictionary::
-
-    config, report = read_config(path, overrides, used=["policy.model_name", "policy.optimizer"])
-    print(report)
+`nemo_rl_ref.config.read.read_config` reads a file and accounts for its keys in one call.
 """
 
 from __future__ import annotations
@@ -22,120 +19,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl_ref.config.lists import CAUTIONS, IGNORED, NOT_HERE
 from nemo_rl_ref.upstream import load_keys
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-
-#: Patterns that no runner reads, each with what they configure. Their values change where and how
-#: fast NeMo RL computes, and what it shows, not what is computed; or they belong to a feature that
-#: `NOT_HERE` requires to be off.
-IGNORED: dict[str, str] = {
-    "cluster": "Ray",
-    "infra": "Kubernetes",
-    "data_plane": "data plane",
-    "data.num_workers": "workers",
-    "env.*.num_workers": "workers",
-    "policy.megatron_cfg": "Megatron",
-    "value.megatron_cfg": "Megatron",
-    "checkpointing.pretrained_checkpoint": "Megatron",
-    "policy.dtensor_cfg": "DTensor",
-    "value.dtensor_cfg": "DTensor",
-    "policy.offload_optimizer_for_logprob": "DTensor",
-    "policy.make_sequence_length_divisible_by": "DTensor",
-    "value.make_sequence_length_divisible_by": "DTensor",
-    "policy.dynamic_batching": "packing",
-    "policy.sequence_packing": "packing",
-    "value.dynamic_batching": "packing",
-    "value.sequence_packing": "packing",
-    "policy.tokenizer.use_fastokens": "fastokens",
-    "policy.refit_buffer_size_gb": "refit",
-    "policy.draft": "features that are off",
-    "policy.quant_cfg": "features that are off",
-    "policy.quant_calib_data": "features that are off",
-    "policy.quant_calib_size": "features that are off",
-    "policy.quant_batch_size": "features that are off",
-    "policy.quant_sequence_length": "features that are off",
-    "policy.disable_modelopt_layer_spec": "features that are off",
-    "policy.router_replay": "features that are off",
-    "policy.is_vlm": "features that are off",
-    "policy.generation.quant_cfg": "features that are off",
-    "policy.generation.real_quant": "features that are off",
-    "policy.generation.real_quant_export_cpu_offload": "features that are off",
-    "policy.generation.real_quant_ignore": "features that are off",
-    "data.use_multiple_dataloader": "features that are off",
-    "data.num_prompts_per_dataloader": "features that are off",
-    "data.custom_dataloader": "features that are off",
-    "grpo.async_grpo": "features that are off",
-    "ppo.async_ppo": "features that are off",
-    "on_policy_distillation": "features that are off",
-    "reward_penalties": "features that are off",
-    "policy.generation.backend": "generation engines",
-    "policy.generation.colocated": "generation engines",
-    "policy.generation.dynamo_cfg": "generation engines",
-    "policy.generation.mcore_generation_config": "generation engines",
-    "policy.generation.port_range_high": "generation engines",
-    "policy.generation.port_range_low": "generation engines",
-    "policy.generation.refit_cfg": "refit",
-    "policy.generation.refit_transport": "refit",
-    "policy.generation.sglang_cfg": "generation engines",
-    "policy.generation.sglang_kwargs": "generation engines",
-    "policy.generation.trtllm_cfg": "generation engines",
-    "policy.generation.trtllm_kwargs": "generation engines",
-    "policy.generation.use_async_rollouts": "generation engines",
-    "policy.generation.vllm_cfg": "generation engines",
-    "policy.generation.vllm_kwargs": "generation engines",
-    "grpo.calculate_advantages_on_gpu": "devices",
-    "grpo.deduplicate_multimodal_data": "payloads",
-    "grpo.debug_payload_metrics": "payloads",
-    "logger.wandb": "Weights & Biases",
-    "logger.wandb_enabled": "Weights & Biases",
-    "logger.swanlab": "SwanLab",
-    "logger.swanlab_enabled": "SwanLab",
-    "logger.mlflow": "MLflow",
-    "logger.mlflow_enabled": "MLflow",
-    "logger.monitor_gpus": "GPU monitoring",
-    "logger.gpu_monitoring": "GPU monitoring",
-}
-
-#: Keys that turn on what changes the result and is not implemented here. A value other than null,
-#: false, 0 or empty is an error, also where the section around it is ignored.
-NOT_HERE: dict[str, str] = {
-    "policy.dtensor_cfg.lora_cfg.enabled": "LoRA",
-    "policy.dtensor_cfg.automodel_kwargs.freeze_config": "freezing of parts of a model",
-    "policy.megatron_cfg.peft.enabled": "LoRA",
-    "value.dtensor_cfg.lora_cfg.enabled": "LoRA",
-    "value.megatron_cfg.peft.enabled": "LoRA",
-    "policy.draft.enabled": "training of a draft model",
-    "policy.quant_cfg": "quantisation-aware training",
-    "policy.router_replay.enabled": "replay of experts' routes",
-    "policy.generation.quant_cfg": "quantised generation",
-    "policy.is_vlm": "vision-language models",
-    "policy.tokenizer.audio": "audio",
-    "policy.tokenizer.video": "video",
-    "data.use_multiple_dataloader": "several data loaders",
-    "data.custom_dataloader": "custom data loaders",
-    "grpo.async_grpo.enabled": "asynchronous rollouts",
-    "ppo.async_ppo.enabled": "asynchronous rollouts",
-    "async_rl": "single controller",
-    "on_policy_distillation.enabled": "distillation",
-    "reward_penalties.penalize_duplicated_reasoning": "NeMo Gym reward penalties",
-    "reward_penalties.penalize_empty_final_answer": "NeMo Gym reward penalties",
-    "reward_penalties.penalize_malformed_think_tag": "NeMo Gym reward penalties",
-    "reward_penalties.penalize_unwanted_tokens": "NeMo Gym reward penalties",
-}
-
-#: Switches that are ignored although they can change results: a warning where they are on.
-CAUTIONS: dict[str, str] = {
-    "policy.megatron_cfg.enabled": "NeMo RL then takes optimizer and scheduler from"
-    " policy.megatron_cfg; here they are policy.optimizer and policy.scheduler",
-    "value.megatron_cfg.enabled": "NeMo RL then takes optimizer and scheduler from"
-    " value.megatron_cfg; here they are value.optimizer and value.scheduler",
-    "policy.megatron_cfg.fp8_cfg.enabled": "NeMo RL then computes in FP8; here in policy.precision",
-}
 
 #: How alike a key must be to a known one beside it for a warning, where any key is legal.
 _MISSPELT = 0.92
@@ -174,55 +64,6 @@ class KeyReport:
         if self.new:
             lines.append(f"  new, not in NeMo RL: {', '.join(self.new)}")
         return "\n".join([*lines, *(f"WARNING: {warning}" for warning in self.warnings)])
-
-
-def read_config(
-    path: str | Path,
-    overrides: Sequence[str],
-    used: Iterable[str],
-    ignored: Mapping[str, str] = IGNORED,
-    not_here: Mapping[str, str] = NOT_HERE,
-) -> tuple[dict[str, Any], KeyReport]:
-    """Loads a YAML file, applies overrides, accounts for every key, resolves interpolations.
-
-    Args:
-        path: The file, in NeMo RL's form.
-        overrides: Overrides of the command line, in Hydra's grammar.
-        used: Patterns of the keys that the caller reads.
-        ignored: Patterns of the keys that it knowingly ignores, with what they configure.
-        not_here: Patterns of the switches that must be off, with what they turn on.
-
-    Returns:
-        The configuration in plain dictionaries and lists, and the report on its keys.
-
-    Raises:
-        ConfigKeyError: As `check_keys`, or if a used key has no value (``???``), or if an
-            interpolation cannot be resolved.
-        OverridesError: As `nemo_rl_ref.utils.config.parse_hydra_overrides`.
-        FileNotFoundError: As `nemo_rl_ref.utils.config.load_config`.
-        ValueError: As `nemo_rl_ref.utils.config.load_config`.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from nemo_rl_ref.utils.config import (
-        load_config,
-        parse_hydra_overrides,
-        register_omegaconf_resolvers,
-    )
-
-    register_omegaconf_resolvers()
-    config = parse_hydra_overrides(load_config(path), list(overrides))
-    try:
-        report = check_keys(config, used, ignored, overrides, not_here)
-        resolved = OmegaConf.to_container(config, resolve=True)
-    except (ConfigKeyError, OmegaConfBaseException) as error:
-        raise ConfigKeyError(f"{path}: {error}") from error
-    empty = [key for key, value in flatten_keys(config).items() if value == "???"]
-    if needed := [key for key in empty if key in report.used]:
-        names = ", ".join(needed)
-        raise ConfigKeyError(f"{path}: no value for {names}; give it as {needed[0]}=…")
-    return resolved, report
 
 
 def check_keys(

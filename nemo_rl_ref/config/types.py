@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
+from nemo_rl_ref.config.keys import key_exists, nearest_key
 from nemo_rl_ref.upstream import load_keys, load_manifest
-from nemo_rl_ref.utils.config_keys import key_exists, nearest_key
 
 #: Likeness from which a key that NeMo RL accepts without naming it is taken for a misspelt one.
 _MISSPELT = 0.85
