@@ -92,7 +92,7 @@ def test_everything_needed_is_pinned_and_nothing_else():
 def imported_modules() -> dict[str, str]:
     """Every module that a file of ours imports, with one such file; not our own modules."""
     files = [ROOT / "conf.py"]
-    for folder in ("nemo_rl_ref", "docs/_ext", "notebooks", "tests"):
+    for folder in ("nemo_rl_ref", "docs/_ext", "notebooks", "benchmarks", "tests"):
         files += sorted((ROOT / folder).rglob("*.py"))
     own = {"nemo_rl_ref"} | {f.stem for f in files} | {f.parent.name for f in files}
     own |= {f.stem for f in (ROOT / "docs").rglob("*.py")}  # launchers beside their pages
