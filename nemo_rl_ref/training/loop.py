@@ -41,7 +41,7 @@ from nemo_rl_ref.utils.timer import TimeoutChecker
 #: What may differ between a checkpoint and the run that resumes from it, below any section.
 _MAY_CHANGE = (
     "logger", "cluster", "checkpointing", "data.validation", "data.val_data_paths",
-    "data.num_workers", "policy.train_micro_batch_size",
+    "policy.train_micro_batch_size",
 )  # fmt: skip
 _SECTION_MAY_CHANGE = (
     "max_num_steps", "max_num_epochs", "val_period", "val_batches", "val_global_batch_size",
@@ -54,8 +54,8 @@ USED_KEYS = (
     "checkpointing.higher_is_better", "checkpointing.keep_top_k", "checkpointing.save_period",
     "checkpointing.ft_save_period", "checkpointing.ft_keep_latest_k",
     "checkpointing.checkpoint_must_save_by", "checkpointing.save_optimizer",
-    "data.shuffle", "data.train", "data.validation", "data.default", "data.max_input_seq_length",
-    "logger.log_dir", "logger.tensorboard_enabled",
+    "data.shuffle", "data.num_workers", "data.train", "data.validation", "data.default",
+    "data.max_input_seq_length", "logger.log_dir", "logger.tensorboard_enabled",
     "policy.model_name", "policy.tokenizer.name", "policy.tokenizer.chat_template",
     "policy.tokenizer.chat_template_kwargs", "policy.train_global_batch_size",
     "policy.train_micro_batch_size", "policy.precision", "policy.max_grad_norm",

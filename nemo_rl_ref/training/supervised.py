@@ -101,6 +101,7 @@ class Supervised:
             integer(self.section, f"{name}.max_num_steps", -1 if name == "rm" else 1, -1),
             bool(self.config["data"].get("shuffle", True)),
             integer(self.section, f"{name}.seed", 0, 42),
+            integer(self.config["data"], "data.num_workers", 0, 1),
         )
         if batch_size % ranks:
             raise ValueError(
