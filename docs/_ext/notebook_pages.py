@@ -217,7 +217,7 @@ def copy_downloads(app: Sphinx, exception: Exception | None) -> None:
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
     app.setup_extension("page_uses")
-    offer("page", EXECUTED.contents.get)
+    offer("page", lambda name: EXECUTED.contents.get(name))
     app.connect("builder-inited", execute_all, priority=900)
     app.connect("source-read", give_executed_copy)
     app.connect("doctree-resolved", add_links)
