@@ -233,12 +233,11 @@ print(f"apart from log_softmax: {worst:.0e}; without the maximum: {with_overflow
 #| num: compiled-stack = {str(sum(r["stack"] for r in reports.values())) if reports else "unknown"}
 import re
 
-from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.kernels._clipped_pg import settings_of
+from nemo_rl_ref.kernels import clipped_pg
 from nemo_rl_ref.kernels.loader import KernelsUnavailable, compile_kernel
 
 # Function 4 is compiled for the flags of a loss: here those of GRPO with a KL penalty.
-FLAGS, _ = settings_of(ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.01)))
+FLAGS = sum(clipped_pg.FLAGS[name] for name in ("kl", "kl input clamp", "kl output clamp"))
 KERNELS = {
     "1, forward, with entropy": (
         "token_logprobs",
