@@ -202,6 +202,8 @@ def fill(site: Site) -> None:
         ```
         """,
     )
+    for beside in (".venv/docs/index.md", "venv/pkg/readme.md", "README.md"):
+        site.write(beside, "no title, which would be a warning\n")
     site.write("docs/deep/index.md", "# Deep\n\nBack [home](../index.md).\n")
     site.write(
         "docs/deep/down/losses.md",
