@@ -9,7 +9,7 @@ sys.path[:0] = [str(HERE / "docs" / "_ext"), str(HERE)]
 
 project = "NeMo RL: algorithm development"
 author = "The authors of this repository"
-copyright = "the authors, Apache-2.0"  # noqa: A001, Sphinx's name
+copyright = "the authors, Apache-2.0"
 root_doc = "index"
 
 extensions = [
