@@ -546,7 +546,7 @@ def test_workflow():
     steps = {name: job["steps"] for name, job in jobs.items()}
     run = {name: [s["run"] for s in job if "run" in s] for name, job in steps.items()}
     targets = {name: make_commands("\n".join(lines)) for name, lines in run.items()}
-    assert targets == {"test": ["test"], "html": ["html"], "publish": []}
+    assert targets == {"test": ["test"], "html": ["lint", "html"], "publish": []}
     assert set().union(*targets.values()) <= TARGETS
     assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
 

@@ -30,7 +30,8 @@ def page(site):
 
 def test_keys_are_links_to_their_lines(page):
     result = page(
-        "{key}`policy.optimizer.kwargs.lr`, {key}`dpo.seed=1`, {key}`++policy.scheduler.0.kwargs.any`"
+        "{key}`policy.optimizer.kwargs.lr`, {key}`dpo.seed=1`, "
+        "{key}`++policy.scheduler.0.kwargs.any`"
     )
     assert result.code == 0, result.text
     links = result.page("index.html").select("article a:has(code.config-key)")

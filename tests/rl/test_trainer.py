@@ -535,7 +535,7 @@ def test_env_and_loss_of_ones_own(tmp_path, capsys):
     )
     train(settings(tmp_path, {"grpo.max_num_steps": 1}), env=f"{code}:reward", loss=f"{code}:Mine")
     assert logged(tmp_path)[1]["train/reward"] == 0.25
-    # As its parent, it multiplies by masks: what it warns of is tests/contract/test_contract.py's matter.
+    # As its parent, it multiplies by masks; tests/contract/test_contract.py has what it warns of.
     assert "Mine: 7 of 9 promises kept" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--strict: .*Mine breaks NeMo RL's promises"):
         train(settings(tmp_path), loss=f"{code}:Mine", strict=True)

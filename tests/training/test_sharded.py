@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that processes share: FSDP with two processes on the CPU, and what DeepSpeed would be told.
+"""Models that processes share: FSDP with two processes on the CPU, and what DeepSpeed is told.
 
 `accelerate` switches FSDP on for accelerators only. The script that these tests start says that its
 two CPU processes have some; the sharding, the collectives and the state dictionaries are PyTorch's.
