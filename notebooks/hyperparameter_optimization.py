@@ -94,6 +94,7 @@ axis.set_xticks(range(len(losses)), [f"{rate:g}" for rate in losses])
 axis.set_xlim(-0.5, len(losses) - 0.5)
 axis.set_xlabel("policy.optimizer.kwargs.lr")
 axis.set_title("Held-out loss (nats), one dot a seed")
+
 # %%
 #| label: noise-numbers
 #| num: noise-sd = {statistics.stdev(base):.4f}
@@ -286,6 +287,7 @@ axis.set_ylim(0)
 axis.set_xlabel("seeds of each of the two settings")
 axis.set_title("Half the interval of a difference (percentage points)")
 axis.legend()
+
 # %% [markdown]
 # ## Which keys matter
 
@@ -359,6 +361,7 @@ for axis, task in zip(axes, POOL, strict=True):
     axis.set_xlim(0, 1.7 * most)
     axis.set_title(f"Importance, {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
+
 # %%
 #| label: importance-numbers
 #| num: importance-shuffles = {SHUFFLES}
@@ -427,6 +430,7 @@ for axis, task in zip(axes, POOL, strict=True):
     rank = stats.spearmanr([run["values"][RATE] for run in lower], [final(run) for run in lower])
     RANK[task] = rank[0]
 axes[-1].set_xlabel(RATE)
+
 # %%
 #| label: fig-other-slices
 #| alt: The objective over the ratio of SFT weight and β, and over β, for DPO, and over the group
@@ -533,6 +537,7 @@ for axis, table, levels, title in (
     axis.set_ylabel("β")
     axis.set_title(title)
 axes[-1].set_xlabel(RATE)
+
 # %%
 #| label: rate-beta-numbers
 #| num: surface-fitted = {MODELLED["fitted_to"]}
@@ -713,20 +718,25 @@ for axis, task in zip(axes, POOL, strict=True):
     axis.set_title(f"Rank correlation with the end, {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
 axes[-1].set_xlabel("fraction of the run")
+
 # %%
 #| label: early-numbers
 #| num: early-dpo-spread = {percent(UPPER_SPREAD['dpo'])}
 #| num: early-dpo-first = {100 * min(EARLY['dpo', 'all']):.0f}
 #| num: early-dpo-all = {first_rank('dpo', 'all')[0]:.2f}
-#| num: early-dpo-all-interval = {'{:.2f} to {:.2f}'.format(*first_rank('dpo', 'all')[1:])}
+#| num: early-dpo-all-interval = {first_rank('dpo', 'all')[1]:.2f} to
+#|   {first_rank('dpo', 'all')[2]:.2f}
 #| num: early-dpo-half = {first_rank('dpo', 'better half')[0]:.2f}
-#| num: early-dpo-half-interval = {'{:.2f} to {:.2f}'.format(*first_rank('dpo', 'better half')[1:])}
+#| num: early-dpo-half-interval = {first_rank('dpo', 'better half')[1]:.2f} to
+#|   {first_rank('dpo', 'better half')[2]:.2f}
 #| num: early-grpo-spread = {percent(UPPER_SPREAD['grpo'])}
 #| num: early-grpo-first = {100 * min(EARLY['grpo', 'all']):.0f}
 #| num: early-grpo-all = {first_rank('grpo', 'all')[0]:.2f}
-#| num: early-grpo-all-interval = {'{:.2f} to {:.2f}'.format(*first_rank('grpo', 'all')[1:])}
+#| num: early-grpo-all-interval = {first_rank('grpo', 'all')[1]:.2f} to
+#|   {first_rank('grpo', 'all')[2]:.2f}
 #| num: early-grpo-half = {first_rank('grpo', 'better half')[0]:.2f}
-#| num: early-grpo-half-interval = {'{:.2f} to {:.2f}'.format(*first_rank('grpo', 'better half')[1:])}
+#| num: early-grpo-half-interval = {first_rank('grpo', 'better half')[1]:.2f} to
+#|   {first_rank('grpo', 'better half')[2]:.2f}
 # How far apart the better half's ends are, to be read beside the seed's deviation.
 UPPER_SPREAD = {}
 for task in POOL:
@@ -887,6 +897,7 @@ for line, (method, runs) in enumerate(searches.items()):
 axis.set_xlabel("trials")
 axis.set_title("True accuracy of what would be taken (%)")
 axis.legend(fontsize=8, loc="lower right")
+
 # %%
 #| label: claim
 #| num: claim-dpo-share = {SHOWN['dpo']}
@@ -1034,6 +1045,7 @@ kl, value = np.array(front_of(random_points)).T
 axis.step([*kl, max(random_points)[0]], [*100 * value, 100 * value[-1]], where="post", color="k")
 axis.set_title("val:accuracy (%), GRPO")
 axis.set_xlabel("KL to the reference (nats an answer)")
+
 # %%
 #| label: front-numbers
 #| num: front-kl = {best_kl:.2f}

@@ -276,6 +276,7 @@ figure, (axis,) = panels(1, height=2.4)
 dots(axis, noise_runs, "accuracy")
 axis.axvline(0.5, color="#777777", linewidth=1)
 axis.set_title("Clean pairs in the right order")
+
 # %%
 #| label: data-noise-numbers
 #| num: data-steps = {STEPS}
@@ -394,6 +395,7 @@ dots(axis, length_runs, "accuracy, right is shorter", 1, "right answer is shorte
 axis.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.08))
 axis.set_title("Held-out pairs in the right order")
 axis.set_xlim(-0.05, 1.05)
+
 # %%
 #| label: data-length-numbers
 #| num: length-before = {filler_before:.0%}
@@ -497,6 +499,7 @@ above.set_title("Clean pairs in the right order")
 dots(below, ties_runs, "margin on ties (nats)", 1)
 below.axvline(0.0, color="#777777", linewidth=1)
 below.set_title("Margin on trained ties (nats)")
+
 # %%
 #| label: data-ties-numbers
 #| num: ties-share = {TIES:.0%}
@@ -613,6 +616,7 @@ for axis, (name, (title, quantity, labels)) in zip(axes, shown.items(), strict=T
     axis.set_title(title)
     axis.legend(fontsize=9)
 axes[-1].set_xlabel("optimizer steps")
+
 # %%
 #| label: symptoms-numbers
 #| num: symptom-first-loss = {statistics.mean(first_losses):.4f}
