@@ -103,6 +103,13 @@ def linear_token_logprobs(
             the tensors.
         nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
             compiles them is missing.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> linear_token_logprobs(hidden, weight, torch.tensor([1]))
+        tensor([-0.3133])
+        >>> torch.log_softmax(hidden @ weight.T, -1)[:, 1]
+        tensor([-0.3133])
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
