@@ -183,33 +183,18 @@ def generate(
         [tokenizer.eos_token_id] if stop_token_ids is None else stop_token_ids,
         device=data["input_ids"].device,
     )
-    was_training = model.training
+    was_training, size = model.training, batch_size or len(uniforms)
     model.eval()
     parts = []
-    for start in range(0, len(uniforms), batch_size or len(uniforms)):
-        rows = slice(start, start + (batch_size or len(uniforms)))
-        tokens, logprobs, sizes, ended = _decode(
-            model,
-            tokenizer,
-            data["input_ids"][rows],
-            data["input_lengths"][rows],
-            sampling,
-            uniforms[rows],
-            max_total_sequence_length,
-            stops,
+    for low in range(0, len(uniforms), size):
+        rows = slice(low, low + size)
+        ids, lengths = data["input_ids"][rows], data["input_lengths"][rows]
+        limits = (max_total_sequence_length - lengths).clamp(max=uniforms.shape[1])
+        drawn = _decode(
+            model, tokenizer, ids, lengths, limits, sampling, uniforms[rows], stops,
             stop_strings or [],
-        )
-        parts.append(
-            _join(
-                data["input_ids"][rows],
-                data["input_lengths"][rows],
-                tokens,
-                logprobs,
-                sizes,
-                ended,
-                tokenizer.pad_token_id,
-            )
-        )
+        )  # fmt: skip
+        parts.append(_join(ids, lengths, *drawn, tokenizer.pad_token_id))
     model.train(was_training)
     return BatchedDataDict.from_batches(parts, {"output_ids": tokenizer.pad_token_id})
 
@@ -219,15 +204,14 @@ def _decode(
     tokenizer: Any,
     ids: Tensor,
     lengths: Tensor,
+    limits: Tensor,
     sampling: TrainingSamplingParams,
     uniforms: Tensor,
-    max_length: int,
     stops: Tensor,
     stop_strings: list[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens (B, T), their log-probabilities (B, T), lengths (B,), and whether it ended (B,)."""
     rows = torch.arange(len(ids), device=ids.device)  # those still going on
-    limits = (max_length - lengths).clamp(max=uniforms.shape[1])
     tokens = ids.new_zeros(uniforms.shape)
     logprobs = torch.zeros(uniforms.shape, device=ids.device)
     sizes, ended = limits.clone(), torch.zeros_like(rows, dtype=torch.bool)

@@ -17,6 +17,10 @@ from nemo_rl_ref.data.collate_fn import last_message_mask
 from nemo_rl_ref.data.datasets.preference_datasets import load_preference_dataset
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
 from nemo_rl_ref.data.datasets.utils import update_single_dataset_config
+from nemo_rl_ref.data.llm_message_utils import (
+    add_loss_mask_to_message_log,
+    message_log_to_flat_messages,
+)
 from nemo_rl_ref.data.processors import preference_preprocessor, sft_processor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.files.records import DataError
@@ -347,12 +351,11 @@ def flat_sample(sample: dict[str, Any], *, only_unmask_final: bool) -> dict[str,
     Returns:
         A sample of `Samples`, of one row.
     """
-    log = sample["message_log"]
-    wanted = [m is log[-1] if only_unmask_final else m["role"] == "assistant" for m in log]
-    masks = [torch.full_like(m["token_ids"], w) for m, w in zip(log, wanted, strict=True)]
+    add_loss_mask_to_message_log([sample["message_log"]], only_unmask_final=only_unmask_final)
+    flat = message_log_to_flat_messages(sample["message_log"])
     return {
-        "input_ids": [torch.cat([m["token_ids"] for m in log])],
-        "token_mask": [torch.cat(masks)],
+        "input_ids": [flat["token_ids"]],
+        "token_mask": [flat["token_loss_mask"]],
         "loss_multiplier": sample["loss_multiplier"],
     }
 
