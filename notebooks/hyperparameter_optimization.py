@@ -32,8 +32,9 @@ from accelerate import Accelerator
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.preferences import load_preferences, preference_batches
-from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
+from nemo_rl_ref.training.reference import add_reference_logprobs
+from nemo_rl_ref.training.samples import Batches, preference_pairs
+from nemo_rl_ref.training.step import run_batch, update
 
 STEPS, PAIRS, SEEDS = 16, 32, 6
 LEARNING_RATES = (1e-4, 1.3e-4, 3e-4)
@@ -45,22 +46,12 @@ loss_fn = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=0.1, sft_loss_weig
 
 
 def load(path):
-    return load_preferences(BinaryPreferenceDataset(str(path)), tokenizer, max_seq_length=16)
+    return preference_pairs(BinaryPreferenceDataset(str(path)), tokenizer, max_seq_length=16)
 
 
 train_pairs, held_out_pairs = load(tiny.TRAIN_PAIRS), load(tiny.VALIDATION_PAIRS)
-held_out = add_reference_logprobs(
-    reference, preference_batches(held_out_pairs, tokenizer, batch_size=256)
-)
-orders = [
-    add_reference_logprobs(
-        reference,
-        itertools.islice(
-            preference_batches(train_pairs, tokenizer, batch_size=PAIRS, seed=seed), STEPS
-        ),
-    )
-    for seed in range(SEEDS)
-]
+add_reference_logprobs(reference, [train_pairs, held_out_pairs], accelerator)
+held_out = held_out_pairs.batch(range(len(held_out_pairs)))
 
 
 def run(learning_rate, seed):
@@ -70,9 +61,20 @@ def run(learning_rate, seed):
         policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    for _ in train(policy, loss_fn, orders[seed], optimizer, accelerator):
-        pass
-    return evaluate(policy, loss_fn, held_out)["loss"]
+    for numbers in Batches(len(train_pairs), PAIRS, seed, max_steps=STEPS):
+        update(
+            policy,
+            optimizer,
+            loss_fn,
+            train_pairs.batch(numbers),
+            accelerator,
+            micro_rows=2 * PAIRS,
+            max_grad_norm=1.0,
+            rows=2,  # a pair is two rows
+        )
+    return run_batch(
+        policy, loss_fn, held_out, accelerator, micro_rows=held_out.size, backward=False
+    )["loss"]
 
 
 losses = {rate: [run(rate, seed) for seed in range(SEEDS)] for rate in LEARNING_RATES}

@@ -136,7 +136,7 @@ def linear_token_logprobs(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     """How large tiles may be.
 
     Attributes:
@@ -182,7 +182,7 @@ def plan(
     max_extra_bytes: int,
     return_entropy: bool,
     kernels: bool,
-) -> Plan:
+) -> Tiling:
     """Choose the sizes of tiles, for at least one row."""
     n, v = hidden.shape[0], weight.shape[0]
     forward_element = _element_bytes(hidden, return_entropy, None, kernels)
@@ -202,7 +202,7 @@ def plan(
     beside_sums = (room - sums) // (backward_element * n)
     together = beside_sums >= min(v, enough)
     alone = room // (backward_element * n)
-    return Plan(
+    return Tiling(
         (forward[0], _even(v, forward[1])),
         _even(v, min(v, wanted, beside_sums if together else alone)),
         max(1, min(n, room // (backward_element * v))),

@@ -20,7 +20,7 @@ from nemo_rl_ref.training.loop import Run, make_trained
 from nemo_rl_ref.training.optimizers import make_optimizer, make_scheduler
 from nemo_rl_ref.training.processes import make_accelerator
 from nemo_rl_ref.training.progress import Timer
-from nemo_rl_ref.training.samples import Plan, Samples, digest
+from nemo_rl_ref.training.samples import Batches, Samples, digest
 from nemo_rl_ref.training.step import run_batch, update, weighted_means
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 
@@ -40,8 +40,9 @@ class Task:
         pairs: Whether a sample is a pair, two rows of a batch. Then the validation sets have
             their names in those of the metrics, and every pair has the same weight in a mean, as
             in NeMo RL; otherwise every token.
-        prepare: Called once, before the model is loaded, with the accelerator, the samples that
-            the run uses with their numbers, and the folder of the checkpoints or None.
+        prepare: Called once, before the model is loaded, with the accelerator, the sets of
+            samples, of which those are tokenized that the run uses, and the folder of the
+            checkpoints or None.
     """
 
     section: str
@@ -51,7 +52,7 @@ class Task:
     loss_fn: Any
     validation_metrics: Mapping[str, str] | None = None
     pairs: bool = True
-    prepare: Callable[[Any, list[tuple[Samples, Sequence[int]]], Path | None], None] | None = None
+    prepare: Callable[[Any, list[Samples], Path | None], None] | None = None
 
 
 class Supervised:
@@ -70,15 +71,15 @@ class Supervised:
         self.name, self.section, self.policy = task.section, config[task.section], config["policy"]
         self.accelerator = make_accelerator(self.policy["precision"])
         self.rows, self.timer = 2 if task.pairs else 1, Timer()
-        self.plan = self._check()
+        self.batches = self._check()
         self.digest = digest(task.train.records)
-        self.samples, self.samples_per_step = self.plan.samples, self.plan.batch_size
-        self.steps = self.plan.steps
+        self.samples, self.samples_per_step = self.batches.samples, self.batches.batch_size
+        self.steps = len(self.batches)
         prefixes = [f"validation-{name}_" if task.pairs else "" for name in task.validation]
         logged = task.validation_metrics
         self.metric_names = logged and [p + name for p in prefixes for name in logged.values()]
 
-    def _check(self) -> Plan:
+    def _check(self) -> Batches:
         """Settings that cannot be used are found before anything is loaded."""
         task, name, ranks = self.task, self.task.section, self.accelerator.num_processes
 
@@ -94,13 +95,13 @@ class Supervised:
         self.val_micro = integer(self.section, f"{name}.val_micro_batch_size", 1, self.micro)
         self.val_batches = integer(self.section, f"{name}.val_batches", -1, -1)
         integer(self.section, f"{name}.val_period", -1, 0)
-        plan = Plan(
+        batches = Batches(
             len(task.train),
             batch_size,
+            integer(self.section, f"{name}.seed", 0, 42),
             integer(self.section, f"{name}.max_num_epochs", 1, 1),
             integer(self.section, f"{name}.max_num_steps", -1 if name == "rm" else 1, -1),
             bool(self.config["data"].get("shuffle", True)),
-            integer(self.section, f"{name}.seed", 0, 42),
             integer(self.config["data"], "data.num_workers", 0, 1),
         )
         if batch_size % ranks:
@@ -108,7 +109,7 @@ class Supervised:
                 f"policy.train_global_batch_size: got {batch_size} with {ranks} processes, "
                 "expected a multiple of their number"
             )
-        if not plan.steps_per_epoch:
+        if not batches.per_epoch:
             raise ValueError(
                 f"policy.train_global_batch_size: got {batch_size} with {len(task.train)} samples "
                 "in data.train, which does not make one batch"
@@ -126,12 +127,12 @@ class Supervised:
         limit = self.policy.get("max_grad_norm")
         if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
             raise ValueError(f"policy.max_grad_norm: got {limit!r}, expected null or above 0")
-        return plan
+        return batches
 
     def load(self, checkpoint: str | None = None) -> None:
         """Tokenize what the run will use, so that a bad record is found now; load the model."""
-        task, steps = self.task, range(self.plan.steps)
-        trained_on = sorted({number for step in steps for number in self.plan.numbers(step)})
+        task = self.task
+        trained_on = sorted({number for numbers in self.batches for number in numbers})
         self._tokenize("data.train", task.train, trained_on)
         self.validated_on: dict[str, range] = {}
         for name, samples in task.validation.items():
@@ -141,13 +142,12 @@ class Supervised:
         if task.prepare:
             saving = self.config["checkpointing"]
             folder = Path(saving["checkpoint_dir"]) if saving["enabled"] else None
-            validated_on = [(task.validation[n], self.validated_on[n]) for n in task.validation]
-            task.prepare(self.accelerator, [(task.train, trained_on), *validated_on], folder)
-        set_seed(self.plan.seed)
+            task.prepare(self.accelerator, [task.train, *task.validation.values()], folder)
+        set_seed(self.batches.seed)
         weights, _ = CheckpointManager.get_resume_paths(checkpoint)
         model = task.load_model(weights or self.policy["model_name"])
         if self.accelerator.process_index:  # dropout differs between processes
-            torch.manual_seed(self.plan.seed + self.accelerator.process_index)
+            torch.manual_seed(self.batches.seed + self.accelerator.process_index)
         self.trained = make_trained(self.accelerator, model, self.policy)
         self.models = {"policy": self.trained}
         if checkpoint:
@@ -167,7 +167,7 @@ class Supervised:
 
     def next_step(self, state: dict[str, Any]) -> dict[str, float]:
         """See `Trainer`."""
-        numbers = self.plan.numbers(state["total_steps"])
+        numbers = self.batches[state["total_steps"]]
         with self.timer.time("data_processing"):
             batch = self.task.train.batch(numbers)
         with self.timer.time("policy_training"):
@@ -183,7 +183,7 @@ class Supervised:
                 place=lambda number: self.task.train.places[numbers[number]],
             )
             self.trained.scheduler.step()
-        state["epoch"], state["step"] = divmod(state["total_steps"] + 1, self.plan.steps_per_epoch)
+        state["epoch"], state["step"] = divmod(state["total_steps"] + 1, self.batches.per_epoch)
         return metrics
 
     def is_last(self, state: Mapping[str, Any]) -> bool:
@@ -203,15 +203,9 @@ class Supervised:
                     weight = (batch["sample_mask"].unsqueeze(-1) * batch["token_mask"]).sum()
                 batch = maybe_pad_last_batch(batch, self.accelerator.num_processes, self.rows)
                 size = self.val_micro * self.rows
-                with torch.no_grad():
-                    metrics = run_batch(
-                        model,
-                        task.loss_fn,
-                        batch,
-                        self.accelerator,
-                        micro_rows=size,
-                        backward=False,
-                    )
+                metrics = run_batch(
+                    model, task.loss_fn, batch, self.accelerator, micro_rows=size, backward=False
+                )
                 if weight > 0:
                     results.append((weight.item(), metrics))
             yield (
