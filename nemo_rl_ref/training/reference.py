@@ -37,11 +37,12 @@ def add_reference_logprobs(
 
     Args:
         model: The reference policy, in evaluation mode.
-        sets: The samples. Of each set those get the column that have been tokenized; all, if none
-            has.
+        sets: The samples, all of which get the column.
         accelerator: An ``accelerate.Accelerator``.
         batch_size: Samples of a forward pass.
     """
+    for samples in sets:
+        samples.tokenize()
     chunks = _chunks(sets, batch_size)
     _add(chunks, _compute(model, chunks, accelerator))
 
@@ -85,8 +86,6 @@ def _chunks(sets: Sequence[Samples], size: int) -> list[_Chunk]:
     """The tokenized samples of each set, the shortest first, some at a time."""
     chunks: list[_Chunk] = []
     for samples in sets:
-        if not samples.tokenized:
-            samples.tokenize()
         lengths = {n: max(map(len, samples[n]["input_ids"])) for n in samples.tokenized}
         ordered = sorted(lengths, key=lengths.__getitem__)
         chunks += [(samples, ordered[low : low + size]) for low in range(0, len(ordered), size)]
