@@ -48,11 +48,12 @@ from optuna.distributions import (  # noqa: E402
 from nemo_rl_ref import run_dpo, run_grpo, tiny  # noqa: E402
 from nemo_rl_ref.generation import answer_kl, sample_answers  # noqa: E402
 from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
-from nemo_rl_ref.rl.settings import USED_KEYS as RL_KEYS  # noqa: E402
+from nemo_rl_ref.rl.settings import GRPOSettings  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
 from nemo_rl_ref.training import reference  # noqa: E402
-from nemo_rl_ref.training.loop import USED_KEYS  # noqa: E402
 from nemo_rl_ref.config.read import read_config  # noqa: E402
+from nemo_rl_ref.config.sections import DPOSettings  # noqa: E402
+from nemo_rl_ref.config.settings import used_keys  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -160,8 +161,8 @@ GRPO = Task(
 )
 TASKS = {task.name: task for task in (DPO, GRPO)}
 TRAINERS = {
-    "dpo": (run_dpo.train, run_dpo.USED),
-    "grpo": (run_grpo.train, (*USED_KEYS, *RL_KEYS)),
+    "dpo": (run_dpo.train, used_keys(DPOSettings)),
+    "grpo": (run_grpo.train, used_keys(GRPOSettings)),
 }
 
 
@@ -215,9 +216,9 @@ class Trainings:
         tokenized, logprobs = {}, {}
         samples, compute = run_dpo.preference_samples, reference._compute
 
-        def tokenized_once(config, *args, **options):
-            train, validation = samples(config, *args, **options)
-            paths = json.dumps([config["data"]["train"], config["data"]["validation"]])
+        def tokenized_once(settings, *args, **options):
+            train, validation = samples(settings, *args, **options)
+            paths = settings.data.model_dump_json(include={"train", "validation"})
             train._samples = tokenized.setdefault((paths, "train"), {})
             for name, held_out in validation.items():
                 held_out._samples = tokenized.setdefault((paths, name), {})

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nemo_rl_ref.config.sections import PolicyConfig
 from nemo_rl_ref.files.whole import replacing
 from nemo_rl_ref.padding import PackedRows
 from nemo_rl_ref.training.samples import Samples
@@ -25,7 +26,7 @@ _Chunk = tuple[Samples, list[int]]
 
 
 def add_reference_logprobs(
-    policy: Mapping[str, Any],
+    policy: PolicyConfig,
     sets: Sequence[tuple[Samples, Sequence[int]]],
     load_model: Callable[[str], Any],
     accelerator: Any,
@@ -49,7 +50,7 @@ def add_reference_logprobs(
     chunks: list[_Chunk] = []
     for samples, numbers in sets:
         length = lambda n, s=samples: max(map(len, s[n]["rows"]))  # noqa: E731
-        ordered, size = sorted(numbers, key=length), policy["train_micro_batch_size"]
+        ordered, size = sorted(numbers, key=length), policy.train_micro_batch_size
         chunks += [(samples, ordered[i : i + size]) for i in range(0, len(ordered), size)]
     fingerprint = _fingerprint(policy, chunks)
     path = folder / "reference_logprobs.safetensors" if folder else None
@@ -82,7 +83,7 @@ def _with_reference(batch: Any, packed: PackedRows, firsts: Mapping[int, int]) -
 
 @torch.no_grad()
 def _compute(
-    policy: Mapping[str, Any],
+    policy: PolicyConfig,
     load_model: Callable[[str], Any],
     chunks: Sequence[_Chunk],
     accelerator: Any,
@@ -90,7 +91,7 @@ def _compute(
     """One tensor a row, without padding, in the order of the chunks; processes take turns."""
     from accelerate.utils import gather_object
 
-    model = load_model(policy["model_name"]).eval().to(accelerator.device)
+    model = load_model(policy.model_name).eval().to(accelerator.device)
     if accelerator.is_main_process:
         print(f"reference log-probabilities of {sum(len(n) for _, n in chunks)} pairs", flush=True)
     mine = []
@@ -107,12 +108,12 @@ def _compute(
     return [row for _, rows in sorted(everyone, key=lambda item: item[0]) for row in rows]
 
 
-def _fingerprint(policy: Mapping[str, Any], chunks: Sequence[_Chunk]) -> str:
+def _fingerprint(policy: PolicyConfig, chunks: Sequence[_Chunk]) -> str:
     """A sum over what the log-probabilities depend on: model, precision and tokens."""
-    name = str(policy["model_name"])
+    name = str(policy.model_name)
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    summed = hashlib.sha256(json.dumps([name, policy["precision"], stats]).encode())
+    summed = hashlib.sha256(json.dumps([name, policy.precision, stats]).encode())
     for samples, numbers in chunks:
         summed.update(samples.batch(numbers)["input_ids"].numpy().tobytes())
     return summed.hexdigest()

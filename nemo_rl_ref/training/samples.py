@@ -12,6 +12,13 @@ from typing import Any
 
 import torch
 
+from nemo_rl_ref.config.sections import (
+    DataConfig,
+    DatasetConfig,
+    DPOSettings,
+    RMSettings,
+    SFTSettings,
+)
 from nemo_rl_ref.data.collate_fn import last_message_mask
 from nemo_rl_ref.data.datasets.preference_datasets import load_preference_dataset
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
@@ -149,48 +156,51 @@ def _order(samples: int, seed: int, epoch: int) -> list[int]:
 
 
 def load_datasets(
-    data: Mapping[str, Any], load: Callable[[dict[str, Any]], Any]
-) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    data: DataConfig, load: Callable[[dict[str, Any]], Any]
+) -> Iterator[tuple[str, DatasetConfig, Any]]:
     """Load the datasets of a configuration.
 
     Args:
-        data: The section ``data``: ``train`` and ``validation``, each an entry or a list of them,
-            and ``default``, for what an entry leaves out.
+        data: The section ``data``.
         load: Loads the dataset of an entry.
 
     Yields:
-        ``train`` or ``validation``, the entry and the dataset.
+        ``train`` or ``validation``, the entry, filled up with ``data.default``, and the dataset.
 
     Raises:
         ValueError: What `load` raises, with the part's key before it.
         FileNotFoundError: Likewise.
     """
-    for part in ("train", "validation"):
-        entries = data.get(part) or []
-        for entry in [entries] if isinstance(entries, Mapping) else entries:
-            entry = dict(entry)
-            update_single_dataset_config(entry, data.get("default") or {})
+    for part, entries in (("train", data.train), ("validation", data.validation or [])):
+        for entry in (_filled(entry, data.default) for entry in entries):
             try:
-                dataset = load(entry)
+                dataset = load(entry.given())
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"data.{part}: {error}") from error
             yield part, entry, dataset
 
 
+def _filled(entry: DatasetConfig, default: DatasetConfig | None) -> DatasetConfig:
+    """An entry, with what it leaves out taken from the default."""
+    given = entry.given()
+    update_single_dataset_config(given, default.given() if default else {})
+    return DatasetConfig(**given)
+
+
 def supervised_samples(
-    config: Mapping[str, Any], tokenizer: Any
+    settings: SFTSettings, tokenizer: Any
 ) -> tuple[Samples, dict[str, Samples]]:
     """The training conversations, and the validation ones, if any, under ``default``.
 
     Args:
-        config: The configuration; read are ``data``, ``policy`` and ``sft``.
+        settings: The settings of the run.
         tokenizer: The tokenizer, with a chat template and a pad token.
 
     Raises:
-        ValueError: If there are no training data.
+        ValueError: If a dataset cannot be loaded.
         DataError: For a bad record.
     """
-    data = config["data"]
+    data = settings.data
     found: dict[str, list[tuple[Any, Any, str]]] = {"train": [], "validation": []}
     for part, _, dataset in load_datasets(data, load_response_dataset):
         parts = [(part, dataset.dataset, dataset.places)]
@@ -199,18 +209,20 @@ def supervised_samples(
         for name, records, places in parts:
             rows = zip(records, places, strict=True)
             found[name] += [(record, dataset.task_spec, place) for record, place in rows]
-    if not found["train"]:
-        raise ValueError("data.train: not set, expected a dataset or a list of them")
-    names = ("add_bos", "add_eos", "add_generation_prompt")
-    flags = {name: data[name] for name in names if name in data}
-    only_final = bool(config["sft"].get("only_unmask_final", False))
-    multiple = config["policy"].get("make_sequence_length_divisible_by") or 1
 
     def tokenize(record: tuple[dict[str, Any], Any], number: int) -> dict[str, Any]:
         datum, spec = record
-        limit = data["max_input_seq_length"]
-        sample = sft_processor(datum, spec, tokenizer, limit, number, **flags)
-        return flat_sample(sample, only_unmask_final=only_final)
+        sample = sft_processor(
+            datum,
+            spec,
+            tokenizer,
+            data.longest,
+            number,
+            add_bos=data.add_bos,
+            add_eos=data.add_eos,
+            add_generation_prompt=data.add_generation_prompt,
+        )
+        return flat_sample(sample, only_unmask_final=settings.sft.only_unmask_final)
 
     def samples(rows: list[tuple[Any, Any, str]]) -> Samples:
         return Samples(
@@ -218,7 +230,7 @@ def supervised_samples(
             [row[2] for row in rows],
             tokenize,
             pad_token_id=tokenizer.pad_token_id,
-            multiple=multiple,
+            multiple=settings.policy.make_sequence_length_divisible_by,
         )
 
     validation = found["validation"]
@@ -247,32 +259,30 @@ def flat_sample(sample: dict[str, Any], *, only_unmask_final: bool) -> dict[str,
 
 
 def preference_samples(
-    config: Mapping[str, Any], tokenizer: Any, *, add_loss_mask: bool
+    settings: DPOSettings | RMSettings, tokenizer: Any, *, add_loss_mask: bool
 ) -> tuple[Samples, dict[str, Samples]]:
     """The training pairs, and the validation pairs by name, that a configuration asks for.
 
     Args:
-        config: The configuration; read are ``data`` and ``policy``.
+        settings: The settings of the run.
         tokenizer: The tokenizer, with a chat template and a pad token.
         add_loss_mask: Whether batches have ``token_mask``.
 
     Raises:
-        ValueError: If there are no training data.
+        ValueError: If a dataset cannot be loaded.
         DataError: For a bad record.
     """
-    data, multiple = config["data"], config["policy"].get("make_sequence_length_divisible_by") or 1
+    data = settings.data
 
-    def samples(entry: Mapping[str, Any]) -> Samples:
-        entry = dict(entry)
-        update_single_dataset_config(entry, data.get("default") or {})
-        dataset = load_preference_dataset(entry)
-        limit, spec = data["max_input_seq_length"], dataset.task_spec
+    def samples(entry: DatasetConfig) -> Samples:
+        dataset = load_preference_dataset(_filled(entry, data.default).given())
+        limit, spec = data.longest, dataset.task_spec
         return Samples(
             dataset.dataset,
             dataset.places,
             lambda record, n: pair(preference_preprocessor(record, spec, tokenizer, limit, n)),
             pad_token_id=tokenizer.pad_token_id,
-            multiple=multiple,
+            multiple=settings.policy.make_sequence_length_divisible_by,
             add_loss_mask=add_loss_mask,
         )
 
@@ -284,10 +294,11 @@ def preference_samples(
             "loss_multiplier": datum["loss_multiplier"],
         }
 
-    if not isinstance(data.get("train"), Mapping):
-        raise ValueError(f"data.train: got {data.get('train')!r}, expected one dataset")
-    named = data.get("val_data_paths") or {}
-    sets = {n: {"dataset_name": "PreferenceDataset", "data_path": p} for n, p in named.items()}
-    if not sets and data.get("validation"):
-        sets = {"default": data["validation"]}
-    return samples(data["train"]), {name: samples(entry) for name, entry in sets.items()}
+    named = data.val_data_paths or {}
+    sets = {
+        name: DatasetConfig(dataset_name="PreferenceDataset", data_path=path)
+        for name, path in named.items()
+    }
+    if not sets and data.validation:
+        sets = {"default": data.validation}
+    return samples(data.train), {name: samples(entry) for name, entry in sets.items()}
