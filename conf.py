@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sphinx configuration. Build with `make html`."""
 
+import importlib
 import sys
+from html import escape
+from importlib.metadata import distribution
 from pathlib import Path
+
+from sphinx.pycode import ModuleAnalyzer
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "docs" / "_ext"), str(HERE)]
 
 project = "NeMo RL: algorithm development"
 author = "The authors of this repository"
-copyright = "the authors, Apache-2.0"  # noqa: A001, Sphinx's name
+copyright = "the authors, Apache-2.0"
 root_doc = "index"
 
 extensions = [
     # our own, in docs/_ext
     "page_paths",
-    "strict_builds",
-    "front_matter",
-    "local_mathjax",
     "notebook_pages",
     "embed",
-    "stored_values",
     "config_links",
     "equations",
     "glossary_links",
@@ -30,13 +31,20 @@ extensions = [
     "sphinx_design",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "module_sources",
-    "package_first",
+    "sphinx.ext.viewcode",
     "sphinxcontrib.bibtex",
 ]
 
 # Sources are found by docs/_ext/page_paths.py in docs/ and notebooks/ alone.
 exclude_patterns = ["_build"]
+
+# MathJax comes from the installed package and is served from this site. A page loads one of its
+# builds; the folders are for what a reader chooses in MathJax's menu. The other builds stay out.
+MATHJAX = Path(distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline/static"))
+mathjax_path = "mathjax/tex-chtml-full.js"
+mathjax3_config = {"chtml": {"mtextInheritFont": True}}
+others = {path.name for path in (MATHJAX / "mathjax").glob("*.js")} - {"tex-chtml-full.js"}
+exclude_patterns += ["mathjax/adaptors", *(f"mathjax/{name}" for name in sorted(others))]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!nemo_rl_ref).*"),  # other projects' classes
@@ -105,7 +113,7 @@ bibtex_default_style = "plain"
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
-html_static_path = ["docs/_static"]
+html_static_path = ["docs/_static", MATHJAX.as_posix()]
 html_css_files = ["custom.css"]
 html_favicon = "docs/_static/favicon.svg"
 html_context = {"default_mode": "auto"}
@@ -126,3 +134,37 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+
+
+def import_package(app, env, docnames):
+    """Import what holds pydantic classes before autodoc does.
+
+    Autodoc turns `typing.TYPE_CHECKING` on, and a class that is imported then fails.
+    """
+    if any(name.startswith("reference/api/") for name in docnames):
+        for module in ("algorithms.grpo", "algorithms.ppo", "rl.settings"):
+            importlib.import_module(f"nemo_rl_ref.{module}")
+
+
+def find_source(app, module):
+    """Read a module's source from disk; viewcode alone would import torch in every build."""
+    path = HERE.joinpath(*module.split("."))
+    for file in (path / "__init__.py", path.with_suffix(".py")):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+            return text, ModuleAnalyzer.for_string(text, module).find_tags()
+    return None
+
+
+def describe(app, page, template, context, doctree):
+    """Write the description in a page's front matter for search engines."""
+    text = app.env.metadata.get(page, {}).get("description")
+    if text:
+        context["metatags"] += f'<meta name="description" content="{escape(text)}" />\n'
+
+
+def setup(app):
+    """Register the handlers above."""
+    app.connect("env-before-read-docs", import_package)
+    app.connect("viewcode-find-source", find_source)
+    app.connect("html-page-context", describe)

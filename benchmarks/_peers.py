@@ -14,7 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.nn.functional as F
 
-from nemo_rl_ref.kernels import clipped_pg_terms, gae
+from nemo_rl_ref.algorithms._recurrence import gae
+from nemo_rl_ref.algorithms.loss._clipped_pg_terms import clipped_pg_terms
 from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
 
 #: Packages of the peers, by the name under which they are reported.

@@ -40,7 +40,8 @@ from _peers import CONTENDERS, versions  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig  # noqa: E402
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn  # noqa: E402
+from nemo_rl_ref.algorithms.loss._clipped_pg_terms import Settings  # noqa: E402
 from nemo_rl_ref.kernels import floors  # noqa: E402
 from nemo_rl_ref.kernels.floors import Floor  # noqa: E402
 from nemo_rl_ref.memory import measure_peak  # noqa: E402
@@ -143,6 +144,7 @@ def workloads(device: torch.device, quick: bool) -> list[Workload]:
         truncated_importance_sampling_type="tis",
         truncated_importance_sampling_ratio=2.0,
     )
+    settings = Settings.of(ClippedPGLossFn(config))
     size = {"N": N, "V": V}
     forward = floors.token_logprobs(N, V, backward=False)
     both = floors.token_logprobs(N, V, backward=True)
@@ -169,7 +171,7 @@ def workloads(device: torch.device, quick: bool) -> list[Workload]:
             policies,
             floors.clipped_pg_terms(B, S),
             backward=True,
-            tail=(config,),
+            tail=(settings,),
         ),
     ]
 

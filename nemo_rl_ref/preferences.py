@@ -11,6 +11,7 @@ import torch
 from nemo_rl_ref.data.collate_fn import preference_collate_fn
 from nemo_rl_ref.data.processors import preference_preprocessor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.training.samples import order
 from nemo_rl_ref.files.records import DataError, Records
 
 
@@ -78,7 +79,8 @@ def preference_batches(
         pairs: From :func:`load_preferences`.
         tokenizer: Its ``pad_token_id`` fills ``input_ids``.
         batch_size: Pairs a batch; the batch has ``2 * batch_size`` rows.
-        seed: Shuffles the pairs with this seed; ``None`` keeps their order.
+        seed: Shuffles the pairs as the first epoch of a run with this seed; ``None`` keeps their
+            order.
         drop_last: Whether to leave out a last, smaller batch.
         make_sequence_length_divisible_by: Rounds the padded length up.
 
@@ -96,11 +98,9 @@ def preference_batches(
             f"batch_size: got {batch_size} with {len(pairs)} pairs and drop_last=True, "
             "which leaves no batch"
         )
-    order = list(range(len(pairs)))
-    if seed is not None:
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    numbers = range(len(pairs)) if seed is None else order(len(pairs), seed, epoch=0)
+    for start in range(0, len(numbers), batch_size):
+        rows = numbers[start : start + batch_size]
         if drop_last and len(rows) < batch_size:
             return
         yield preference_collate_fn(

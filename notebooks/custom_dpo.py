@@ -22,16 +22,16 @@
 
 # %%
 #| label: dpo-setup
+#| num: policy-parameters = {reference.num_parameters():,}
+#| num: dpo-rate = {LEARNING_RATE:g}
 import functools
 import statistics
 import warnings
 
 import torch
 from accelerate import Accelerator
-from IPython.display import Markdown
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.show.values import values
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
 
@@ -46,13 +46,13 @@ accelerator = Accelerator()
 tokenizer = tiny.load_tokenizer()  # or load_tokenizer("Qwen/Qwen3-0.6B")
 reference = tiny.load_policy().eval().to(accelerator.device)
 print(f"{reference.num_parameters():,} parameters on {accelerator.device}")
-values(policy_parameters=f"{reference.num_parameters():,}", dpo_rate=f"{LEARNING_RATE:g}")
 
 # %% [markdown]
 # ## The data
 
 # %%
 #| label: dpo-data
+#| num: pairs-held-out = {len(held_out_pairs)}
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
 from nemo_rl_ref.preferences import load_preferences, preference_batches
 
@@ -63,24 +63,26 @@ held_out_pairs = load_preferences(held_out_data, tokenizer, max_seq_length=16)
 print(f"{len(train_pairs):,} pairs to train on, {len(held_out_pairs)} held out. The first:")
 print(tiny.TRAIN_PAIRS.read_text().splitlines()[0])
 
+# %%
+#| label: dpo-answers
+#| num: pairs-same-start = {same_start:.0%}
+#| num: pairs-same-length = {same_length:.0%}
 answers = [
     [completion["completion"][0]["content"] for completion in record["completions"]]
     for record in train_data.dataset
 ]
 same_start = sum(chosen[0] == rejected[0] for chosen, rejected in answers) / len(answers)
 same_length = sum(len(chosen) == len(rejected) for chosen, rejected in answers) / len(answers)
-values(
-    pairs_train=f"{len(train_pairs):,}",
-    pairs_held_out=len(held_out_pairs),
-    pairs_same_start=f"{same_start:.0%}",
-    pairs_same_length=f"{same_length:.0%}",
-)
 
 # %%
 #| label: dpo-batch
 batch = next(preference_batches(train_pairs, tokenizer, batch_size=2))
 for name, tensor in batch.items():
     print(f"{name:14} {str(tensor.dtype):14} {tuple(tensor.shape)}")
+
+# %%
+#| label: dpo-batch-table
+from IPython.display import Markdown
 
 
 def token_table(batch):
@@ -116,6 +118,9 @@ by_hand = -torch.log(torch.sigmoid(margin)).mean()
 
 # %%
 #| label: dpo-by-class
+#| num: dpo-loss-error = {loss_error:.1e}
+#| num: dpo-gradient-error = {gradient_error:.1e}
+#| num: dpo-derivation-error = {derivation_error:.1e}
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 
 loss_fn = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=BETA))
@@ -143,11 +148,6 @@ loss_error = (loss - by_hand).abs().item()
 gradient_error = (class_gradient - gradient).abs().max().item()
 derivation_error = (derived - gradient).abs().max().item()
 assert loss_error < 1e-7 and gradient_error < 1e-7 and derivation_error < 1e-15
-values(
-    dpo_loss_error=f"{loss_error:.1e}",
-    dpo_gradient_error=f"{gradient_error:.1e}",
-    dpo_derivation_error=f"{derivation_error:.1e}",
-)
 
 # %% [markdown]
 # ## A loss of one's own
@@ -187,6 +187,8 @@ class DPOPLossFn(DPOLossFn):
 
 # %%
 #| label: dpop-checks
+#| num: dpop-paper-error = {dpop_error:.1e}
+#| num: dpop-split-error = {f"by {split_error:.1e}" if split_error else "not at all"}
 from nemo_rl_ref.custom import pairwise
 
 
@@ -239,10 +241,6 @@ split_error = max(
     (parts - whole).abs().item(), (parts_gradient - whole_gradient).abs().max().item()
 )
 assert split_error < 1e-15
-values(
-    dpop_paper_error=f"{dpop_error:.1e}",
-    dpop_split_error=f"by {split_error:.1e}" if split_error else "not at all",
-)
 
 # %% [markdown]
 # ## Training
@@ -325,6 +323,8 @@ runs = {
 }
 
 
+# %%
+#| label: dpo-compare-table
 def at_end(name, quantity):
     """Mean and standard deviation over the seeds after the last step."""
     finals = [measured[STEPS][quantity] for measured in runs[name]]
@@ -344,6 +344,31 @@ Markdown("\n".join(table))
 
 # %%
 #| label: dpo-numbers
+#| num: dpo-seeds = {len(SEEDS)}
+#| num: dpo-steps = {STEPS}
+#| num: dpo-pairs = {PAIRS}
+#| num: dpo-slow-rate = {LEARNING_RATE / 3:g}
+#| num: dpo-beta = {BETA:g}
+#| num: dpo-sft-weight = {SFT_WEIGHT:g}
+#| num: dpo-penalty = {PENALTY:g}
+#| num: accuracy-error = {100 * standard_error(dpo['preference accuracy'], len(held_out_pairs)):.0f}
+#| num: exact-error = {100 * standard_error(before['exact match'], len(prompts)):.1f}
+#| num: exact-prompts = {len(prompts)}
+#| num: exact-before = {before['exact match']:.1%}
+#| num: exact-dpo = {dpo['exact match']:.1%}
+#| num: accuracy-dpo = {dpo['preference accuracy']:.1%}
+#| num: chosen-dpo = {dpo['chosen log-ratio']:+.3f}
+#| num: kl-dpo = {dpo['KL to reference']:.3f}
+#| num: exact-slow = {slow['exact match']:.1%}
+#| num: chosen-slow = {slow['chosen log-ratio']:+.3f}
+#| num: exact-sft = {sft['exact match']:.1%}
+#| num: accuracy-sft = {sft['preference accuracy']:.1%}
+#| num: margin-sft = {sft['reward margin']:.3f}
+#| num: kl-sft = {sft['KL to reference']:.3f}
+#| num: exact-dpop = {dpop['exact match']:.1%}
+#| num: margin-dpop = {dpop['reward margin']:.3f}
+#| num: chosen-dpop = {dpop['chosen log-ratio']:+.3f}
+#| num: kl-dpop = {dpop['KL to reference']:.3f}
 # What the page says of these runs. If it stops being true, the build stops.
 end = {name: {q: at_end(name, q)[0] for q in quantities} for name in runs}
 dpo, slow, sft, dpop = end.values()
@@ -360,32 +385,6 @@ assert all(m[STEPS]["chosen log-ratio"] < -0.5 for m in runs["DPO"])  # in every
 def standard_error(share, count):
     """Of a share measured on `count` independent cases."""
     return (share * (1 - share) / count) ** 0.5
-
-
-values(
-    dpo_seeds=len(SEEDS),
-    dpo_steps=STEPS,
-    dpo_pairs=PAIRS,
-    dpo_slow_rate=f"{LEARNING_RATE / 3:g}",
-    dpo_beta=f"{BETA:g}",
-    dpo_sft_weight=f"{SFT_WEIGHT:g}",
-    dpo_penalty=f"{PENALTY:g}",
-    accuracy_error=f"{100 * standard_error(dpo['preference accuracy'], len(held_out_pairs)):.0f}",
-    exact_error=f"{100 * standard_error(before['exact match'], len(prompts)):.1f}",
-    exact_prompts=len(prompts),
-    exact_before=f"{before['exact match']:.1%}",
-    **{
-        f"{key}_{short}": text.format(at_end(name, quantity)[0])
-        for name, short in zip(runs, ("dpo", "slow", "sft", "dpop"), strict=True)
-        for key, quantity, text in (
-            ("exact", "exact match", "{:.1%}"),
-            ("accuracy", "preference accuracy", "{:.1%}"),
-            ("margin", "reward margin", "{:.3f}"),
-            ("chosen", "chosen log-ratio", "{:+.3f}"),
-            ("kl", "KL to reference", "{:.3f}"),
-        )
-    },
-)
 
 # %%
 #| label: dpo-curves-pairs
@@ -439,6 +438,10 @@ curves(("reward margin", "Reward margin β (h_w − h_l), held out"));
 
 # %%
 #| label: dpo-trl
+#| num: trl-max-diff = {max(differences):.1e}
+#| num: trl-steps = {len(differences)}
+#| num: trl-pairs = {TRL_PAIRS}
+#| num: trl-rate = {TRL_LEARNING_RATE:g}
 import logging
 import tempfile
 
@@ -522,12 +525,6 @@ ours = [
 ]
 differences = [abs(a - b) for a, b in zip(ours, trainer.losses, strict=True)]
 assert max(differences) < 1e-4
-values(
-    trl_max_diff=f"{max(differences):.1e}",
-    trl_steps=len(differences),
-    trl_pairs=TRL_PAIRS,
-    trl_rate=f"{TRL_LEARNING_RATE:g}",
-)
 
 # %%
 #| label: dpo-trl-curve
@@ -551,6 +548,10 @@ below.set_xlabel("optimizer steps");
 
 # %%
 #| label: dpo-cost
+#| num: cost-floor = {on_cpu['ratios']['step over floor']:.2f}
+#| num: cost-trl = {on_cpu['ratios']['pairs per second over TRL']:.2f}
+#| num: cost-trl-precomputed = {on_cpu['ratios']['pairs per second over TRL, precomputed']:.2f}
+#| num: cost-date = {on_cpu['date']}
 import json
 from pathlib import Path
 
@@ -567,13 +568,7 @@ for file in sorted(recorded.glob("*.json")):  # none where only the package is i
             f"| {seconds / result['seconds_per_step']['floor']:.2f} |"
         )
     if not result["device"].startswith("NVIDIA"):  # the numbers that the page's text gives
-        ratios = result["ratios"]
-        values(
-            cost_floor=f"{ratios['step over floor']:.2f}",
-            cost_trl=f"{ratios['pairs per second over TRL']:.2f}",
-            cost_trl_precomputed=f"{ratios['pairs per second over TRL, precomputed']:.2f}",
-            cost_date=result["date"],
-        )
+        on_cpu = result
 Markdown("\n".join(rows))
 
 # %% [markdown]

@@ -31,11 +31,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from IPython.display import Markdown
 from omegaconf import OmegaConf
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.rl.rewards import exact_match
 from nemo_rl_ref.rl.rollouts import prompt_batches
 from nemo_rl_ref.rl.trainer import RLTrainer
@@ -110,6 +108,18 @@ batch, rollout_metrics = roll_out(
 )
 for name in ("input_ids", "generation_logprobs", "length", "input_lengths", "total_reward"):
     print(f"{name:20} {batch[name].dtype!s:14} {tuple(batch[name].shape)}")
+rewards = batch["total_reward"]
+assert rewards.tolist() == [
+    float(text == prompt.truth)
+    for text, prompt in zip(
+        batch["content"], [p for p in prompts for _ in range(GROUP)], strict=True
+    )
+]
+
+
+# %%
+#| label: grpo-group-table
+from IPython.display import Markdown
 
 
 def grouped(*columns):
@@ -123,26 +133,23 @@ def grouped(*columns):
     return Markdown("\n".join(rows))
 
 
-rewards = batch["total_reward"]
-assert rewards.tolist() == [
-    float(text == prompt.truth)
-    for text, prompt in zip(
-        batch["content"], [p for p in prompts for _ in range(GROUP)], strict=True
-    )
-]
 grouped(("answers", batch["content"]), ("rewards", [f"{r:.0f}" for r in rewards]))
 
 # %%
 #| label: grpo-advantages
+#| num: grpo-groups = {len(prompts)}
+#| num: grpo-group-size = {GROUP}
+#| num: grpo-silent = {(spread == 0).sum().item()}
 data, _ = trainer.training_data(batch)
 groups = rewards.view(-1, GROUP)
 deviation = groups - groups.mean(1, keepdim=True)
 spread = groups.std(1, keepdim=True)
 by_hand = torch.where(spread > 0, deviation / (spread + 1e-6), deviation).flatten()
 torch.testing.assert_close(data["advantages"], by_hand[:, None].expand_as(data["advantages"]))
-silent = (spread == 0).sum().item()
-values(grpo_groups=len(prompts), grpo_group_size=GROUP, grpo_silent=silent)
 print("advantages", tuple(data["advantages"].shape))
+
+# %%
+#| label: grpo-advantages-table
 grouped(("rewards", [f"{r:.0f}" for r in rewards]), ("advantages", [f"{a:.2f}" for a in by_hand]))
 
 # %%
@@ -158,6 +165,8 @@ READ = (
 for name in READ:
     print(f"{name:20} {data[name].dtype!s:14} {tuple(data[name].shape)}")
 
+# %%
+#| label: grpo-batch-table
 right = int(rewards.argmax())  # an answer with a reward, if there is one
 rows = ["| token | `token_mask` | `prev_logprobs` | `advantages` |", "| --- " * 4 + "|"]
 for column, token in enumerate(trainer.tokenizer.convert_ids_to_tokens(data["input_ids"][right])):
@@ -169,6 +178,8 @@ Markdown("\n".join(rows))
 
 # %%
 #| label: grpo-loss
+#| num: grpo-loss-error = {f"to {loss_error:.0e}" if loss_error else "exactly"}
+#| num: grpo-gradient-error = {gradient_error:.0e}
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl_ref.rl.generate import response_logprobs
 from nemo_rl_ref.training.step import valid_counts
@@ -191,13 +202,12 @@ cispo = ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.0, use
 assert (same - gradient).abs().max() < 1e-6
 print(f"next_token_logprobs {tuple(logprobs.shape)}, {seqs:.0f} answers, {toks:.0f} tokens")
 print(f"loss {loss:.4f}, mean ratio {metrics['probs_ratio']:.4f}")
-values(
-    grpo_loss_error=f"to {loss_error:.0e}" if loss_error else "exactly",
-    grpo_gradient_error=f"{gradient_error:.0e}",
-)
 
 # %%
 #| label: grpo-update
+#| num: grpo-up = {up:+.2f}
+#| num: grpo-down = {down:+.2f}
+#| num: grpo-ratio-max = {metrics['probs_ratio_max']:.2f}
 before = logprobs.detach().sum(1)
 metrics = trainer.update_policy(data)
 with torch.no_grad():
@@ -208,10 +218,9 @@ for name in ("loss", "grad_norm", "probs_ratio_min", "probs_ratio_max", "lr"):
 assert (change * by_hand).sum() > 0  # along the advantages
 up, down = change[better].mean().item(), change[by_hand < 0].mean().item()
 assert up > down
-values(
-    grpo_up=f"{up:+.2f}", grpo_down=f"{down:+.2f}",
-    grpo_ratio_max=f"{metrics['probs_ratio_max']:.2f}",
-)  # fmt: skip
+
+# %%
+#| label: grpo-update-table
 grouped(
     ("rewards", [f"{r:.0f}" for r in rewards]),
     ("change of log-probability", [f"{c:+.2f}" for c in change]),
@@ -298,6 +307,8 @@ runs = {
 }
 
 
+# %%
+#| label: grpo-compare-table
 def at_end(of_seeds, quantity="accuracy"):
     """Mean and standard deviation over the seeds, at the last step."""
     finals = [list(found[quantity].values())[-1] for found in of_seeds]
@@ -314,6 +325,16 @@ Markdown("\n".join(table))
 
 # %%
 #| label: grpo-numbers
+#| num: grpo-steps = {STEPS}
+#| num: grpo-seeds = {len(SEEDS)}
+#| num: grpo-problems = {PROBLEMS}
+#| num: grpo-start = {start:.1%}
+#| num: grpo-best = {max(means):.1%}
+#| num: grpo-worst = {min(means):.1%}
+#| num: grpo-noise = {100 * noise:.1f}
+#| num: grpo-difference-error = {100 * error:.1f}
+#| num: grpo-range = {100 * (max(means) - min(means)):.1f}
+#| num: grpo-range-by-chance = {100 * by_chance:.1f}
 # What the page says of these runs. If it stops being true, the build stops.
 finals = {name: at_end(of_seeds) for name, of_seeds in runs.items()}
 means = [mean for mean, _ in finals.values()]
@@ -324,18 +345,6 @@ error = noise * (2 / len(SEEDS)) ** 0.5  # of a difference of two means
 torch.manual_seed(0)
 draws = torch.randn(100_000, len(means))
 by_chance = (draws.amax(1) - draws.amin(1)).mean().item() * noise / len(SEEDS) ** 0.5
-values(
-    grpo_steps=STEPS,
-    grpo_seeds=len(SEEDS),
-    grpo_problems=PROBLEMS,
-    grpo_start=f"{start:.1%}",
-    grpo_best=f"{max(means):.1%}",
-    grpo_worst=f"{min(means):.1%}",
-    grpo_noise=f"{100 * noise:.1f}",
-    grpo_difference_error=f"{100 * error:.1f}",
-    grpo_range=f"{100 * (max(means) - min(means)):.1f}",
-    grpo_range_by_chance=f"{100 * by_chance:.1f}",
-)
 
 # %%
 #| label: grpo-figure
@@ -436,6 +445,8 @@ class ConstantLengthLossFn(ClippedPGLossFn):
 
 # %%
 #| label: grpo-custom-checks
+#| num: grpo-scale-error = {f"by {scale_error:.0e}" if scale_error else "not at all"}
+#| num: grpo-custom-error = {custom_error:.0e}
 # The reward: right answers first, then those that are nearly right.
 assert partial_credit("", "123", "123") == 1.0 > partial_credit("", "124", "123") > 0.3
 assert partial_credit("", r"So it is \boxed{123}.", "123") == 1.0
@@ -473,13 +484,15 @@ parts = sum(
 )
 custom_error, split_error = (whole - theirs).abs().item(), (whole - parts).abs().item()
 assert custom_error < 1e-7 and split_error < 1e-12
-values(
-    grpo_scale_error=f"by {scale_error:.0e}" if scale_error else "not at all",
-    grpo_custom_error=f"{custom_error:.0e}",
-)
 
 # %%
 #| label: grpo-custom-run
+#| num: grpo-plain-end = {at_end(plain)[0]:.1%}
+#| num: grpo-plain-deviation = {100 * at_end(plain)[1]:.1f}
+#| num: grpo-custom-end = {at_end(custom)[0]:.1%}
+#| num: grpo-custom-deviation = {100 * at_end(custom)[1]:.1f}
+#| num: grpo-mixed-exact = {mixed_exact:.0f}%
+#| num: grpo-mixed-partial = {mixed_partial:.0f}%
 LONGER = [  # room for eight tokens; one update a step
     "policy.generation.max_new_tokens=8",
     "policy.train_global_batch_size=128",
@@ -495,14 +508,6 @@ mixed_exact, mixed_partial = (
     for of_seeds in (plain, custom)
 )
 assert at_end(custom)[0] > 1.2 * start and mixed_partial > mixed_exact + 10
-values(
-    grpo_plain_end=f"{at_end(plain)[0]:.1%}",
-    grpo_plain_deviation=f"{100 * at_end(plain)[1]:.1f}",
-    grpo_custom_end=f"{at_end(custom)[0]:.1%}",
-    grpo_custom_deviation=f"{100 * at_end(custom)[1]:.1f}",
-    grpo_mixed_exact=f"{mixed_exact:.0f}%",
-    grpo_mixed_partial=f"{mixed_partial:.0f}%",
-)
 
 # %% [markdown]
 # ## A reward that is gamed
@@ -532,6 +537,17 @@ gamed = {
 
 # %%
 #| label: grpo-hacking-table
+#| num: gamed-right-exact = {right['exact']:.1%}
+#| num: gamed-first-digits = {first['digits anywhere']:.2f}
+#| num: gamed-reward-digits = {reward['digits anywhere']:.2f}
+#| num: gamed-right-digits = {right['digits anywhere']:.1%}
+#| num: gamed-first-length = {first['length bonus']:.2f}
+#| num: gamed-reward-length = {reward['length bonus']:.2f}
+#| num: gamed-right-length = {right['length bonus']:.1%}
+#| num: gamed-tokens-length = {tokens['length bonus']:.1f}
+#| num: gamed-right-kl = {right['length bonus, KL']:.1%}
+#| num: gamed-tokens-kl = {tokens['length bonus, KL']:.1f}
+#| num: gamed-beta = {KL.split("=")[1]}
 rows = ["| | reward | accuracy | tokens an answer |", "| --- " * 4 + "|"]
 for name, of_seeds in gamed.items():
     cells = [
@@ -555,24 +571,6 @@ for name, least, most in (("digits anywhere", 0.03, 0.8), ("length bonus", 0.3, 
     assert right[name] < most * right["exact"]  # what it was to measure does not keep up
 assert right["length bonus"] < start
 assert tokens["length bonus"] > tokens["length bonus, KL"] + 1
-values(
-    **{
-        f"gamed_{key}_{short}": text.format(of[name])
-        for short, name in (
-            ("exact", "exact"),
-            ("digits", "digits anywhere"),
-            ("length", "length bonus"),
-            ("kl", "length bonus, KL"),
-        )
-        for key, of, text in (
-            ("first", first, "{:.2f}"),
-            ("reward", reward, "{:.2f}"),
-            ("right", right, "{:.1%}"),
-            ("tokens", tokens, "{:.1f}"),
-        )
-    },
-    gamed_beta=KL.split("=")[1],
-)
 Markdown("\n".join(rows))
 
 # %%
@@ -682,6 +680,9 @@ trl = [run_trl(seed) for seed in SEEDS]
 #| alt: Mean reward and probability of the right answer over training steps, for this trainer and
 #|   TRL's; both rise alike.
 #| caption: The same GRPO in two trainers, over the seeds.
+#| num: grpo-trl-end = {theirs:.1%}
+#| num: grpo-trl-deviation = {100 * their_deviation:.1f}
+#| num: grpo-trl-apart = {100 * abs(ours - theirs):.1f}
 both = {"this trainer": plain, "TRL": trl}
 figure, (above, below) = panels(2)
 for line, (name, of_seeds) in enumerate(both.items()):
@@ -695,8 +696,3 @@ above.legend(fontsize=9)
 
 (ours, our_deviation), (theirs, their_deviation) = at_end(plain), at_end(trl)
 assert min(ours, theirs) > 1.3 * start
-values(
-    grpo_trl_end=f"{theirs:.1%}",
-    grpo_trl_deviation=f"{100 * their_deviation:.1f}",
-    grpo_trl_apart=f"{100 * abs(ours - theirs):.1f}",
-)

@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.show.tokens import TokenTable, after_first
 from nemo_rl_ref.training.step import next_token_logprobs, valid_counts
 
@@ -116,6 +115,8 @@ sft_table
 
 # %%
 #| label: batch-sft-loss
+#| num: batch-sft-tokens = {int(counted)}
+#| num: batch-sft-loss = {loss:.3f}
 from nemo_rl_ref.algorithms.loss import NLLLossFn
 
 loss, _ = NLLLossFn()(logprobs, sft, *valid_counts(sft))
@@ -127,7 +128,6 @@ trained = [  # every token of both answers, picked by hand
 assert math.isclose(loss.item(), -sum(trained) / 6, abs_tol=1e-6)
 _, counted = valid_counts(sft)
 assert counted == 6
-values(batch_sft_tokens=int(counted), batch_sft_loss=f"{loss:.3f}")
 
 # %% [markdown]
 # ### Several turns
@@ -200,6 +200,14 @@ TokenTable(
 
 # %%
 #| label: batch-masks
+#| num: batch-steps = {STEPS}
+#| num: batch-rows = {ROWS}
+#| num: batch-stop-right = {stops['right']:.0%}
+#| num: batch-stop-without = {stops['without_end']:.2%}
+#| num: batch-nats-right = {runs['right'][0][-1][2]:.2f}
+#| num: batch-nats-whole = {runs['whole_row'][0][-1][2]:.2f}
+#| num: batch-loss-right = {runs['right'][1]:.2f}
+#| num: batch-loss-whole = {runs['whole_row'][1]:.2f}
 from nemo_rl_ref.tiny.addition import answer, problems, prompt
 from nemo_rl_ref.tiny.make import make_model
 
@@ -256,21 +264,13 @@ def fit(mask):
 
 runs = {mask.__name__: fit(mask) for mask in (right, without_end, whole_row)}
 stops = {name: history[-1][1] for name, (history, _) in runs.items()}
-nats = {name: history[-1][2] for name, (history, _) in runs.items()}
 assert stops["right"] > 0.9 and stops["without_end"] < 0.01
+
+# %%
+#| label: batch-whole-row
+#| num: batch-added = {added:.0%}
 # Column 0 is never predicted. What else `whole_row` adds is the prompt.
 added = 1 - held_out["token_mask"].sum().item() / whole_row(held_out)[:, 1:].sum().item()
-values(
-    batch_steps=STEPS,
-    batch_rows=ROWS,
-    batch_stop_right=f"{stops['right']:.0%}",
-    batch_stop_without=f"{stops['without_end']:.2%}",
-    batch_added=f"{added:.0%}",
-    batch_nats_right=f"{nats['right']:.2f}",
-    batch_nats_whole=f"{nats['whole_row']:.2f}",
-    batch_loss_right=f"{runs['right'][1]:.2f}",
-    batch_loss_whole=f"{runs['whole_row'][1]:.2f}",
-)
 
 # %%
 #| label: fig-batch-end
@@ -288,6 +288,7 @@ axis.legend();
 
 # %%
 #| label: batch-stop
+#| num: batch-ended = {ended_in_time:.0%}
 from nemo_rl_ref.generation import sample_answers
 
 prompts = [prompt(problem) for problem in held_out_problems[:64]]
@@ -295,10 +296,10 @@ shipped = sample_answers(policy, tokenizer, prompts, max_new_tokens=8)
 ended = (shipped.input_ids[:, shipped.start :] == tokenizer.eos_token_id).any(1)
 ended_in_time = ended.double().mean().item()
 assert ended_in_time > 0.95
-values(batch_ended=f"{ended_in_time:.0%}")
 
 # %%
 #| label: batch-pad-is-end
+#| num: batch-lost-ends = {lost}
 # A padding token that is the end token, and a mask made from the ids instead of the messages.
 same = copy.deepcopy(tokenizer)
 same.pad_token = same.eos_token
@@ -310,13 +311,14 @@ ids = torch.nn.utils.rnn.pad_sequence(
 from_ids = (ids != same.pad_token_id).long() * torch.nn.functional.pad(sft["token_mask"], (0, -1))
 lost = (sft["token_mask"].sum() - from_ids.sum()).item()
 assert lost == 2  # the end token of both rows
-values(batch_lost_ends=lost)
 
 # %% [markdown]
 # ## A second begin token
 
 # %%
 #| label: batch-double-begin
+#| num: batch-begin-one = {one:.2f}
+#| num: batch-begin-two = {two:.2f}
 from tokenizers.processors import TemplateProcessing
 
 # Many tokenizers put the begin token before every text. This one does not; make one that does.
@@ -345,13 +347,14 @@ doubled = BatchedDataDict(
 )
 one, two = answer_nats(held_out), answer_nats(doubled)
 assert two > one
-values(batch_begin_one=f"{one:.2f}", batch_begin_two=f"{two:.2f}")
 
 # %% [markdown]
 # ## Truncation
 
 # %%
 #| label: batch-truncation
+#| num: batch-limit = {LIMIT}
+#| num: batch-lost-end = {lost_end:.0%}
 LIMIT = 9
 whole = sft_batch(train_samples)
 naive = copy.deepcopy(whole)
@@ -369,7 +372,6 @@ with torch.no_grad():
     )[0]
 assert valid_counts(weighted)[1] == counted
 assert math.isclose(with_stub.item(), loss.item(), abs_tol=1e-6)
-values(batch_limit=LIMIT, batch_lost_end=f"{lost_end:.0%}")
 
 # %%
 #| label: batch-limit
@@ -405,6 +407,7 @@ for name, tensor in dpo.items():
     print(f"{name:26} {tensor.dtype!s:14} {tuple(tensor.shape)}")
 
 
+# %%
 def pair_table(row):
     width = dpo["input_ids"].shape[1]
     return TokenTable(
@@ -433,6 +436,11 @@ pair_table(1)
 
 # %%
 #| label: batch-dpo-shift
+#| num: batch-dpo-good = {good['loss']:.4f}
+#| num: batch-dpo-unrolled = {unrolled['loss']:.4f}
+#| num: batch-dpo-accuracy = {unrolled['accuracy']:.0%}
+#| num: batch-dpo-reward = {unrolled['rewards_chosen_mean']:.1f}
+#| num: batch-dpo-pairs = {len(pairs)}
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 
 dpo_loss = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=0.1))
@@ -458,16 +466,11 @@ assert abs(unrolled["loss"] - math.log(2)) < 0.01 and abs(unrolled["rewards_chos
 
 swapped = many.select_indices([i for p in range(256) for i in (2 * p + 1, 2 * p)])
 assert math.isclose(first_step(swapped)["loss"], math.log(2), abs_tol=1e-6)  # which this cannot see
-values(
-    batch_dpo_good=f"{good['loss']:.4f}",
-    batch_dpo_unrolled=f"{unrolled['loss']:.4f}",
-    batch_dpo_accuracy=f"{unrolled['accuracy']:.0%}",
-    batch_dpo_reward=f"{unrolled['rewards_chosen_mean']:.1f}",
-    batch_dpo_pairs=len(pairs),
-)
 
 # %%
 #| label: batch-dpo-tie
+#| num: batch-ties = {ties.double().mean():.0%}
+#| num: batch-tie-limit = {LIMIT - 1}
 cut = copy.deepcopy(many)
 cut.truncate_tensors(1, LIMIT - 1)  # the prompt and the first digit of most answers
 ties = (cut["input_ids"][0::2] == cut["input_ids"][1::2]).all(1)
@@ -478,7 +481,6 @@ tie_loss.backward()
 steepest = max(p.grad.abs().max().item() for p in policy.parameters())
 policy.zero_grad()
 assert math.isclose(tie_loss.item(), math.log(2), abs_tol=1e-6) and steepest < 1e-6
-values(batch_ties=f"{ties.double().mean():.0%}", batch_tie_limit=LIMIT - 1)
 
 # %% [markdown]
 # ## A rollout
@@ -518,6 +520,8 @@ ids, mask, scores = generate(left["input_ids"], left["attention_mask"], steps=4)
 start = left["input_ids"].shape[1]
 
 
+# %%
+#| label: batch-generated-0
 def generated_table(row):
     width = ids.shape[1]
     return TokenTable(
@@ -541,6 +545,7 @@ generated_table(1)
 
 # %%
 #| label: batch-rollout
+#| num: batch-engine-error = {engine_error:.0e}
 logs = []
 for row, text in enumerate(texts):
     prompt_ids = left["input_ids"][row][left["attention_mask"][row].bool()]
@@ -579,9 +584,10 @@ rollout["prev_logprobs"] = torch.nn.functional.pad(scored, (1, 0))
 apart = (rollout["prev_logprobs"] - rollout["generation_logprobs"])[flat["token_loss_mask"].bool()]
 engine_error = apart.abs().max().item()
 assert engine_error < 1e-4
-values(batch_engine_error=f"{engine_error:.0e}")
 
 
+# %%
+#| label: batch-rollout-0
 def rollout_table(row):
     width = rollout["input_ids"].shape[1]
     answered = rollout["token_mask"][row].bool().tolist()
@@ -609,6 +615,10 @@ rollout_table(1)
 
 # %%
 #| label: batch-pg-shift
+#| num: batch-ratio = {aligned['probs_ratio']:.4f}
+#| num: batch-ratio-late = {misread['probs_ratio']:,.0f}
+#| num: batch-error = {aligned['token_mult_prob_error']:.4f}
+#| num: batch-error-late = {misread['token_mult_prob_error']:,.0f}
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 
 policy_gradient = ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.0))
@@ -627,18 +637,14 @@ late = copy.copy(rollout)  # DPO's layout where the policy gradient's is read
 late["prev_logprobs"] = rollout["prev_logprobs"].roll(-1, dims=-1)
 misread = metrics(late)
 assert abs(misread["probs_ratio"] - 1) > 0.1 and misread["token_mult_prob_error"] > 1.1
-values(
-    batch_ratio=f"{aligned['probs_ratio']:.4f}",
-    batch_ratio_late=f"{misread['probs_ratio']:,.0f}",
-    batch_error=f"{aligned['token_mult_prob_error']:.4f}",
-    batch_error_late=f"{misread['token_mult_prob_error']:,.0f}",
-)
 
 # %% [markdown]
 # ## Shifts in the supervised loss
 
 # %%
 #| label: batch-sft-shift
+#| num: batch-shift-right = {shifts['right']:.2f}
+#| num: batch-shift-none = {shifts['no shift: predicts the token it reads']:.2f}
 from nemo_rl_ref.logprobs import token_logprobs
 
 with torch.no_grad():
@@ -660,15 +666,11 @@ for name, value in shifts.items():
     print(f"{name:40}{value:7.2f} nats a token")
 assert math.isclose(shifts["right"], one, abs_tol=1e-5)
 assert min(v for name, v in shifts.items() if name != "right") > 2 * shifts["right"]
-values(
-    batch_shift_right=f"{shifts['right']:.2f}",
-    batch_shift_none=f"{shifts['no shift: predicts the token it reads']:.2f}",
-    batch_shift_two=f"{shifts['shift by two']:.2f}",
-    batch_shift_mask=f"{shifts['mask not shifted']:.2f}",
-)
 
 # %%
 #| label: batch-copy
+#| num: batch-copy-steps = {COPY_STEPS}
+#| num: batch-copy-loss = {copying:.2f}
 model = make_model(tokenizer).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 COPY_STEPS = 20
@@ -680,13 +682,15 @@ for step in range(COPY_STEPS):
     optimizer.step()
     optimizer.zero_grad()
 assert copying.item() < 0.1
-values(batch_copy_steps=COPY_STEPS, batch_copy_loss=f"{copying:.2f}")
 
 # %% [markdown]
 # ## Padding and positions
 
 # %%
 #| label: batch-left
+#| num: batch-left-rotary = {table['rotary']['mask, positions from column 0']:.0e}
+#| num: batch-left-learned = {table['learned']['mask, positions from column 0']:.1f}
+#| num: batch-left-no-mask = {table['rotary']['no mask']:.1f}
 from transformers import GPT2Config, GPT2LMHeadModel
 
 torch.manual_seed(0)
@@ -735,14 +739,11 @@ assert max(case["mask, positions from the mask"] for case in table.values()) < 1
 assert table["rotary"]["mask, positions from column 0"] < 1e-4
 assert table["learned"]["mask, positions from column 0"] > 0.1
 assert min(case["no mask"] for case in table.values()) > 0.1
-values(
-    batch_left_rotary=f"{table['rotary']['mask, positions from column 0']:.0e}",
-    batch_left_learned=f"{table['learned']['mask, positions from column 0']:.1f}",
-    batch_left_no_mask=f"{table['rotary']['no mask']:.1f}",
-)
 
 # %%
 #| label: batch-right
+#| num: batch-behind = {distance:.2f}
+#| num: batch-right-error = {right_error:.0e}
 # Padded on the right, the last column of a shorter prompt is padding: its next token is nothing.
 behind = tokenizer(
     texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt"
@@ -752,7 +753,6 @@ with torch.no_grad():
     true = policy(input_ids=alone).logits[0, -1].softmax(-1)
 distance = 0.5 * (last - true).abs().sum().item()  # total variation, from 0 to 1
 assert distance > 0.2
-values(batch_behind=f"{distance:.2f}")
 
 # Training rows are padded on the right, and a causal model does not look there.
 with torch.no_grad():
@@ -761,4 +761,3 @@ with torch.no_grad():
     unpadded = next_token_logprobs(policy, short)[0]
 right_error = (padded - unpadded).abs().max().item()
 assert right_error < 1e-5
-values(batch_right_error=f"{right_error:.0e}")

@@ -23,11 +23,9 @@
 
 # %%
 #| label: memory-model
-from IPython.display import Markdown
 from transformers import LlamaConfig
 
-from nemo_rl_ref.show.values import values
-from nemo_rl_ref.memory import Model, Step, compare, table
+from nemo_rl_ref.memory import Model, Step, compare
 
 # The sizes of Llama-3.1-8B. For your own model: Model.from_config("path/of/the/model").
 model = Model.from_config(
@@ -44,18 +42,23 @@ model = Model.from_config(
 # Step.from_config reads the same from a NeMo RL configuration.
 step = Step(rows=4, sequence_length=2048, shards=8, activation_checkpointing=True, reference="host")
 found = compare(model, step)
+
+# %%
+#| label: memory-model-table
+#| num: memory-parameters = {model.parameters / 1e9:.2f}
+#| num: memory-tokens = {step.rows * step.sequence_length:,}
+#| num: memory-logit-tensor = {4 * step.rows * step.sequence_length * model.vocab_size / 2**30:.1f}
+#| num: memory-logits = {naive.logits / 2**30:.1f}
+#| num: memory-activations = {naive.activations / 2**30:.1f}
+#| num: memory-share = {naive.logits / naive.peak:.0%}
+#| num: memory-peak = {naive.peak / 2**30:.1f}
+#| num: memory-peak-fused = {fused.peak / 2**30:.1f}
+#| num: memory-when-fused = {fused.when}
+from IPython.display import Markdown
+
+from nemo_rl_ref.memory import table
+
 naive, fused = found["log_softmax"], found["linear_token_logprobs"]
-values(
-    memory_parameters=f"{model.parameters / 1e9:.2f}",
-    memory_tokens=f"{step.rows * step.sequence_length:,}",
-    memory_logit_tensor=f"{4 * step.rows * step.sequence_length * model.vocab_size / 2**30:.1f}",
-    memory_logits=f"{naive.logits / 2**30:.1f}",
-    memory_activations=f"{naive.activations / 2**30:.1f}",
-    memory_share=f"{naive.logits / naive.peak:.0%}",
-    memory_peak=f"{naive.peak / 2**30:.1f}",
-    memory_peak_fused=f"{fused.peak / 2**30:.1f}",
-    memory_when_fused=fused.when,
-)
 Markdown(table(found))
 
 # %%
@@ -89,6 +92,10 @@ _ = figure.legend(loc="outside lower center", ncols=3, fontsize=8)
 
 # %%
 #| label: memory-measured
+#| num: measured-device = {"a CUDA device" if device == "cuda" else "the CPU that built this page"}
+#| num: measured-ratio = {measured['log_softmax'] / measured['linear_token_logprobs']:.1f}
+#| num: measured-apart = {apart:.0e}
+#| num: measured-off = {max(abs(calculated[n] / measured[n] - 1) for n in ways):.1%}
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -170,12 +177,6 @@ torch.set_num_threads(threads)
 with torch.no_grad():
     results = [way() for way in ways.values()]
 apart = max((result - results[0]).abs().max().item() for result in results)
-values(
-    measured_device="a CUDA device" if device == "cuda" else "the CPU that built this page",
-    measured_ratio=f"{measured['log_softmax'] / measured['linear_token_logprobs']:.1f}",
-    measured_apart=f"{apart:.0e}",
-    measured_off=f"{max(abs(calculated[n] / measured[n] - 1) for n in ways):.1%}",
-)
 Markdown("\n".join(lines))
 
 # %% [markdown]
@@ -184,9 +185,10 @@ Markdown("\n".join(lines))
 
 # %%
 #| label: online-softmax
+#| num: online-worst = {worst:.0e}
+#| num: online-largest = {row_logits.max():.0f}
+#| num: online-overflow = {float(with_overflow)}
 import torch
-
-from nemo_rl_ref.show.values import values
 
 
 def online(logits, target, block):
@@ -219,11 +221,6 @@ worst = max(
 )
 single = row_logits.float()
 with_overflow = single[7] - single.exp().sum().log()  # float32, without a maximum
-values(
-    online_worst=f"{worst:.0e}",
-    online_largest=f"{row_logits.max():.0f}",
-    online_overflow=str(float(with_overflow)),
-)
 print(f"apart from log_softmax: {worst:.0e}; without the maximum: {with_overflow}")
 
 # %% [markdown]
@@ -231,14 +228,16 @@ print(f"apart from log_softmax: {worst:.0e}; without the maximum: {with_overflow
 
 # %%
 #| label: compiled
+#| num: compiled-spills = {str(sum(r["spills"] for r in reports.values())) if reports else
+#|   "unknown"}
+#| num: compiled-stack = {str(sum(r["stack"] for r in reports.values())) if reports else "unknown"}
 import re
 
-from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.kernels._clipped_pg import settings_of
+from nemo_rl_ref.kernels import clipped_pg
 from nemo_rl_ref.kernels.loader import KernelsUnavailable, compile_kernel
 
 # Function 4 is compiled for the flags of a loss: here those of GRPO with a KL penalty.
-FLAGS, _ = settings_of(ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.01)))
+FLAGS = sum(clipped_pg.FLAGS[name] for name in ("kl", "kl input clamp", "kl output clamp"))
 KERNELS = {
     "1, forward, with entropy": (
         "token_logprobs",
@@ -287,10 +286,6 @@ else:
             ),
         ]
     )
-values(
-    compiled_spills=str(sum(r["spills"] for r in reports.values())) if reports else "unknown",
-    compiled_stack=str(sum(r["stack"] for r in reports.values())) if reports else "unknown",
-)
 Markdown(compiled_table)
 
 # %% [markdown]
@@ -298,6 +293,9 @@ Markdown(compiled_table)
 
 # %%
 #| label: floors
+#| num: floor-ridge = {TENSOR / BANDWIDTH:.0f}
+#| num: floor-intensity = {least['2, forward and backward'].intensity:.0f}
+#| num: floor-linear = {least['2, forward and backward'].seconds(BANDWIDTH, TENSOR) * 1e3:.0f}
 from nemo_rl_ref.kernels import floors
 
 # Sizes of the benchmark, and what NVIDIA's data sheet of the H100 SXM names as its limits.
@@ -319,12 +317,6 @@ for name, floor in least.items():
         f"| {name} | {floor.bytes / 1e9:.2f} | {floor.operations / 1e12:.1f} "
         f"| {floor.intensity:.0f} | {floor.seconds(BANDWIDTH, TENSOR) * 1e3:.2f} |"
     )
-values(
-    floor_ridge=f"{TENSOR / BANDWIDTH:.0f}",
-    floor_intensity=f"{least['2, forward and backward'].intensity:.0f}",
-    floor_linear=f"{least['2, forward and backward'].seconds(BANDWIDTH, TENSOR) * 1e3:.0f}",
-    floor_forward=f"{least['1, forward'].seconds(BANDWIDTH) * 1e3:.2f}",
-)
 Markdown("\n".join(floor_lines))
 
 # %% [markdown]
@@ -402,13 +394,18 @@ axis.legend(fontsize=8, loc="upper left")
 
 # %%
 #| label: cpu-results
+#| num: cpu-memory = {first['gather over ours, memory']:.1f}
+#| num: cpu-time = {first['gather over ours, time']:.2f}
+#| num: cpu-time-low = {first['gather over ours, time, 95 % interval'][0]:.2f}
+#| num: cpu-time-high = {first['gather over ours, time, 95 % interval'][1]:.2f}
+#| num: cpu-rounds = {first['rounds']}
 on_cpu = {
     name: entries["linear_logprobs"]
     for name, entries in recorded.items()
     if "linear_logprobs" in entries
 }
 lines = []
-for number, entry in enumerate(on_cpu.values()):
+for entry in on_cpu.values():
     size = ", ".join(f"{key} = {value}" for key, value in entry["size"].items())
     lines += [
         f"{entry['device']}, {entry['threads']} threads, {entry['date']}, {size}, float32.",
@@ -421,14 +418,7 @@ for number, entry in enumerate(on_cpu.values()):
         ),
     ]
     lines.append("")
-    if number == 0:  # the sentence below the table is about the first device
-        values(
-            cpu_memory=f"{entry['gather over ours, memory']:.1f}",
-            cpu_time=f"{entry['gather over ours, time']:.2f}",
-            cpu_time_low=f"{entry['gather over ours, time, 95 % interval'][0]:.2f}",
-            cpu_time_high=f"{entry['gather over ours, time, 95 % interval'][1]:.2f}",
-            cpu_rounds=str(entry["rounds"]),
-        )
+first = next(iter(on_cpu.values()))  # the sentence below the table is about it
 Markdown("\n".join(lines))
 
 # %% [markdown]
@@ -436,10 +426,10 @@ Markdown("\n".join(lines))
 
 # %%
 #| label: own-model
+#| num: own-difference = {BOUND:.0e}
 import torch
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -463,7 +453,6 @@ with torch.no_grad():
     difference = (token_logprobs(logits, targets) - logprobs).abs().max().item()
 BOUND = 1e-4 if device == "cuda" else 1e-5  # nats
 assert difference < BOUND, difference
-values(own_difference=f"{BOUND:.0e}")
 print("log-probability of each text in nats:", [f"{v:.3f}" for v in logprobs.sum(-1).tolist()])
 
 # %% [markdown]
@@ -471,6 +460,7 @@ print("log-probability of each text in nats:", [f"{v:.3f}" for v in logprobs.sum
 
 # %%
 #| label: trl-trainer
+#| num: trl-difference = {trl_difference:.0e}
 import logging
 import tempfile
 import warnings
@@ -549,7 +539,6 @@ trl_difference = max(
     (fused_entropies - their_entropies).abs().max().item(),
 )
 assert trl_difference < 1e-5, trl_difference
-values(trl_difference=f"{trl_difference:.0e}")
 
 # %% [markdown]
 # ## In NeMo RL
@@ -586,6 +575,7 @@ def scoring(model):
 
 # %%
 #| label: nemo-rl-loss
+#| num: nemo-gradient-difference = {gradient_difference:.0e}
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.upstream import load_manifest
 
@@ -629,4 +619,3 @@ assert abs(fused_loss.item() - plain_loss.item()) < 1e-5
 assert gradient_difference < 1e-5, gradient_difference
 assert abs(validation_loss.item() - plain_loss.item()) < 1e-5
 assert patched(input_ids=ids, use_cache=False).logits.shape == plain_logits.shape  # as before
-values(nemo_gradient_difference=f"{gradient_difference:.0e}")

@@ -32,7 +32,6 @@ from accelerate import Accelerator
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.preferences import load_preferences, preference_batches
 from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
 
@@ -97,6 +96,18 @@ axis.set_xlabel("policy.optimizer.kwargs.lr")
 axis.set_title("Held-out loss (nats), one dot a seed")
 # %%
 #| label: noise-numbers
+#| num: noise-sd = {statistics.stdev(base):.4f}
+#| num: noise-near = {near_mean:+.4f} ± {near_error:.4f}
+#| num: noise-far = {far_mean:+.4f} ± {far_error:.4f}
+#| num: noise-near-interval = {interval(near_mean, near_error)}
+#| num: noise-far-interval = {interval(far_mean, far_error)}
+#| num: noise-t = {T:.2f}
+#| num: noise-near-unpaired = {unpaired_error(near, base):.4f}
+#| num: noise-far-unpaired = {unpaired_error(far, base):.4f}
+#| num: noise-near-error = {near_error:.4f}
+#| num: noise-far-error = {far_error:.4f}
+#| num: noise-seeds = {SEEDS}
+#| num: noise-steps = {STEPS}
 near, far = losses[LEARNING_RATES[1]], losses[LEARNING_RATES[2]]
 base = losses[LEARNING_RATES[0]]
 
@@ -120,22 +131,6 @@ def interval(mean, error):
     """The 95 % confidence interval of a mean over six pairs."""
     return f"{mean - T * error:+.4f} to {mean + T * error:+.4f}"
 
-
-values(
-    noise_sd=f"{statistics.stdev(base):.4f}",
-    noise_near=f"{near_mean:+.4f} ± {near_error:.4f}",
-    noise_far=f"{far_mean:+.4f} ± {far_error:.4f}",
-    noise_near_interval=interval(near_mean, near_error),
-    noise_far_interval=interval(far_mean, far_error),
-    noise_t=f"{T:.2f}",
-    noise_near_unpaired=f"{unpaired_error(near, base):.4f}",
-    noise_far_unpaired=f"{unpaired_error(far, base):.4f}",
-    noise_near_error=f"{near_error:.4f}",
-    noise_far_error=f"{far_error:.4f}",
-    noise_seeds=SEEDS,
-    noise_steps=STEPS,
-)
-
 # %% [markdown]
 # ## Recorded runs
 #
@@ -145,6 +140,15 @@ values(
 
 # %%
 #| label: search-recorded
+#| num: search-runs = {sum(len(found['runs']) for found in files):,}
+#| num: search-hours = {seconds / 3600:.1f}
+#| num: search-date = {max(found["date"] for found in files)}
+#| num: search-device = {POOL["dpo"]["device"]}
+#| num: search-optuna = {POOL["dpo"]["versions"]["optuna"]}
+#| num: search-torch = {POOL["dpo"]["versions"]["torch"]}
+#| num: search-random = {len(part(POOL["dpo"], "random"))}
+#| num: search-steps-dpo = {STEPS_OF["dpo"]}
+#| num: search-steps-grpo = {STEPS_OF["grpo"]}
 import json
 from pathlib import Path
 
@@ -190,18 +194,6 @@ assert failed == 0, failed  # the page says so
 rows = ["| | DPO | GRPO |", "| --- " * 3 + "|"]
 for name in ("objective", "config", "steps"):
     rows.append(f"| {name} | " + " | ".join(f"`{POOL[task][name]}`" for task in POOL) + " |")
-values(
-    search_runs=f"{sum(len(found['runs']) for found in files):,}",
-    search_hours=f"{seconds / 3600:.1f}",
-    search_date=max(found["date"] for found in files),
-    search_device=POOL["dpo"]["device"],
-    search_optuna=POOL["dpo"]["versions"]["optuna"],
-    search_torch=POOL["dpo"]["versions"]["torch"],
-    search_random=len(part(POOL["dpo"], "random")),
-    search_trials=len(part(POOL["dpo"], "random")) // 5,
-    search_steps_dpo=STEPS_OF["dpo"],
-    search_steps_grpo=STEPS_OF["grpo"],
-)
 Markdown("\n".join(rows))
 
 # %%
@@ -226,6 +218,17 @@ for task, found in POOL.items():
 
 # %%
 #| label: noise-tasks
+#| num: noise-dpo-sd = {percent(SIGMA['dpo'])}
+#| num: noise-dpo-sd-low = {percent(SIGMA_INTERVAL['dpo'][0])}
+#| num: noise-dpo-sd-high = {percent(SIGMA_INTERVAL['dpo'][1])}
+#| num: noise-dpo-seeds = {NOISE['dpo']['seeds']}
+#| num: noise-dpo-correlation = {NOISE['dpo']['correlation']:+.2f}
+#| num: noise-dpo-three = {percent(detectable(SIGMA['dpo'], 3))}
+#| num: noise-grpo-sd = {percent(SIGMA['grpo'])}
+#| num: noise-grpo-sd-low = {percent(SIGMA_INTERVAL['grpo'][0])}
+#| num: noise-grpo-sd-high = {percent(SIGMA_INTERVAL['grpo'][1])}
+#| num: noise-grpo-correlation = {NOISE['grpo']['correlation']:+.2f}
+#| num: noise-grpo-three = {percent(detectable(SIGMA['grpo'], 3))}
 from scipy import stats
 
 
@@ -260,20 +263,11 @@ def detectable(sigma, seeds, level=0.95):
 
 
 assert all(abs(found["correlation"]) < 0.6 for found in NOISE.values())
+SIGMA_INTERVAL = {}
 for task, found in NOISE.items():
     n = found["seeds"]
     low, high = ((n - 1) / stats.chi2.ppf(q, 2 * (n - 1)) * 2 for q in (0.975, 0.025))
-    values(
-        **{
-            f"noise_{task}_sd": percent(SIGMA[task]),
-            f"noise_{task}_sd_low": percent(SIGMA[task] * low**0.5),
-            f"noise_{task}_sd_high": percent(SIGMA[task] * high**0.5),
-            f"noise_{task}_seeds": n,
-            f"noise_{task}_correlation": f"{found['correlation']:+.2f}",
-            f"noise_{task}_three": percent(detectable(SIGMA[task], 3)),
-            f"noise_{task}_twelve": percent(detectable(SIGMA[task], 12)),
-        }
-    )
+    SIGMA_INTERVAL[task] = SIGMA[task] * low**0.5, SIGMA[task] * high**0.5
 
 # %%
 #| label: fig-detectable
@@ -296,7 +290,6 @@ axis.legend()
 # ## Which keys matter
 
 # %%
-#| label: importance
 import optuna
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -368,6 +361,9 @@ for axis, task in zip(axes, POOL, strict=True):
 axes[0].legend(fontsize=8, loc="lower right")
 # %%
 #| label: importance-numbers
+#| num: importance-shuffles = {SHUFFLES}
+#| num: importance-tests = {tests}
+#| num: importance-by-chance = {tests / (SHUFFLES + 1):.1f}
 rows = [
     "| | what sets apart | keys clear of chance | importance, 90 % interval |",
     "| --- " * 4 + "|",
@@ -388,11 +384,6 @@ assert CLEAR["dpo", "best half"] == [RATE, "dpo.sft_loss_weight"]
 assert set(CLEAR["dpo", "best fifth"]) == {RATE, BETA}
 assert all(CLEAR["grpo", s] == [RATE, "grpo.num_generations_per_prompt"] for s in SHARES)
 tests = len(SHARES) * sum(len(found["space"]) for found in POOL.values())
-values(
-    importance_shuffles=SHUFFLES,
-    importance_tests=tests,
-    importance_by_chance=f"{tests / (SHUFFLES + 1):.1f}",
-)
 Markdown("\n".join(rows))
 
 # %%
@@ -400,8 +391,19 @@ Markdown("\n".join(rows))
 #| alt: The objective of every random run over the learning rate, for DPO and GRPO. Each has a
 #|   broad top and falls off steeply towards high rates.
 #| caption: Every random run, and the median of each tenth of them.
+#| num: slice-dpo-low = {BEST_RATES['dpo'][0]:.2g}
+#| num: slice-dpo-high = {BEST_RATES['dpo'][1]:.2g}
+#| num: slice-dpo-worse = {percent(ABOVE['dpo'][0], 0)}
+#| num: slice-dpo-better = {percent(ABOVE['dpo'][1], 0)}
+#| num: slice-dpo-rank = {RANK['dpo']:+.2f}
+#| num: slice-grpo-low = {BEST_RATES['grpo'][0]:.2g}
+#| num: slice-grpo-high = {BEST_RATES['grpo'][1]:.2g}
+#| num: slice-grpo-worse = {percent(ABOVE['grpo'][0], 0)}
+#| num: slice-grpo-better = {percent(ABOVE['grpo'][1], 0)}
+#| num: slice-grpo-rank = {RANK['grpo']:+.2f}
 figure, axes = panels(2, height=2.5)
 SMALL = 3e-4  # above it the accuracy falls
+BEST_RATES, ABOVE, RANK = {}, {}, {}
 for axis, task in zip(axes, POOL, strict=True):
     runs = sorted(part(POOL[task], "random"), key=lambda run: run["values"][RATE])
     x, y = [run["values"][RATE] for run in runs], [100 * final(run) for run in runs]
@@ -416,21 +418,14 @@ for axis, task in zip(axes, POOL, strict=True):
         [run["values"][RATE] for run in sorted(runs, key=final)[-len(runs) // 10 :]], (0, 1)
     )
     runs.sort(key=final)
-    worse, better = (
+    BEST_RATES[task] = low, high
+    ABOVE[task] = [
         np.mean([run["values"][RATE] > high for run in half])
         for half in (runs[: len(runs) // 2], runs[len(runs) // 2 :])
-    )
+    ]
     lower = [run for run in runs if run["values"][RATE] < SMALL]
     rank = stats.spearmanr([run["values"][RATE] for run in lower], [final(run) for run in lower])
-    values(
-        **{
-            f"slice_{task}_low": f"{low:.2g}",
-            f"slice_{task}_high": f"{high:.2g}",
-            f"slice_{task}_worse": percent(worse, 0),
-            f"slice_{task}_better": percent(better, 0),
-            f"slice_{task}_rank": f"{rank[0]:+.2f}",
-        }
-    )
+    RANK[task] = rank[0]
 axes[-1].set_xlabel(RATE)
 # %%
 #| label: fig-other-slices
@@ -472,6 +467,16 @@ for axis, (title, (task, value)) in zip(axes, SLICES.items(), strict=True):
 
 # %%
 #| label: slice-numbers
+#| num: slice-ratio-edge = {EDGES[0]:.0f}
+#| num: slice-ratio-others = {", ".join(MEANS[0][:-1])}
+#| num: slice-beta-rank = {rank[0]:+.2f}
+#| num: slice-beta-p = {rank[1]:.1g}
+#| num: slice-beta-runs = {len(apart)}
+#| num: slice-ratio-last = {MEANS[0][-1]}
+#| num: slice-beta-first = {MEANS[1][0]}
+#| num: slice-beta-last = {MEANS[1][-1]}
+#| num: slice-groups-first = {MEANS[2][0]}
+#| num: slice-groups-last = {MEANS[2][-1]}
 # β where the ratio is not large, so that the ratio is not what is seen.
 apart = [
     run
@@ -479,20 +484,6 @@ apart = [
     if run["values"][RATE] < SMALL and run["values"][SFT] < EDGES[0] * run["values"][BETA]
 ]
 rank = stats.spearmanr([run["values"][BETA] for run in apart], [final(run) for run in apart])
-values(
-    slice_ratio_edge=f"{EDGES[0]:.0f}",
-    slice_ratio_others=", ".join(MEANS[0][:-1]),
-    slice_beta_rank=f"{rank[0]:+.2f}",
-    slice_beta_p=f"{rank[1]:.1g}",
-    slice_beta_runs=len(apart),
-)
-values(
-    **{
-        f"slice_{name}_{end}": means[at]
-        for name, means in zip(("ratio", "beta", "groups"), MEANS, strict=True)
-        for end, at in (("first", 0), ("last", -1))
-    }
-)
 
 # %% [markdown]
 # ## Learning rate and β
@@ -544,41 +535,35 @@ for axis, table, levels, title in (
 axes[-1].set_xlabel(RATE)
 # %%
 #| label: rate-beta-numbers
+#| num: surface-fitted = {MODELLED["fitted_to"]}
+#| num: surface-correlation = {MODELLED['left_out_rank_correlation']:.2f}
+#| num: surface-correlation-kl = {MODELLED['left_out_rank_correlation_kl']:.2f}
+#| num: surface-error = {max(error[row, accuracy[row].argmax()] for row in ends.values()):.1f}
+#| num: surface-best-low = {best_rates.min():.1g}
+#| num: surface-best-high = {best_rates.max():.1g}
+#| num: surface-top-low = {accuracy[ends['low']].max():.0f}
+#| num: surface-top-high = {accuracy[ends['high']].max():.0f}
+#| num: surface-beta-low = {betas[0]:g}
+#| num: surface-beta-high = {betas[-1]:g}
+#| num: surface-kl-rates = {np.median(divergence[:, -1] / divergence[:, 0]):.0f}
+#| num: surface-kl-betas = {np.median(divergence.max(0) / divergence.min(0)):.1f}
+#| num: kl-rank-rate = {kl_rank('dpo', RATE):+.2f}
+#| num: kl-rank-beta = {kl_rank('dpo', BETA):+.2f}
+#| num: kl-rank-grpo-rate = {kl_rank('grpo', RATE):+.2f}
+#| num: kl-rank-grpo-penalty = {kl_rank('grpo', PENALTY):+.2f}
 best_rates = rates[accuracy.argmax(1)]
 ends = {name: row for name, row in (("low", 0), ("high", -1))}
-values(
-    surface_fitted=MODELLED["fitted_to"],
-    surface_correlation=f"{MODELLED['left_out_rank_correlation']:.2f}",
-    surface_correlation_kl=f"{MODELLED['left_out_rank_correlation_kl']:.2f}",
-    surface_error=f"{max(error[row, accuracy[row].argmax()] for row in ends.values()):.1f}",
-    surface_best_low=f"{best_rates.min():.1g}",
-    surface_best_high=f"{best_rates.max():.1g}",
-    **{f"surface_top_{name}": f"{accuracy[row].max():.0f}" for name, row in ends.items()},
-    surface_beta_low=f"{betas[0]:g}",
-    surface_beta_high=f"{betas[-1]:g}",
-    surface_kl_rates=f"{np.median(divergence[:, -1] / divergence[:, 0]):.0f}",
-    surface_kl_betas=f"{np.median(divergence.max(0) / divergence.min(0)):.1f}",
-    **{
-        f"kl_rank_{name}": "{:+.2f}".format(
-            stats.spearmanr(
-                [run["values"][key] for run in part(POOL[task], "random")],
-                [run["kl"] for run in part(POOL[task], "random")],
-            )[0]
-        )
-        for name, task, key in (
-            ("rate", "dpo", RATE),
-            ("beta", "dpo", BETA),
-            ("grpo_rate", "grpo", RATE),
-            ("grpo_penalty", "grpo", PENALTY),
-        )
-    },
-)
+
+
+def kl_rank(task, key):
+    """The rank correlation of a key with the KL divergence over the random runs."""
+    runs = part(POOL[task], "random")
+    return stats.spearmanr([run["values"][key] for run in runs], [run["kl"] for run in runs])[0]
 
 # %% [markdown]
 # ## Batch size, learning rate, epochs
 
 # %%
-#| label: batch
 batches = {}
 for run in part(BATCHES, "batch"):
     for epoch, row in enumerate(run["curve"], start=1):
@@ -608,6 +593,23 @@ axes[-1].set_xlabel(RATE)
 
 # %%
 #| label: batch-numbers
+#| num: batch-seeds = {batch_seeds}
+#| num: batch-noise-low =
+#|   {percent(spread(runs for (_, _, rate), runs in batches.items() if rate == batch_rates[0]))}
+#| num: batch-noise-high =
+#|   {percent(spread(runs for (_, _, rate), runs in batches.items() if rate == batch_rates[-1]))}
+#| num: batch-small = {sizes[0]}
+#| num: batch-large = {sizes[-1]}
+#| num: batch-small-first = {percent(np.mean(top(1, sizes[0])[0]))}
+#| num: batch-large-first = {percent(np.mean(top(1, sizes[-1])[0]))}
+#| num: batch-first = {percent(first[0])}
+#| num: batch-first-interval = {percent(first[1])} to {percent(first[2])}
+#| num: batch-last = {percent(last[0])}
+#| num: batch-last-interval = {percent(last[1])} to {percent(last[2])}
+#| num: batch-lone = {percent(max(lone) - min(lone))}
+#| num: batch-lost-small = {lost(sizes[0], sizes[-1])}
+#| num: batch-lost-large = {lost(sizes[-1], sizes[0])}
+#| num: batch-times = {best_rate[sizes[-1]] / best_rate[sizes[0]]:.0f}
 
 
 def top(epoch, size):
@@ -660,27 +662,6 @@ def lost(size, other):
 # What the page says of them.
 assert first[1] > 0 and last[1] < 0 < last[2]
 assert best_rate[sizes[0]] < best_rate[sizes[-1]]
-values(
-    batch_seeds=batch_seeds,
-    **{
-        f"batch_noise_{name}": percent(
-            spread(runs for (_, _, rate), runs in batches.items() if rate == batch_rates[at])
-        )
-        for name, at in (("low", 0), ("high", -1))
-    },
-    batch_small=sizes[0],
-    batch_large=sizes[-1],
-    batch_small_first=percent(np.mean(top(1, sizes[0])[0])),
-    batch_large_first=percent(np.mean(top(1, sizes[-1])[0])),
-    batch_first=percent(first[0]),
-    batch_first_interval=f"{percent(first[1])} to {percent(first[2])}",
-    batch_last=percent(last[0]),
-    batch_last_interval=f"{percent(last[1])} to {percent(last[2])}",
-    batch_lone=percent(max(lone) - min(lone)),
-    batch_lost_small=lost(sizes[0], sizes[-1]),
-    batch_lost_large=lost(sizes[-1], sizes[0]),
-    batch_times=f"{best_rate[sizes[-1]] / best_rate[sizes[0]]:.0f}",
-)
 Markdown("\n".join(rows))
 
 # %% [markdown]
@@ -688,7 +669,6 @@ Markdown("\n".join(rows))
 
 
 # %%
-#| label: early
 def spearman_of(pairs):
     """Rank correlation, with a 90 % bootstrap interval over the settings."""
     pairs = np.array(pairs)
@@ -735,30 +715,44 @@ axes[0].legend(fontsize=8, loc="lower right")
 axes[-1].set_xlabel("fraction of the run")
 # %%
 #| label: early-numbers
+#| num: early-dpo-spread = {percent(UPPER_SPREAD['dpo'])}
+#| num: early-dpo-first = {100 * min(EARLY['dpo', 'all']):.0f}
+#| num: early-dpo-all = {first_rank('dpo', 'all')[0]:.2f}
+#| num: early-dpo-all-interval = {'{:.2f} to {:.2f}'.format(*first_rank('dpo', 'all')[1:])}
+#| num: early-dpo-half = {first_rank('dpo', 'better half')[0]:.2f}
+#| num: early-dpo-half-interval = {'{:.2f} to {:.2f}'.format(*first_rank('dpo', 'better half')[1:])}
+#| num: early-grpo-spread = {percent(UPPER_SPREAD['grpo'])}
+#| num: early-grpo-first = {100 * min(EARLY['grpo', 'all']):.0f}
+#| num: early-grpo-all = {first_rank('grpo', 'all')[0]:.2f}
+#| num: early-grpo-all-interval = {'{:.2f} to {:.2f}'.format(*first_rank('grpo', 'all')[1:])}
+#| num: early-grpo-half = {first_rank('grpo', 'better half')[0]:.2f}
+#| num: early-grpo-half-interval = {'{:.2f} to {:.2f}'.format(*first_rank('grpo', 'better half')[1:])}
 # How far apart the better half's ends are, to be read beside the seed's deviation.
+UPPER_SPREAD = {}
 for task in POOL:
     ends = sorted(final(run) for run in part(POOL[task], "random"))
-    spread = statistics.stdev(ends[len(ends) // 2 :])
-    values(**{f"early_{task}_spread": percent(spread)})
-for (task, group), found in EARLY.items():
-    name = f"early_{task}_{'all' if group == 'all' else 'half'}"
-    first = min(found)
-    middle, low, high = found[first]
-    values(
-        **{
-            name: f"{middle:.2f}",
-            f"{name}_interval": f"{low:.2f} to {high:.2f}",
-            f"early_{task}_first": f"{100 * first:.0f}",
-        }
-        if group == "all"
-        else {name: f"{middle:.2f}", f"{name}_interval": f"{low:.2f} to {high:.2f}"}
-    )
+    UPPER_SPREAD[task] = statistics.stdev(ends[len(ends) // 2 :])
+
+
+def first_rank(task, group):
+    """The rank correlation at the first validation, and its interval."""
+    found = EARLY[task, group]
+    return found[min(found)]
 
 # %% [markdown]
 # ### What pruning saves
 
 # %%
 #| label: pruning
+#| num: pruned-replays = {REPLAYS}
+#| num: pruned-dpo-saved = {percent(statistics.mean(PRUNED['dpo']['saved']), 0)}
+#| num: pruned-dpo-kept = {percent(statistics.mean(PRUNED['dpo']['kept']), 0)}
+#| num: pruned-dpo-lost = {percent(statistics.mean(PRUNED['dpo']['lost']))}
+#| num: pruned-dpo-lost-most = {percent(float(np.quantile(PRUNED['dpo']['lost'], 0.95)))}
+#| num: pruned-grpo-saved = {percent(statistics.mean(PRUNED['grpo']['saved']), 0)}
+#| num: pruned-grpo-kept = {percent(statistics.mean(PRUNED['grpo']['kept']), 0)}
+#| num: pruned-grpo-lost = {percent(statistics.mean(PRUNED['grpo']['lost']))}
+#| num: pruned-grpo-lost-most = {percent(float(np.quantile(PRUNED['grpo']['lost'], 0.95)))}
 from nemo_rl_ref.tune.samplers import REDUCTION
 
 
@@ -805,34 +799,35 @@ def with_optuna(runs, task):
     return given
 
 
-PRUNED = {}
+PRUNED, REPLAYS = {}, 400
 for task in POOL:
     runs = part(POOL[task], "random")
     assert halve(runs, task) == with_optuna(runs, task)
     saved, lost, found_best = [], [], []
-    for _ in range(400):
+    for _ in range(REPLAYS):
         chosen = [runs[i] for i in rng.choice(len(runs), size=24, replace=False)]
         steps = halve(chosen, task)
         whole = [run for run, given in zip(chosen, steps, strict=True) if given == STEPS_OF[task]]
         saved.append(1 - sum(steps) / (STEPS_OF[task] * len(chosen)))
         lost.append(max(map(final, chosen)) - max(map(final, whole)))
         found_best.append(lost[-1] == 0)
-    PRUNED[task] = {"saved": saved, "lost": lost}
-    values(
-        **{
-            f"pruned_{task}_saved": percent(statistics.mean(saved), 0),
-            f"pruned_{task}_kept": percent(statistics.mean(found_best), 0),
-            f"pruned_{task}_lost": percent(statistics.mean(lost)),
-            f"pruned_{task}_lost_most": percent(float(np.quantile(lost, 0.95))),
-        }
-    )
-values(pruned_reduction=REDUCTION, pruned_replays=400)
+    PRUNED[task] = {"saved": saved, "lost": lost, "kept": found_best}
 
 # %% [markdown]
 # ## Search methods
 
 # %%
 #| label: modelled
+#| num: modelled-searches = {len(searches["random"])}
+#| num: modelled-trials = {MODEL_BUDGET}
+#| num: modelled-fitted = {MODELLED["fitted_to"]}
+#| num: modelled-correlation = {MODELLED['left_out_rank_correlation']:.2f}
+#| num: modelled-noise = {percent(MODELLED["noise"])}
+#| num: modelled-tpe = {shown_interval(MORE['tpe'])}
+#| num: modelled-gp = {shown_interval(MORE['gp'])}
+#| num: modelled-cmaes = {shown_interval(MORE['cmaes'])}
+#| num: modelled-curse = {percent(statistics.mean(seen - true for runs in searches.values() for
+#|   seen, true in (taken(run, MODEL_BUDGET) for run in runs)))}
 METHODS = {"random": "random", "tpe": "TPE", "gp": "Gaussian process", "cmaes": "CMA-ES"}
 
 
@@ -868,21 +863,6 @@ for method, runs in searches.items():
     seen = shown_interval([taken(run, MODEL_BUDGET)[0] for run in runs])
     more = "—" if method == "random" else shown_interval(MORE[method])
     rows.append(f"| {METHODS[method]} | {seen} | {shown_interval(TRUE[method])} | {more} |")
-values(
-    modelled_searches=len(searches["random"]),
-    modelled_trials=MODEL_BUDGET,
-    modelled_fitted=MODELLED["fitted_to"],
-    modelled_correlation=f"{MODELLED['left_out_rank_correlation']:.2f}",
-    modelled_noise=percent(MODELLED["noise"]),
-    **{f"modelled_{method}": shown_interval(MORE[method]) for method in ("tpe", "gp", "cmaes")},
-    modelled_curse=percent(
-        statistics.mean(
-            seen - true
-            for runs in searches.values()
-            for seen, true in (taken(run, MODEL_BUDGET) for run in runs)
-        )
-    ),
-)
 # What the page says of them.
 assert mean_interval(MORE["gp"])[0] > mean_interval(MORE["gp"])[1]
 for method in ("tpe", "cmaes"):
@@ -909,6 +889,12 @@ axis.set_title("True accuracy of what would be taken (%)")
 axis.legend(fontsize=8, loc="lower right")
 # %%
 #| label: claim
+#| num: claim-dpo-share = {SHOWN['dpo']}
+#| num: claim-dpo-reached = {REACHED['dpo']}
+#| num: claim-grpo-share = {SHOWN['grpo']}
+#| num: claim-grpo-reached = {REACHED['grpo']}
+#| num: claim-budget = {BUDGET}
+#| num: claim-searches = {len(SEARCHES)}
 SEARCHES = range(5)  # each with its own seed, of the sampler and of the trainings
 BUDGET = 24  # whole runs of a random search
 LIMIT = {"dpo": 16, "grpo": 12}  # of a pruned one
@@ -945,7 +931,7 @@ rows = [
     "| | compute until as good as random's best, five searches | median | a whole pruned search |",
     "| --- " * 4 + "|",
 ]
-SHARE = {}
+SHARE, SHOWN, REACHED = {}, {}, {}
 for task, limit in LIMIT.items():
     targets = [curve[-1][1] for curve in CURVES[task, "random"]]
     pairs = zip(CURVES[task, "tpe+pruning"], targets, strict=True)
@@ -958,13 +944,8 @@ for task, limit in LIMIT.items():
         f"| {NAMES[task]} | {', '.join(shown)} | **{shown[len(shown) // 2]}** "
         f"| {trials:.0f} trials, the steps of {limit} whole runs |"
     )
-    values(
-        **{
-            f"claim_{task}_share": shown[len(shown) // 2],
-            f"claim_{task}_reached": sum(share <= 0.5 for share in shares),
-        }
-    )
-values(claim_budget=BUDGET, claim_searches=len(SEARCHES))
+    SHOWN[task] = shown[len(shown) // 2]
+    REACHED[task] = sum(share <= 0.5 for share in shares)
 Markdown("\n".join(rows))
 
 # %%
@@ -998,6 +979,13 @@ axes[-1].set_xlabel("compute spent (whole runs)")
 
 # %%
 #| label: fresh
+#| num: fresh-random = {shown_interval(again["random"])}
+#| num: fresh-pruned = {shown_interval(again["tpe+pruning"])}
+#| num: fresh-random-search = {shown_interval(found["random"])}
+#| num: fresh-pruned-search = {shown_interval(found["tpe+pruning"])}
+#| num: fresh-curse = {percent(statistics.mean(found["random"]) - statistics.mean(again["random"]))}
+#| num: fresh-gain = {100 * gain:+.1f}
+#| num: fresh-gain-interval = {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}
 
 
 def fresh(method):
@@ -1016,22 +1004,12 @@ again = {method: fresh(method) for method in found}
 gain, half = mean_interval(
     [a - b for a, b in zip(again["tpe+pruning"], again["random"], strict=True)]
 )
-values(
-    fresh_random=shown_interval(again["random"]),
-    fresh_pruned=shown_interval(again["tpe+pruning"]),
-    fresh_random_search=shown_interval(found["random"]),
-    fresh_pruned_search=shown_interval(found["tpe+pruning"]),
-    fresh_curse=percent(statistics.mean(found["random"]) - statistics.mean(again["random"])),
-    fresh_gain=f"{100 * gain:+.1f}",
-    fresh_gain_interval=f"{100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}",
-)
 
 # %% [markdown]
 # ## KL against reward
 
 
 # %%
-#| label: front
 def front_of(points):
     """Those that no other beats in both: accuracy (more) and KL (less); by KL."""
     best, kept = -np.inf, []
@@ -1058,12 +1036,9 @@ axis.set_title("val:accuracy (%), GRPO")
 axis.set_xlabel("KL to the reference (nats an answer)")
 # %%
 #| label: front-numbers
+#| num: front-kl = {best_kl:.2f}
+#| num: front-lost = {percent(np.mean([kl > best_kl for kl, _ in random_points]), 0)}
 best_kl, best_value = front_of(random_points)[-1]
-values(
-    front_kl=f"{best_kl:.2f}",
-    front_best=percent(best_value),
-    front_lost=percent(np.mean([kl > best_kl for kl, _ in random_points]), 0),
-)
 
 # %%
 #| label: front-table
@@ -1086,6 +1061,9 @@ Markdown("\n".join(rows))
 
 # %%
 #| label: memory-table
+#| num: llama-parameters = {llama.parameters / 1e9:.2f}
+#| num: memory-plain = {estimates['log_softmax'].peak / 2**30:.1f}
+#| num: memory-fused = {estimates['linear_token_logprobs'].peak / 2**30:.1f}
 from nemo_rl_ref.memory import Model, Step, compare, estimate, measure_peak
 from nemo_rl_ref.memory import table as memory_table
 
@@ -1096,15 +1074,11 @@ llama = Model(
 )  # fmt: skip
 dpo_step = Step(rows=4, sequence_length=1024, reference="host")
 estimates = compare(llama, dpo_step)
-values(
-    llama_parameters=f"{llama.parameters / 1e9:.2f}",
-    memory_plain=f"{estimates['log_softmax'].peak / 2**30:.1f}",
-    memory_fused=f"{estimates['linear_token_logprobs'].peak / 2**30:.1f}",
-)
 Markdown(memory_table(estimates))
 
 # %%
 #| label: memory-check
+#| num: memory-error = {100 * memory_error:.1f}
 tiny_model, tiny_step = tiny.load_policy(), Step(64, 16, precision="float32", fsdp=False)
 shapes = Model.from_config(tiny_model.config)
 optimizer = torch.optim.AdamW(tiny_model.parameters(), foreach=False)
@@ -1127,7 +1101,6 @@ there = found.weights + found.optimizer + found.gradients
 memory_error = abs(found.peak - there - measured) / measured
 print(f"measured {measured / 2**20:.2f} MiB, estimated {(found.peak - there) / 2**20:.2f} MiB")
 assert memory_error < 0.05
-values(memory_error=f"{100 * memory_error:.1f}")
 
 # %% [markdown]
 # ## A budget planner
@@ -1148,11 +1121,21 @@ for task, budget in itertools.product(POOL, (20, 60)):
 
 # %%
 #| label: plan-table
+#| num: plan-gain-dpo-20 = {gain('dpo', 20):.1f}
+#| num: plan-gain-dpo-60 = {gain('dpo', 60):.1f}
+#| num: plan-gain-grpo-20 = {gain('grpo', 20):.1f}
+#| num: plan-gain-grpo-60 = {gain('grpo', 60):.1f}
 
 
 def plain(plans):
     """Every setting whole and once, the best is taken: what a search without a plan does."""
     return next(plan for plan in plans if plan.fraction == 1 and plan.finalists == 1)
+
+
+def gain(task, budget):
+    """What the best plan adds to a search without one, in percentage points."""
+    plans = PLANS[task, budget]
+    return 100 * (plans[0].expected - plain(plans).expected)
 
 
 rows = [
@@ -1166,16 +1149,12 @@ for (task, budget), plans in PLANS.items():
         f"| {NAMES[task]} | {budget} | {best.trials} | {best.fraction:.0%} | {second} "
         f"| {percent(best.expected)} | {percent(plain(plans).expected)} |"
     )
-values(
-    **{
-        f"plan_gain_{task}_{budget}": f"{100 * (plans[0].expected - plain(plans).expected):.1f}"
-        for (task, budget), plans in PLANS.items()
-    }
-)
 Markdown("\n".join(rows))
 
 # %%
 #| label: plan-check
+#| num: plan-error = {percent(plan_error)}
+#| num: plan-checks = {len(checked)}
 # One stage, simulated by the planner without noise and replayed with the runs themselves.
 checked = []
 for task in POOL:
@@ -1199,7 +1178,6 @@ plan_error = max(abs(planned - replayed) for *_, planned, replayed in checked)
 assert all(planned > replayed for *_, planned, replayed in checked)  # the page says so
 gains = [plans[0].expected - plain(plans).expected for plans in PLANS.values()]
 assert max(gains) < plan_error  # the page says so
-values(plan_error=percent(plan_error), plan_checks=len(checked))
 
 # %% [markdown]
 # ## A study, live
@@ -1207,7 +1185,6 @@ values(plan_error=percent(plan_error), plan_checks=len(checked))
 # The pairs of the recorded runs: the sum, and a random number with as many digits.
 
 # %%
-#| label: live-data
 import random
 import tempfile
 
@@ -1283,22 +1260,18 @@ print(best.override_line)
 
 # %%
 #| label: live-again
+#| num: live-trials = {len(study.trials)}
+#| num: live-pruned = {sum(trial.state.name == 'PRUNED' for trial in study.trials)}
+#| num: live-best = {percent(again.winner.search_value)}
+#| num: live-fresh = {percent(again.winner.mean)}
+#| num: live-default = {percent(again.winner.default_mean)}
+#| num: live-difference = {100 * again.winner.mean_difference:+.1f}
+#| num: live-interval = {100 * again.winner.low:+.1f} to {100 * again.winner.high:+.1f}
+#| num: live-seeds = {again.winner.pairs}
 from nemo_rl_ref.tune.reevaluate import reevaluate
 
 again = reevaluate(study, folder / "study", top=1, seeds=3, show=lambda line: None)
 print("\n".join(again.sentences()))
-winner = again.winner
-pruned = [trial for trial in study.trials if trial.state.name == "PRUNED"]
-values(
-    live_trials=len(study.trials),
-    live_pruned=len(pruned),
-    live_best=percent(winner.search_value),
-    live_fresh=percent(winner.mean),
-    live_default=percent(winner.default_mean),
-    live_difference=f"{100 * winner.mean_difference:+.1f}",
-    live_interval=f"{100 * winner.low:+.1f} to {100 * winner.high:+.1f}",
-    live_seeds=winner.pairs,
-)
 
 # %%
 #| label: live-report

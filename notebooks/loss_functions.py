@@ -25,7 +25,6 @@
 import torch
 
 from nemo_rl_ref.algorithms.loss import NLLLossFn
-from nemo_rl_ref.show.values import values
 
 # Two sequences in a global batch. The first has 2 tokens to learn from, the second 6.
 # They are processed one at a time, as two micro-batches.
@@ -37,6 +36,9 @@ micro_batches = [slice(0, 1), slice(1, 2)]
 
 # %%
 #| label: means-wrong
+#| num: means-whole = {whole.item():.2f}
+#| num: means-wrong = {mean_of_means.item():.2f}
+#| num: means-factor = {weights(mean_of_means)[0] / weights(mean_of_means)[1]:.0f}
 loss_fn = NLLLossFn()
 
 
@@ -72,18 +74,14 @@ for name, loss in (
 
 assert torch.allclose(by_global_count, whole, rtol=0, atol=1e-7)
 assert torch.equal(weights(by_global_count), weights(whole))
-short, long = weights(mean_of_means).tolist()
-values(
-    means_whole=f"{whole.item():.2f}",
-    means_wrong=f"{mean_of_means.item():.2f}",
-    means_factor=f"{short / long:.0f}",
-)
 
 # %% [markdown]
 # ## What a reduction rewards
 
 # %%
 #| label: reduction-weights
+#| num: reduction-token = {push(True)[1][1] / push(True)[1][0]:.0f}
+#| num: reduction-sequence = {push(False)[0][0] / push(False)[0][1]:.0f}
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 
 # Two answers with the same advantage, of 2 and of 6 tokens.
@@ -114,11 +112,6 @@ print("token_level_loss   a token, short | long    the answer, short | long")
 for token_level in (True, False):
     (short, long), (short_all, long_all) = (x.tolist() for x in push(token_level))
     print(f"{token_level!s:18} {short:.4f} | {long:.4f}          {short_all:.4f} | {long_all:.4f}")
-by_token, by_answer = push(True), push(False)
-values(
-    reduction_token=f"{(by_token[1][1] / by_token[1][0]).item():.0f}",
-    reduction_sequence=f"{(by_answer[0][0] / by_answer[0][1]).item():.0f}",
-)
 
 # %% [markdown]
 # ## What clipping does to the gradient
@@ -175,8 +168,8 @@ assert (gradient_weight(-1.0, {})[ratios < 0.8] == 0).all();
 
 # %%
 #| label: kl-estimator-values
-from IPython.display import Markdown
-
+#| num: kl-near = {true_kl['near'].item():.4f}
+#| num: kl-far = {true_kl['far'].item():.4f}
 from nemo_rl_ref.algorithms.utils import calculate_kl
 
 torch.manual_seed(1)
@@ -199,32 +192,36 @@ def exact(kind, log_ref):
     return mean.item(), spread.item(), torch.autograd.grad(mean, policy_logits)[0]
 
 
-table = ["| reference | | mean | bias | standard deviation | gradient's error |", "| --- " * 6 + "|"]
-spreads = {}
+true_kl, found = {}, {}
 for place, share in (("near", 0.1), ("far", 1.0)):
     log_ref = torch.log_softmax(policy_logits.detach().lerp(step, share), dim=0)
     log_pi = torch.log_softmax(policy_logits, dim=0)
-    true_kl = (log_pi.exp() * (log_pi - log_ref)).sum()
-    (true_gradient,) = torch.autograd.grad(true_kl, policy_logits)
+    true_kl[place] = (log_pi.exp() * (log_pi - log_ref)).sum()
+    (true_gradient,) = torch.autograd.grad(true_kl[place], policy_logits)
     rows = {kind: exact(kind, log_ref) for kind in ("k1", "k2", "k3", "weighted k3")}
     for kind, (mean, spread, gradient) in rows.items():
-        bias = round(mean - true_kl.item(), 4) + 0.0
         gap = ((gradient - true_gradient).norm() / true_gradient.norm()).item()
-        table.append(f"| {place} | {kind} | {mean:.4f} | {bias:+.4f} | {spread:.4f} | {gap:.0%} |")
-        spreads[place, kind] = spread
-    assert all(abs(rows[k][0] - true_kl) < 1e-12 for k in ("k1", "k3", "weighted k3"))
+        found[place, kind] = mean, spread, gap
+    assert all(abs(rows[k][0] - true_kl[place]) < 1e-12 for k in ("k1", "k3", "weighted k3"))
     assert all((rows[k][2] - true_gradient).norm() < 1e-12 for k in ("k2", "weighted k3"))
     assert rows["k1"][2].norm() < 1e-12
-    values(**{f"kl_{place}": f"{true_kl.item():.4f}"})
-assert spreads["near", "k3"] < 0.2 * spreads["near", "k1"]
-assert spreads["far", "k3"] > spreads["far", "k1"]
+assert found["near", "k3"][1] < 0.2 * found["near", "k1"][1]
+assert found["far", "k3"][1] > found["far", "k1"][1]
+
+# %%
+#| label: kl-estimator-table
+from IPython.display import Markdown
+
+table = ["| reference | | mean | bias | standard deviation | gradient's error |", "| --- " * 6 + "|"]
+for (place, kind), (mean, spread, gap) in found.items():
+    bias = round(mean - true_kl[place].item(), 4) + 0.0
+    table.append(f"| {place} | {kind} | {mean:.4f} | {bias:+.4f} | {spread:.4f} | {gap:.0%} |")
 Markdown("\n".join(table))
 
 # %% [markdown]
 # ## How each preference loss weighs a pair
 
 # %%
-#| label: preference-losses
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.custom import batch as coupled
 from nemo_rl_ref.custom import f_divergence, pairwise, reference_free, reward_aware
@@ -271,6 +268,10 @@ preference_losses = {
 #| alt: Small panels, one a loss: the weight with which a pair's chosen answer is pushed up, and its
 #|   rejected answer pushed down, against the margin. DPO's falls from one to zero as the margin
 #|   grows. IPO's falls on a straight line and turns negative. Hinge's is constant and then zero.
+#| num: weights-turn = {", ".join(n for n, w in weights_of.items() if (-w[:, 0]).min() < -1e-3)}
+#| num: weights-stay = {", ".join(n for n, w in at_eight.items() if w > 0.1)}
+#| num: weights-differ = {", ".join(n for n, w in weights_of.items() if (w[:, 0] + w[:,
+#|   1]).abs().max() > 1e-3)}
 import matplotlib.pyplot as plt
 
 margins = torch.linspace(-8, 8, 49)
@@ -299,13 +300,6 @@ weights_of = {name: pair_weights(loss_fn) for name, loss_fn in preference_losses
 assert all(weight.isfinite().all() for weight in weights_of.values())
 rows_needed = -(-len(weights_of) // 3)
 at_eight = {name: -weight[-1, 0].item() for name, weight in weights_of.items()}
-values(
-    weights_turn=", ".join(n for n, w in weights_of.items() if (-w[:, 0]).min() < -1e-3),
-    weights_stay=", ".join(n for n, w in at_eight.items() if w > 0.1),
-    weights_differ=", ".join(
-        n for n, w in weights_of.items() if (w[:, 0] + w[:, 1]).abs().max() > 1e-3
-    ),
-)
 panels(1)  # the common look
 plt.close("all")
 figure, grid = plt.subplots(rows_needed, 3, figsize=(4.8, 1.25 * rows_needed), sharex=True)
@@ -333,6 +327,8 @@ Markdown("\n".join(table))
 
 # %%
 #| label: contract-table
+#| num: contract-losses = {len(reports)}
+#| num: contract-all = {", ".join(kept)}
 from nemo_rl_ref.algorithms.loss import (
     DistillationLossConfig,
     DistillationLossFn,
@@ -373,7 +369,6 @@ every_loss = {
 }
 reports = check_losses(every_loss)
 kept = [name for name, report in reports.items() if report.ok]
-values(contract_losses=len(reports), contract_all=", ".join(kept))
 
 
 def needs(loss_fn):
@@ -479,38 +474,34 @@ print(f"in float32: {many.float().sum().item():.3f}")
 
 # %%
 #| label: upstream-differences
+#| num: golden-cases = {sum(count for count, _ in by_symbol.values())}
+#| num: golden-worst = {max(worst for _, worst in by_symbol.values()):.1e}
 from nemo_rl_ref.contract.replay import differences
 
 rows = ["| symbol | recorded cases | largest difference |", "| --- | --- | --- |"]
 by_symbol = differences()
 for symbol, (count, worst) in sorted(by_symbol.items()):
     rows.append(f"| `{symbol}` | {count} | {worst:.1e} |")
-values(
-    golden_cases=sum(count for count, _ in by_symbol.values()),
-    golden_worst=f"{max(worst for _, worst in by_symbol.values()):.1e}",
-)
 Markdown("\n".join(rows))
 
 # %% [markdown]
 # ## How far from TRL
 #
-# The comparison itself stands in the tests, which drive the loss methods of TRL's trainers.
+# The tests drive the loss methods of TRL's trainers. What they found was recorded by
+# `benchmarks/record_trl_differences.py`.
 
 # %%
 #| label: trl-differences
-import sys
+#| num: trl-losses = {len(to_trl)}
+#| num: trl-worst = {max(to_trl.values()):.1e}
+import json
 from pathlib import Path
 
 import nemo_rl_ref
 
-checks = Path(nemo_rl_ref.__file__).parents[1] / "tests" / "help"
+RESULTS = Path(nemo_rl_ref.__file__).parents[1] / "benchmarks" / "results"
+to_trl = json.loads((RESULTS / "trl-differences.json").read_text())["differences"]
+assert max(to_trl.values()) < 1e-5
 rows = ["| loss | largest relative difference to TRL |", "| --- | --- |"]
-if checks.exists():  # not where only the package is installed
-    sys.path.insert(0, str(checks))
-    from trl_differences import differences as differences_to_trl
-
-    to_trl = differences_to_trl()
-    rows += [f"| {name.replace('_', ' ')} | {worst:.1e} |" for name, worst in to_trl.items()]
-    assert max(to_trl.values()) < 1e-5
-    values(trl_losses=len(to_trl), trl_worst=f"{max(to_trl.values()):.1e}")
+rows += [f"| {name.replace('_', ' ')} | {worst:.1e} |" for name, worst in to_trl.items()]
 Markdown("\n".join(rows))

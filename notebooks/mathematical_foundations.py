@@ -23,7 +23,6 @@
 #| label: foundations-imports
 import torch
 
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.equations.world import World, ascend, expect, gradient, groups, kl, variance
 
 # %% [markdown]
@@ -31,6 +30,8 @@ from nemo_rl_ref.equations.world import World, ascend, expect, gradient, groups,
 
 # %%
 #| label: notation-world
+#| num: notation-answers = {len(world)}
+#| num: notation-prefixes = {world.states}
 world = World(vocab=3, horizon=3, end=0)  # tokens 0, 1, 2; token 0 ends an answer
 policy = world.policy(seed=1)  # logits: one row for each prefix, one column for each token
 probability = world.logprob(policy).exp()
@@ -38,7 +39,6 @@ probability = world.logprob(policy).exp()
 for tokens, mask, p in list(zip(world.answers, world.mask, probability, strict=True))[:6]:
     print(f"{tokens[mask.bool()].tolist()!s:<10} {p:.4f}")
 print(f"... {len(world)} answers in all, from {world.states} prefixes, {probability.sum():.4f}")
-values(notation_answers=len(world), notation_prefixes=world.states)
 
 # %%
 #| label: notation-batch
@@ -60,10 +60,11 @@ loss, _ = NLLLossFn()(next_token_logprobs, batch, None, tokens)
 batch_error = abs(loss * tokens + world.logprob(policy)[rows].sum()).item()
 assert batch_error < 1e-6  # the loss adds 1e-8 to the count
 print(batch["input_ids"], batch["token_mask"].int(), sep="\n")
-values(notation_batch_tokens=int(tokens))
 
 # %%
 #| label: thm-factorisation
+#| num: factorisation-total-error = {total_error:.0e}
+#| num: factorisation-conditional-error = {conditional_error:.0e}
 total_error = conditional_error = 0.0
 for end in (None, 0):
     small = World(vocab=3, horizon=4, end=end)
@@ -78,13 +79,11 @@ for end in (None, 0):
         off = (given - logits.softmax(-1))[reached]
         conditional_error = max(conditional_error, off.abs().max().item())
 assert total_error < 1e-12 and conditional_error < 1e-9
-values(
-    factorisation_total_error=f"{total_error:.0e}",
-    factorisation_conditional_error=f"{conditional_error:.0e}",
-)
 
 # %%
 #| label: thm-entropy
+#| num: entropy-chain-error = {chain_error:.0e}
+#| num: entropy-metric-error = {metric_error:.0e}
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 
 log_p, engine = world.token_logprobs(policy), world.policy(seed=2)
@@ -105,10 +104,10 @@ one = torch.tensor(1.0, dtype=torch.float64)
 metric = loss_fn(log_p, stored | masks, one, one)[1]["approx_entropy"]
 metric_error = abs(metric - expect(world.logprob(engine), visited)).item()
 assert chain_error < 1e-12 and metric_error < 1e-6
-values(entropy_chain_error=f"{chain_error:.0e}", entropy_metric_error=f"{metric_error:.0e}")
 
 # %%
 #| label: thm-values
+#| num: value-error = {max(mean_error, step_error):.0e}
 chain = World(vocab=3, horizon=3)
 logits = chain.policy(seed=3)
 reward = torch.randn(len(chain), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -126,13 +125,15 @@ step_error = (q[places][:, :-1] - value[chain.prefixes][:, 1:]).abs().max().item
 advantage = q - value[:, None]
 advantage_mean = (logits.softmax(-1) * advantage).sum(-1).abs().max().item()
 assert max(mean_error, step_error, advantage_mean) < 1e-12
-values(value_error=f"{max(mean_error, step_error):.0e}")
 
 # %% [markdown]
 # ## SFT as maximum likelihood
 
 # %%
 #| label: thm-sft-forward-kl
+#| num: sft-rivals = {len(rivals)}
+#| num: sft-gap-error = {gap_error:.0e}
+#| num: sft-fit-error = {fit_error:.0e}
 world = World(vocab=3, horizon=3)
 log_data = world.logprob(world.policy(scale=1.5, seed=4)).detach()
 entropy = expect(log_data, -log_data)
@@ -151,10 +152,10 @@ fitted = ascend(lambda logits: -cross_entropy(logits), world.policy(seed=5))
 fit_error = (world.logprob(fitted).exp() - log_data.exp()).abs().max().item()
 least_error = abs(cross_entropy(fitted) - entropy).item()
 assert gap_error < 1e-12 and fit_error < 1e-6 and least_error < 1e-10
-values(sft_rivals=len(rivals), sft_gap_error=f"{gap_error:.0e}", sft_fit_error=f"{fit_error:.0e}")
 
 # %%
 #| label: thm-sft-gradient
+#| num: sft-gradient-error = {sft_gradient_error:.0e}
 logits = world.policy(seed=6)
 slope = gradient(cross_entropy(logits), logits)
 
@@ -172,10 +173,13 @@ slope = gradient(-expect(log_some, world.logprob(logits)), logits)
 never = world.prefixes[absent, 1:].unique()
 assert (slope[never] == 0).all() and (slope != 0).any()
 assert sft_gradient_error < 1e-12
-values(sft_gradient_error=f"{sft_gradient_error:.0e}")
 
 # %%
 #| label: thm-mass-covering
+#| num: covering-q = {covering:.2f}
+#| num: covering-outside = {outside:.2f}
+#| num: seeking-q = {max(seeking, 1 - seeking):.3f}
+#| num: seeking-other = {memoryless(seeking).exp()[[0, 3]].min():.0e}
 pair = World(vocab=2, horizon=2)  # answers 00, 01, 10, 11
 log_data = torch.tensor([0.49, 0.01, 0.01, 0.49], dtype=torch.float64).log()
 
@@ -195,12 +199,6 @@ outside = memoryless(covering).exp()[[1, 2]].sum()
 assert abs(covering - 0.5) < 1e-9 and min(seeking, 1 - seeking) < 0.05
 low = (reverse[1:-1] < reverse[:-2]) & (reverse[1:-1] < reverse[2:])
 assert low.sum() == 2  # two minima, one for each mode
-values(
-    covering_q=f"{covering:.2f}",
-    covering_outside=f"{outside:.2f}",
-    seeking_q=f"{max(seeking, 1 - seeking):.3f}",
-    seeking_other=f"{memoryless(seeking).exp()[[0, 3]].min():.0e}",
-)
 
 # %%
 #| label: fig-forward-reverse-kl
@@ -221,6 +219,10 @@ axes[-1].set_xlabel("probability of token 1");
 
 # %%
 #| label: thm-token-mean
+#| num: share-error = {share_error:.0e}
+#| num: nll-whole = {whole:.3f}
+#| num: nll-averaged = {averaged:.3f}
+#| num: nll-answers = {per_answer.mean():.3f}
 world = World(vocab=3, horizon=4, end=0)
 logits = world.policy(seed=7)
 logprobs, lengths = world.token_logprobs(logits), world.mask.sum(-1)
@@ -244,18 +246,13 @@ weighted = (lengths / lengths.sum() * per_answer).sum()
 share_error = abs(shares - whole).item()
 assert share_error < 1e-12 and abs(weighted - whole) < 1e-8
 assert abs(averaged - whole) > 0.01 and abs(per_answer.mean() - whole) > 0.01
-values(
-    share_error=f"{share_error:.0e}",
-    nll_whole=f"{whole:.3f}",
-    nll_averaged=f"{averaged:.3f}",
-    nll_answers=f"{per_answer.mean():.3f}",
-)
 
 # %% [markdown]
 # ## The policy gradient
 
 # %%
 #| label: thm-policy-gradient
+#| num: pg-error = {pg_error:.0e}
 world = World(vocab=3, horizon=3)
 policy = world.policy(seed=8)
 reward = torch.randn(len(world), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -272,10 +269,11 @@ estimate = expect(log_p, reward[:, None, None] * score)  # the theorem
 score_error = expect(log_p, score).abs().max().item()
 pg_error = (estimate - exact).abs().max().item()
 assert pg_error < 1e-12 and score_error < 1e-12
-values(pg_error=f"{pg_error:.0e}", score_error=f"{score_error:.0e}")
 
 # %%
 #| label: thm-baseline
+#| num: baseline-error = {baseline_error:.0e}
+#| num: baseline-bias = {baseline_bias:.1f}
 token_scores = torch.autograd.functional.jacobian(world.token_logprobs, policy)  # (Y, T, s, V)
 random = torch.Generator().manual_seed(2)
 baseline_error = 0.0
@@ -292,10 +290,16 @@ weights = reward[:, None] - at_token[world.prefixes, world.answers]
 wrong = expect(log_p, torch.einsum("yt,ytsv->ysv", weights, token_scores))
 baseline_bias = (wrong - exact).norm() / exact.norm()
 assert baseline_error < 1e-12 and baseline_bias > 0.1
-values(baseline_error=f"{baseline_error:.0e}", baseline_bias=f"{baseline_bias:.1f}")
 
 # %%
 #| label: thm-optimal-baseline
+#| num: baseline-none-centred = {spread(5.0) / spread(centred):.2f}
+#| num: baseline-sure-none = {sure_none:.4f}
+#| num: baseline-sure-mean = {sure_mean:.3f}
+#| num: baseline-best = {best:.2f}
+#| num: baseline-average = {average:.2f}
+#| num: baseline-none = {spread(0) / spread(best):.1f}
+#| num: baseline-mean-reward = {spread(average) / spread(best):.3f}
 reward_5 = reward + 5  # rewards that are all positive, as a rule
 
 
@@ -315,7 +319,6 @@ assert others.argmin() == 30 and parabola_error < 1e-12
 
 # Without the 5; and two answers of which the better one is almost sure.
 centred = expect(log_p, reward * square) / expect(log_p, square) + 5
-none_centred = spread(5.0) / spread(centred)
 sure = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
 sure_score = torch.eye(2, dtype=torch.float64) - sure.exp()  # of a softmax
 sure_reward = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -324,18 +327,14 @@ sure_none, sure_mean = (
     for b in (0.0, expect(sure, sure_reward))
 )
 assert sure_none < sure_mean
-values(
-    baseline_none_centred=f"{none_centred:.2f}",
-    baseline_sure_none=f"{sure_none:.4f}",
-    baseline_sure_mean=f"{sure_mean:.3f}",
-    baseline_best=f"{best:.2f}",
-    baseline_average=f"{average:.2f}",
-    baseline_none=f"{spread(0) / spread(best):.1f}",
-    baseline_mean_reward=f"{spread(average) / spread(best):.3f}",
-)
 
 # %%
 #| label: thm-reward-to-go
+#| num: rtg-error = {max(reached, means):.0e}
+#| num: rtg-worlds = {len(ratios)}
+#| num: rtg-lower = {lower}
+#| num: rtg-median = {sorted(ratios)[len(ratios) // 2]:.2f}
+#| num: rtg-worst = {max(ratios):.2f}
 reached, means, ratios = 0.0, 0.0, []
 for seed in range(60):
     logits = world.policy(seed=100 + seed)
@@ -354,16 +353,10 @@ for seed in range(60):
     ratios.append((variance(log_p, causal).sum() / variance(log_p, full).sum()).item())
 lower = sum(ratio < 1 for ratio in ratios)
 assert reached < 1e-12 and means < 1e-12 and lower > 30
-values(
-    rtg_error=f"{max(reached, means):.0e}",
-    rtg_worlds=len(ratios),
-    rtg_lower=lower,
-    rtg_median=f"{sorted(ratios)[len(ratios) // 2]:.2f}",
-    rtg_worst=f"{max(ratios):.2f}",
-)
 
 # %%
 #| label: thm-importance-sampling
+#| num: is-error = {stale_error:.0e}
 stale_error = 0.0
 for seed in range(50):
     policy = world.policy(seed=seed)
@@ -376,10 +369,12 @@ for seed in range(50):
     found = max(abs(weighted - expect(log_p, reward)).item(), slope.abs().max().item())
     stale_error = max(stale_error, found)
 assert stale_error < 1e-12 and abs(unweighted) > 0.01
-values(is_error=f"{stale_error:.0e}")
 
 # %%
 #| label: thm-ratio-variance
+#| num: is-growth-error = {growth_error:.0e}
+#| num: is-one-token = {curves[-1, 0]:.2f}
+#| num: is-eight-tokens = {curves[-1, -1]:.1f}
 by_length = []
 steps, drifts = range(1, 9), (0.1, 0.3, 0.5)
 lines = [World(vocab=3, horizon=horizon) for horizon in steps]
@@ -393,11 +388,6 @@ curves = torch.tensor(by_length, dtype=torch.float64).reshape(len(drifts), len(s
 law = (1 + curves[:, :1]) ** torch.tensor(steps) - 1  # (1 + c)^T - 1
 growth_error = (curves / law - 1).abs().max().item()
 assert growth_error < 1e-10
-values(
-    is_growth_error=f"{growth_error:.0e}",
-    is_one_token=f"{curves[-1, 0]:.2f}",
-    is_eight_tokens=f"{curves[-1, -1]:.1f}",
-)
 
 # %%
 #| label: fig-ratio-variance
@@ -440,6 +430,8 @@ def mean_gradient(world, reward, tokens=None):
 
 # %%
 #| label: thm-reinforce-loss
+#| num: reinforce-error = {reinforce_error:.0e}
+#| num: reinforce-cosine = {cosine:.3f}
 fixed = World(vocab=3, horizon=2)
 mean, exact = mean_gradient(fixed, torch.linspace(-1, 1, len(fixed), dtype=torch.float64))
 reinforce_error = (mean + exact / 2).abs().max().item()  # two tokens in every answer
@@ -450,7 +442,6 @@ cosine = -torch.cosine_similarity(mean.flatten(), exact.flatten(), dim=0).item()
 mean, exact = mean_gradient(ragged, reward_2, tokens=2.0)  # a count that no answer changes
 constant_error = (mean + exact).abs().max().item()
 assert reinforce_error < 1e-7 and constant_error < 1e-7 and cosine < 0.9999
-values(reinforce_error=f"{reinforce_error:.0e}", reinforce_cosine=f"{cosine:.3f}")
 
 # %% [markdown]
 # ## Reward under a KL penalty
@@ -479,6 +470,8 @@ print(f"{len(world)} answers, a policy is a table of {world.states} x {world.voc
 
 # %%
 #| label: thm-kl-optimum
+#| num: kl-ascent-error = {ascent_error:.0e}
+#| num: kl-value-error = {value_error:.0e}
 log_best, log_z = best(BETA)
 found = ascend(lambda logits: regularised(world.logprob(logits)), world.policy(seed=2))
 log_found = world.logprob(found)
@@ -486,10 +479,11 @@ log_found = world.logprob(found)
 ascent_error = (log_found.exp() - log_best.exp()).abs().max().item()
 value_error = (regularised(log_found) - BETA * log_z).abs().item()
 assert ascent_error < 1e-6 and value_error < 1e-12
-values(kl_ascent_error=f"{ascent_error:.0e}", kl_value_error=f"{value_error:.0e}")
 
 # %%
 #| label: thm-kl-gap
+#| num: kl-rivals = {len(rivals)}
+#| num: kl-gap-error = {gap_error:.0e}
 # Any policy misses the optimum by exactly β KL(policy || best).
 scales = (0.1, 1.0, 10.0)  # nearly uniform to nearly deterministic
 rivals = [
@@ -500,7 +494,6 @@ divergences = torch.stack([kl(rival, log_best) for rival in rivals])
 
 gap_error = (gaps - BETA * divergences).abs().max().item()
 assert gap_error < 1e-12 and gaps.min() > 0
-values(kl_rivals=len(rivals), kl_gap_error=f"{gap_error:.0e}")
 
 # %%
 #| label: thm-kl-limits
@@ -515,7 +508,6 @@ limit_error = (1e4 * gain / variance(log_ref, reward) - 1).abs().item()
 # The price of the sure answer is its surprise under the reference.
 price_error = (kl(weak, log_ref) + log_ref[reward.argmax()]).abs().item()
 assert limit_error < 1e-3 and price_error < 1e-9
-values(kl_limit_error=f"{limit_error:.0e}", kl_price_error=f"{price_error:.0e}")
 
 # %%
 #| label: fig-kl-frontier
@@ -542,6 +534,7 @@ axis.set_title("expected reward")
 axis.legend(loc="lower right", fontsize=9)
 # %%
 #| label: thm-kl-frontier
+#| num: kl-slope-error = {slope_error:.0e}
 # Along the curve a nat buys β reward, and every other policy lies below the curve's tangent.
 slope_error = 0.0
 for strength in (0.1, 0.3, 1.0, 3.0):
@@ -554,13 +547,13 @@ for strength in (0.1, 0.3, 1.0, 3.0):
         tangent = strength * (log_normaliser + kl(rival, log_ref))
         assert expect(rival, reward) < tangent
 assert slope_error < 1e-9
-values(kl_slope_error=f"{slope_error:.0e}")
 
 # %% [markdown]
 # ## From preferences to DPO
 
 # %%
 #| label: thm-implicit-reward
+#| num: preference-error = {preference_error:.0e}
 implied = BETA * (log_found - log_ref)  # of the policy that optimisation found
 # Two answers to one prompt: their difference is the reward's, whatever Z is.
 differences = (implied[:, None] - implied) - (reward[:, None] - reward)
@@ -570,7 +563,6 @@ stated = torch.sigmoid(implied[:, None] - implied)
 preferences = torch.sigmoid(reward[:, None] - reward)  # Bradley-Terry
 preference_error = (stated - preferences).abs().max().item()
 assert implied_error < 1e-5 and preference_error < 1e-6
-values(kl_implied_error=f"{implied_error:.0e}", preference_error=f"{preference_error:.0e}")
 
 # %%
 #| label: thm-reward-shift
@@ -581,11 +573,11 @@ shift_error = (same - preferences).abs().max().item()
 log_shifted = torch.log_softmax(log_ref + shifted / BETA, dim=0)
 shift_error = max(shift_error, (log_shifted - log_best).abs().max().item())
 assert shift_error < 1e-12
-values(shift_error=f"{shift_error:.0e}")
 
 
 # %%
 #| label: thm-dpo-weight
+#| num: dpo-weight-error = {weight_error:.0e}
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.custom.pairwise import ConservativeDPOLossFn, DPOPLossFn, IPOLossFn
 
@@ -609,10 +601,10 @@ for h in torch.linspace(-40, 40, 81, dtype=torch.float64):
     wanted = BETA * torch.sigmoid(-BETA * h)  # σ(-margin): 1 for a pair in the wrong order
     weight_error = max(weight_error, (up + wanted).abs().item(), (down - wanted).abs().item())
 assert weight_error < 1e-8  # 1e-8 is what NeMo RL adds to its denominators
-values(dpo_weight_error=f"{weight_error:.0e}")
 
 # %%
 #| label: thm-dpo-minimiser
+#| num: dpo-minimiser-error = {minimiser_error:.0e}
 # DPO on infinite data: every ordered pair of answers, as often as annotators prefer it.
 rows = torch.cartesian_prod(*[torch.arange(len(world))] * 2).flatten()  # chosen, rejected, …
 
@@ -638,10 +630,12 @@ def fit(loss_fn, weights):
 by_dpo = fit(dpo, preferences.sqrt())  # the class multiplies by the mask twice
 minimiser_error = (by_dpo.exp() - log_best.exp()).abs().max().item()
 assert minimiser_error < 1e-6
-values(dpo_minimiser_error=f"{minimiser_error:.0e}")
 
 # %%
 #| label: thm-dpo-both-fall
+#| num: fall-chosen = {falls[0]:+.3f}
+#| num: fall-rejected = {falls[1]:+.3f}
+#| num: rise-other = {falls[2]:+.3f}
 # One softmax for every position: whatever the prefix, the next token has the same distribution.
 pairs_world = World(vocab=3, horizon=2)
 names = ["".join("abc"[token] for token in answer) for answer in pairs_world.answers]
@@ -670,11 +664,6 @@ falls = (path[1] - path[0])[[w, l, other]]
 assert falls[0] < 0 and falls[1] < falls[0] < 0 < falls[2]
 before, after = path[0].exp(), path[1].exp()
 assert (after.sum() - 1).abs() < 1e-12
-values(
-    fall_chosen=f"{falls[0]:+.3f}",
-    fall_rejected=f"{falls[1]:+.3f}",
-    rise_other=f"{falls[2]:+.3f}",
-)
 
 # %%
 #| label: fig-dpo-both-fall
@@ -760,6 +749,7 @@ axis.set_title("margin β (h_w − h_l) at the minimum")
 axis.legend(fontsize=9)
 # %%
 #| label: thm-label-noise
+#| num: noise-kl = {noise_kl:.2f}
 from nemo_rl_ref.custom.pairwise import RobustDPOLossFn
 
 # A fifth of the labels is flipped. DPO then ends at the policy of weaker preferences.
@@ -774,7 +764,6 @@ noise_kl, noise_error = (
     kl(log_best, corrected).abs().item(),
 )
 assert noise_kl > 0.01 and noise_error < 1e-9
-values(noise_kl=f"{noise_kl:.2f}", noise_error=f"{noise_error:.0e}")
 
 # %% [markdown]
 # ## PPO
@@ -805,6 +794,7 @@ def pg_loss(logprobs, prev, advantages, generation=None, **settings):
 
 # %%
 #| label: thm-ppo-surrogate
+#| num: surrogate-error = {surrogate_error:.1g}
 world = World(vocab=3, horizon=3)
 generator = torch.Generator().manual_seed(1)
 reward = torch.randn(len(world), generator=generator, dtype=torch.float64)
@@ -824,10 +814,10 @@ def exact(logits):
 
 surrogate_error = (gradient(surrogate(policy), policy) - exact(policy)).abs().max().item()
 assert surrogate_error < 1e-14
-values(surrogate_error=f"{surrogate_error:.1g}")
 
 # %%
 #| label: thm-ppo-surrogate-away
+#| num: surrogate-gap-growth = {gaps[1] / gaps[0]:.1f}
 # Away from π_old the two gradients part, in proportion to the distance.
 direction = world.policy(seed=2).detach()
 gaps = []
@@ -835,10 +825,12 @@ for distance in (1e-4, 1e-3):
     near = (policy + distance * direction).detach().requires_grad_()
     gaps.append((gradient(surrogate(near), near) - exact(near)).norm().item())
 assert gaps[0] > 1e-6 and 9 < gaps[1] / gaps[0] < 11
-values(surrogate_gap_growth=f"{gaps[1] / gaps[0]:.1f}")
 
 # %%
 #| label: thm-ppo-zero-gradient
+#| num: ppo-points = {zero.numel()}
+#| num: ppo-zero = {int(zero.sum())}
+#| num: ppo-outside-kept = {kept}
 ratio, advantage = torch.meshgrid(
     torch.linspace(0.06, 3.01, 119, dtype=torch.float64),  # no ratio is 0.8 or 1.28 itself
     torch.linspace(-2.0, 2.0, 41, dtype=torch.float64),
@@ -854,10 +846,11 @@ outside = (ratio > 1.28) | (ratio < 0.8)
 assert torch.equal(zero, clipped | (advantage == 0))
 kept = (outside & ~zero & (advantage != 0)).sum().item()
 assert kept > 0  # outside the interval there is a gradient, too: the one that leads back
-values(ppo_points=zero.numel(), ppo_zero=int(zero.sum()), ppo_outside_kept=kept)
 
 # %%
 #| label: thm-ppo-leaves
+#| num: ppo-leap-up = {leap[0, 0]:.2f}
+#| num: ppo-leap-down = {leap[0, 2]:.2f}
 bandit = World(vocab=3, horizon=1)
 start = bandit.policy(scale=0.0)  # uniform over three answers of one token
 log_old = bandit.token_logprobs(start).detach()
@@ -878,16 +871,16 @@ def train(rate, steps, **settings):
 leap = train(rate=3.0, steps=20)  # ε = 0.2
 assert leap[0, 0] > 1.2 and leap[0, 2] < 0.8  # the first step leaves the interval
 assert torch.equal(leap[0], leap[-1])  # and nothing brings the ratios back
-values(ppo_leap_up=f"{leap[0, 0]:.2f}", ppo_leap_down=f"{leap[0, 2]:.2f}")
 
 # %%
 #| label: thm-ppo-pushed
+#| num: ppo-drift-from = {small[first_out, 0]:.3f}
+#| num: ppo-drift-to = {small[-1, 0]:.3f}
 # A clipped token has no gradient of its own, yet its ratio moves on: others share the softmax.
 small = train(rate=0.2, steps=80)
 first_out = int((small[:, 0] > 1.2).nonzero()[0])
 drift = (small[-1, 0] - small[first_out, 0]).item()
 assert drift > 0.01
-values(ppo_drift_from=f"{small[first_out, 0]:.3f}", ppo_drift_to=f"{small[-1, 0]:.3f}")
 
 # %%
 #| label: fig-ppo-ratio
@@ -910,6 +903,8 @@ axis.legend(loc="upper left");
 
 # %%
 #| label: thm-dual-clip-bound
+#| num: dual-largest = {dual.max() / 0.7:.2f}
+#| num: dual-without = {plain.max() / 0.7:.0e}
 ratio = torch.logspace(-3, 6, 400, dtype=torch.float64)[:, None]
 cost = torch.full_like(ratio, -0.7)  # a negative advantage
 
@@ -922,7 +917,6 @@ def gradient_weight(**settings):
 plain, dual = gradient_weight(), gradient_weight(ratio_clip_c=3.0)
 assert dual.max() <= 3.0 * 0.7 < plain.max()
 assert torch.equal(dual == 0, (ratio < 0.8) | (ratio > 3.0))
-values(dual_largest=f"{dual.max() / 0.7:.2f}", dual_without=f"{plain.max() / 0.7:.0e}")
 
 # %% [markdown]
 # ## Generalised advantage estimation
@@ -963,6 +957,8 @@ wrong_value = exact_value + 0.5 * error
 
 # %%
 #| label: thm-gae-limits
+#| num: gae-limit-error = {max(at_0, at_1):.1g}
+#| num: gae-limit-near = {max(near_0, near_1):.0e}
 following = torch.nn.functional.pad(wrong_value[world.prefixes][:, 1:], (0, 1))  # V(s_{t+1})
 token_reward = torch.nn.functional.pad(reward[:, None], (2, 0))  # only the last token has one
 gamma = 0.9
@@ -974,10 +970,11 @@ at_1 = (gae(wrong_value, 1.0, gamma) - monte_carlo).abs().max().item()
 near_0 = (gae(wrong_value, 1e-9, gamma) - residual).abs().max().item()
 near_1 = (gae(wrong_value, 1 - 1e-9, gamma) - monte_carlo).abs().max().item()
 assert max(at_0, at_1) < 1e-14 and max(near_0, near_1) < 1e-8
-values(gae_limit_error=f"{max(at_0, at_1):.1g}", gae_limit_near=f"{max(near_0, near_1):.0e}")
 
 # %%
 #| label: thm-gae-unbiased
+#| num: gae-exact-bias = {exact_bias:.0e}
+#| num: gae-one-bias = {wrong_bias[-1]:.0e}
 import itertools
 
 scores = torch.autograd.functional.jacobian(world.token_logprobs, policy)  # (Y, T, states, V)
@@ -1001,12 +998,13 @@ exact_bias = max(bias(exact_value, lam) for lam in lambdas)
 wrong_bias = [bias(wrong_value, lam) for lam in lambdas]
 assert exact_bias < 1e-14 and wrong_bias[-1] < 1e-14  # at λ = 1 any value function will do
 assert all(a > b for a, b in itertools.pairwise(wrong_bias))
-values(gae_exact_bias=f"{exact_bias:.0e}", gae_one_bias=f"{wrong_bias[-1]:.0e}")
 
 # %%
 #| label: fig-gae-tradeoff
 #| alt: Two panels against λ from 0 to 1. Bias falls to zero at λ = 1 for the wrong value function and is zero for the exact one. Variance grows with λ for the exact value function and has its minimum at λ near 0.4 for the wrong one.
 #| caption: Bias (norm of the error of the mean) and variance (summed over parameters) of the policy gradient from one answer against λ, exact sums over all answers.
+#| num: gae-variance-growth = {exact_growth:.1f}
+#| num: gae-variance-lowest = {lowest:.1f}
 
 
 def spread(state_values, lam):
@@ -1025,13 +1023,15 @@ lower.set(xlabel="λ", ylabel="variance")
 upper.legend()
 exact_growth = spread(exact_value, 1.0) / spread(exact_value, 0.0)
 lowest = min(lambdas, key=lambda lam: spread(wrong_value, lam))
-values(gae_variance_growth=f"{exact_growth:.1f}", gae_variance_lowest=f"{lowest:.1f}")
 
 # %% [markdown]
 # ## Off-policy correction between engines
 
 # %%
 #| label: thm-off-policy-unbiased
+#| num: engine-none = {100 * uncorrected:.1f}
+#| num: engine-token = {100 * by_token:.1f}
+#| num: engine-answer = {by_answer:.0e}
 # The engine's policy: the same, with noise on the logits.
 noise = world.policy(seed=5).detach()
 engine = world.token_logprobs(policy.detach() + 0.3 * noise)
@@ -1055,14 +1055,10 @@ uncorrected = relative(estimate())
 by_token = relative(estimate(**correction))
 by_answer = relative(estimate(tokens=3, **correction, **whole))  # it divides by the length
 assert by_answer < 1e-8 < by_token < uncorrected  # 1e-8 is added to the length, too
-values(
-    engine_none=f"{100 * uncorrected:.1f}",
-    engine_token=f"{100 * by_token:.1f}",
-    engine_answer=f"{by_answer:.0e}",
-)
 
 # %%
 #| label: thm-one-token
+#| num: one-token-error = {one_token_error:.0e}
 # For answers of one token, the weight of the token is that of the answer: no bias.
 one_engine = bandit.token_logprobs(bandit.policy(seed=6)).detach()
 trained = bandit.policy(seed=7)
@@ -1071,10 +1067,11 @@ loss = pg_loss(now, now.detach(), one_engine.exp() * gain[:, None], one_engine, 
 wanted = gradient(expect(bandit.logprob(trained), gain), trained)
 one_token_error = (-gradient(loss, trained) - wanted).norm().item()
 assert one_token_error < 1e-14
-values(one_token_error=f"{one_token_error:.0e}")
 
 # %%
 #| label: thm-truncation
+#| num: truncation-bounds = {len(bounds)}
+#| num: weight-largest = {weight.max():.0f}
 log_engine = world.logprob(policy.detach() + 0.8 * noise)  # far away
 weight = (log_p - log_engine).exp().detach()  # weights of whole answers
 bounds = torch.logspace(0, weight.max().log10().item(), 30, dtype=torch.float64).tolist()
@@ -1101,7 +1098,6 @@ for before, after in itertools.pairwise(tis):
     assert after[0] >= before[0] and after[1] >= before[1]  # less bias, more variance
 assert all(i[0] <= c[0] + 1e-15 for i, c in zip(icepop, tis, strict=True))  # IcePop drops more
 assert abs(tis[-1][0]) < 1e-14
-values(truncation_bounds=len(bounds), weight_largest=f"{weight.max():.0f}")
 
 # %%
 #| label: fig-truncation
@@ -1117,6 +1113,9 @@ upper.legend();
 
 # %%
 #| label: thm-effective-sample-size
+#| num: share-one = {100 * shares[1]:.1f}
+#| num: share-eight = {100 * shares[8]:.0f}
+#| num: share-thousand = {per_token.item() ** 1000:.0e}
 import math
 
 # The same mismatch at every token: the share of samples that count falls as a power of the length.
@@ -1135,11 +1134,6 @@ for length in range(1, 9):
     log_old_y, log_engine_y = token_old[answers].sum(-1), token_engine[answers].sum(-1)
     shares[length] = 1 / expect(log_engine_y, (2 * (log_old_y - log_engine_y)).exp())
     assert abs(shares[length] - per_token**length) < 1e-13
-values(
-    share_one=f"{100 * shares[1]:.1f}",
-    share_eight=f"{100 * shares[8]:.0f}",
-    share_thousand=f"{per_token.item() ** 1000:.0e}",
-)
 
 # %% [markdown]
 # ## GRPO and its relatives
@@ -1174,21 +1168,22 @@ def expected_gradient(advantages):
 
 # %%
 #| label: thm-group-baseline
+#| num: groups-listed = {len(members)}
+#| num: groups-loo-error = {loo_error:.0e}
+#| num: groups-mean-error = {mean_error:.0e}
+#| num: groups-scale-error = {scale_error:.0e}
 others = advantages_of(reward[members], normalize_rewards=False)
 mean = advantages_of(reward[members], normalize_rewards=False, use_leave_one_out_baseline=False)
 loo_error = (expected_gradient(others) - exact).abs().max().item()
 mean_error = (expected_gradient(mean) - (SIZE - 1) / SIZE * exact).abs().max().item()
 scale_error = (others - SIZE / (SIZE - 1) * mean).abs().max().item()
 assert max(loo_error, mean_error, scale_error) < 1e-12
-values(
-    groups_listed=len(members),
-    groups_loo_error=f"{loo_error:.0e}",
-    groups_mean_error=f"{mean_error:.0e}",
-    groups_scale_error=f"{scale_error:.0e}",
-)
 
 # %%
 #| label: thm-others-std
+#| num: others-std-factor = {factor.item():.2f}
+#| num: others-std-error = {direction_error:.0e}
+#| num: others-std-sum = {left_over:.2f}
 # The other answers know nothing of answer i, so their deviation is only a factor on average.
 two, log_two = groups(log_p.detach(), SIZE - 1)  # the others
 spread = reward[two].std(1)
@@ -1201,14 +1196,10 @@ assert direction_error < 1e-12
 assert torch.equal(divided.sign(), others.sign())
 left_over = divided.sum(1).abs().max().item()
 assert left_over > 0.1 and others.sum(1).abs().max() < 1e-12
-values(
-    others_std_factor=f"{factor.item():.2f}",
-    others_std_error=f"{direction_error:.0e}",
-    others_std_sum=f"{left_over:.2f}",
-)
 
 # %%
 #| label: thm-group-std
+#| num: group-std-degrees = {math.degrees(math.acos(graded)):.1f}
 
 def cosine(a, b):
     """Cosine of the angle between two gradients."""
@@ -1224,7 +1215,6 @@ exact_binary = gradient(expect(log_p, success), logits)
 whole_binary = advantages_of(success[members], use_leave_one_out_baseline=False)
 binary = cosine(expected_gradient(whole_binary), exact_binary)
 assert graded < 0.999 and abs(binary - 1) < 1e-12
-values(group_std_cosine=f"{graded:.3f}", group_std_degrees=f"{math.degrees(math.acos(graded)):.1f}")
 
 # %% [markdown]
 # With rewards of 0 or 1 the expected gradient of a prompt is a factor times the gradient of its
@@ -1276,6 +1266,8 @@ below.legend()
 
 # %%
 #| label: thm-difficulty
+#| num: difficulty-group = {group[hard] / group[even]:.2f}
+#| num: difficulty-others = {other[hard] / other[even]:.2f}
 at = {f"{p:.2f}": int((rates - p).abs().argmin()) for p in (0.05, 0.5)}
 print(f"{'factor at':34}" + "".join(f"p = {p:8}" for p in at))
 for name, curve in curves.items():
@@ -1284,10 +1276,6 @@ group, other = curves["mean, group's deviation"], curves["leave-one-out, others'
 hard, even = at.values()
 # The group's deviation favours hard prompts, the others' deviation even ones.
 assert group[hard] > group[even] and other[hard] < other[even]
-values(
-    difficulty_group=f"{group[hard] / group[even]:.2f}",
-    difficulty_others=f"{other[hard] / other[even]:.2f}",
-)
 
 # %%
 #| label: thm-lone-success
@@ -1336,6 +1324,8 @@ def batch_of(rows, advantages, old_logprobs):
 
 # %%
 #| label: thm-gspo-ratio
+#| num: gspo-error = {geometric_error:.0e}
+#| num: gspo-mean = {root_mean:.3f}
 minus_one = -torch.ones(len(ended), dtype=torch.float64)
 new_tokens, old_tokens = ended.token_logprobs(new), ended.token_logprobs(old)
 ratios = torch.zeros(len(ended), dtype=torch.float64)
@@ -1350,7 +1340,6 @@ assert geometric_error < 1e-7  # 1e-8 is added to each count
 assert abs(expect(ended.logprob(old), whole_ratio).item() - 1) < 1e-12
 root_mean = expect(ended.logprob(old), ratios).item()
 assert root_mean < 0.99
-values(gspo_error=f"{geometric_error:.0e}", gspo_mean=f"{root_mean:.3f}")
 
 
 # %%
@@ -1380,6 +1369,8 @@ for ratio, advantage in ((1.5, 1.0), (0.5, -1.0), (1.1, 1.0), (1.5, -1.0)):
 
 # %%
 #| label: thm-gdpo-resolution
+#| num: gdpo-one = {decoupled[1].item():.2f}
+#| num: gdpo-both = {decoupled[3].item():.2f}
 from nemo_rl_ref.algorithms.advantage_estimator import GDPOAdvantageEstimator
 
 # Two prompts, two answers each. The second answer fulfils one of two criteria, or both.
@@ -1397,10 +1388,12 @@ print("GRPO on the sum:", [round(a, 3) for a in summed.flatten().tolist()])
 print("GDPO:           ", [round(a, 3) for a in decoupled.tolist()])
 assert torch.allclose(summed[0], summed[1], atol=1e-5)  # one criterion or both: the same
 assert abs(decoupled[3] / decoupled[1] - 2).item() < 1e-12
-values(gdpo_one=f"{decoupled[1].item():.2f}", gdpo_both=f"{decoupled[3].item():.2f}")
 
 # %%
 #| label: thm-length-bias
+#| num: length-constant-error = {constant_error:.0e}
+#| num: length-answer-error = {answer_error:.0e}
+#| num: length-degrees = {angle:.0f}
 from nemo_rl_ref.custom.policy_gradient import DrGRPOLossFn
 
 policy = ended.policy(1.5)
@@ -1426,17 +1419,15 @@ answer_error = (answer_mean - per_token).abs().max().item()
 assert constant_error < 1e-8 and answer_error < 1e-7
 angle = math.degrees(math.acos(cosine(answer_mean, constant)))
 assert angle > 1
-values(
-    length_constant_error=f"{constant_error:.0e}",
-    length_answer_error=f"{answer_error:.0e}",
-    length_degrees=f"{angle:.0f}",
-)
 
 # %% [markdown]
 # ## Sums that micro-batches share
 
 # %%
 #| label: thm-micro-batches
+#| num: micro-error = {share_error:.0e}
+#| num: share-splits = {len(splits)}
+#| num: share-off = {100 * relative:.0f}
 batch_rows = torch.tensor([0, 2, 5, 9, 12, 14])
 counts = torch.tensor(6.0), tokens[batch_rows].sum()  # of the global batch
 
@@ -1464,9 +1455,6 @@ share_error = max(
 off = (summed_gradient([1, 5], True, by_own_count=True) - summed_gradient([6], True)).abs().max()
 assert share_error < 1e-12 and off > 1e-3
 relative = (off / summed_gradient([6], True).abs().max()).item()
-values(
-    micro_error=f"{share_error:.0e}", share_splits=len(splits), share_off=f"{100 * relative:.0f}"
-)
 
 # %%
 #| label: fig-token-weights
@@ -1476,6 +1464,7 @@ values(
 #|   longest.
 #| caption: What a token weighs, by the length of its answer, in a batch of sixteen answers of 1 to
 #|   16 tokens with advantage 1.
+#| num: weight-ratio = {(by_answer[0] / by_answer[-1]).item():.0f}
 each_length = torch.arange(1, 17)
 ladder_mask = (torch.arange(17) >= 1) & (torch.arange(17) <= each_length[:, None])
 ladder = {
@@ -1511,13 +1500,15 @@ axis.legend()
 by_answer = weights["mean over answers"]
 assert torch.allclose(by_answer * each_length, by_answer[:1])
 assert weights["mean over tokens"].unique().numel() == 1
-values(weight_ratio=f"{(by_answer[0] / by_answer[-1]).item():.0f}")
 
 # %% [markdown]
 # ## Estimators of the KL divergence: k1, k2, k3
 
 # %%
 #| label: thm-kl-values
+#| num: kl-exact = {exact:.3f}
+#| num: kl-mean-error = {error:.0e}
+#| num: kl-k2-mean = {means['k2']:.3f}
 from nemo_rl_ref.algorithms.utils import calculate_kl
 
 world = World(vocab=3, horizon=3)
@@ -1535,10 +1526,14 @@ means = {kind: expect(log_pi, estimates(kind)) for kind in ("k1", "k2", "k3")}
 error = max(abs(means[kind] - exact) for kind in ("k1", "k3"))
 gap = means["k2"] - exact
 assert error < 1e-12 < abs(gap)
-values(kl_exact=f"{exact:.3f}", kl_mean_error=f"{error:.0e}", kl_k2_mean=f"{means['k2']:.3f}")
 
 # %%
 #| label: thm-kl-off-policy
+#| num: kl-off-k1 = {off_policy['k1']:+.2f}
+#| num: kl-off-k2 = {off_policy['k2']:+.2f}
+#| num: kl-off-k3 = {off_policy['k3']:+.2f}
+#| num: kl-off-error = {error:.0e}
+#| num: kl-weighted-error = {weighted_error:.0e}
 off_policy = {kind: expect(log_old, estimates(kind)) - exact for kind in ("k1", "k2", "k3")}
 predicted = kl(log_old, log_ref) - kl(log_old, log_pi) - exact
 k3_extra = expect(log_old, (log_ref - log_pi).exp()) - 1
@@ -1550,13 +1545,6 @@ error = max(map(abs, (off_policy["k1"] - predicted, off_policy["k3"] - predicted
 weighted_error = max(map(abs, repaired))
 assert error < 1e-12 and weighted_error < 1e-12
 assert all(abs(bias) > 0.1 for bias in off_policy.values())
-values(
-    kl_off_k1=f"{off_policy['k1']:+.2f}",
-    kl_off_k2=f"{off_policy['k2']:+.2f}",
-    kl_off_k3=f"{off_policy['k3']:+.2f}",
-    kl_off_error=f"{error:.0e}",
-    kl_weighted_error=f"{weighted_error:.0e}",
-)
 
 # %%
 #| label: fig-kl-estimators
@@ -1586,19 +1574,19 @@ axes[0].legend()
 
 # %%
 #| label: kl-variance-numbers
+#| num: kl-value-near = {near[0]:.0e}
+#| num: kl-near-k1 = {near[4]:.0f}
+#| num: kl-near-k3 = {near[6]:.1f}
+#| num: kl-value-far = {far[0]:.1f}
+#| num: kl-far-k1 = {far[4]:.2f}
+#| num: kl-far-k3 = {far[6]:.1f}
 near, far = table[0], table[-1]
 assert near[6] < near[4] and far[6] > far[4]  # k3's standard deviation against k1's
-values(
-    kl_value_near=f"{near[0]:.0e}",
-    kl_near_k1=f"{near[4]:.0f}",
-    kl_near_k3=f"{near[6]:.1f}",
-    kl_value_far=f"{far[0]:.1f}",
-    kl_far_k1=f"{far[4]:.2f}",
-    kl_far_k3=f"{far[6]:.1f}",
-)
 
 # %%
 #| label: thm-kl-gradients
+#| num: kl-gradient-error = {error:.0e}
+#| num: kl-k3-cosine = {cosine:.2f}
 log_p = world.logprob(policy)  # the same policy, now with a gradient
 averages = {kind: expect(log_pi, estimates(kind, log_p)) for kind in ("k1", "k2", "k3")}
 slopes = {kind: gradient(average, policy) for kind, average in averages.items()}
@@ -1609,7 +1597,6 @@ errors = [slopes["k1"], slopes["k2"] - wanted, slopes["k3"] - other]
 error = max(e.abs().max() for e in errors)
 cosine = torch.cosine_similarity(slopes["k3"].flatten(), wanted.flatten(), dim=0)
 assert error < 1e-12 and cosine < 0.99
-values(kl_gradient_error=f"{error:.0e}", kl_k3_cosine=f"{cosine:.2f}")
 
 # %%
 #| label: kl-loss-gradient
@@ -1632,6 +1619,7 @@ def loss_gradient(world, policy, config, **tensors):
 
 # %%
 #| label: thm-kl-weight
+#| num: kl-weight-error = {error:.0e}
 tokens = World(vocab=5, horizon=1)  # answers of one token
 student, anchor = tokens.policy(seed=1), tokens.policy(seed=2).detach()
 anchor_logprobs = tokens.token_logprobs(anchor)
@@ -1642,10 +1630,11 @@ for kind in ("k1", "k3"):
     found = loss_gradient(tokens, student, config, reference_policy_logprobs=anchor_logprobs)
     error = max(error, (found - wanted).abs().max().item())
 assert error < 1e-12
-values(kl_weight_error=f"{error:.0e}")
 
 # %%
 #| label: thm-kl-later-tokens
+#| num: kl-later-error = {error:.0e}
+#| num: kl-later-missing = {100 * missing:.0f}
 config = ClippedPGLossConfig(reference_policy_kl_penalty=1.0, reference_policy_kl_type="k1")
 token_ref = world.token_logprobs(reference).detach()
 found = loss_gradient(world, policy, config, reference_policy_logprobs=token_ref)
@@ -1666,18 +1655,17 @@ error = max(
 )
 missing = (found - wanted).norm() / wanted.norm()
 assert error < 1e-12 and missing > 0.01
-values(kl_later_error=f"{error:.0e}", kl_later_missing=f"{100 * missing:.0f}")
 
 # %%
 #| label: kl-clamps
+#| num: kl-clamp-low = {low:.1f}
+#| num: kl-clamp-factor = {(-low).exp():.0f}
+#| num: kl-clamp-high = {high:.0f}
 ratios = torch.linspace(-15, 15, 300_001, dtype=torch.float64).requires_grad_()  # log(pi / ref)
 clamped = calculate_kl(ratios, torch.zeros_like(ratios), "k3")
 alive = gradient(clamped.sum(), ratios) != 0
 low, high = ratios[alive].min(), ratios[alive].max()
 assert not alive[ratios < low].any() and not alive[ratios > high].any()
-values(
-    kl_clamp_low=f"{low:.1f}", kl_clamp_factor=f"{(-low).exp():.0f}", kl_clamp_high=f"{high:.0f}"
-)
 
 # %% [markdown]
 # ## On-policy and multi-teacher distillation
@@ -1708,20 +1696,19 @@ def distil(student, teacher, k, **config):
 
 # %%
 #| label: thm-distillation-topk
+#| num: kd-blind = {max(map(abs, losses.values())):.0e}
+#| num: kd-full = {all_tokens:.2f}
+#| num: kd-outside = {outside:.0f}
 teacher = torch.tensor([0.6, 0.3, 0.06, 0.04], dtype=torch.float64).log()
 student = torch.tensor([0.3, 0.15, 0.05, 0.5], dtype=torch.float64).log()  # half elsewhere
 losses = {kind: distil(student, teacher, 2, kl_type=kind) for kind in ("forward", "reverse")}
 all_tokens = distil(student, teacher, 4, kl_type="forward")
 outside = distil(student, teacher, 2, kl_type="reverse", zero_outside_topk=True)
 assert max(map(abs, losses.values())) < 1e-12
-values(
-    kd_blind=f"{max(map(abs, losses.values())):.0e}",
-    kd_full=f"{all_tokens:.2f}",
-    kd_outside=f"{outside:.0f}",
-)
 
 # %%
 #| label: thm-opd
+#| num: opd-error = {error:.0e}
 from nemo_rl_ref.algorithms.advantage_estimator import OPDAdvantageEstimator
 
 token_teacher = world.token_logprobs(older).detach()
@@ -1744,10 +1731,11 @@ error = max(
     (found - gradient(frozen, policy)).abs().max(), abs(mean_advantage + kl(log_pi, log_old))
 )
 assert error < 1e-12
-values(opd_error=f"{error:.0e}")
 
 # %%
 #| label: thm-teachers
+#| num: teachers-error = {error:.0e}
+#| num: teachers-apart = {apart:.2f}
 tokens = World(vocab=6, horizon=1)
 one, two = (tokens.logprob(tokens.policy(1.5, seed=seed).detach()) for seed in (5, 8))
 share = 0.5  # weight of each teacher
@@ -1771,7 +1759,6 @@ error = max(
 )
 apart = (geometric.exp() - arithmetic.exp()).abs().max()
 assert error < 1e-6 < apart
-values(teachers_error=f"{error:.0e}", teachers_apart=f"{apart:.2f}")
 
 # %%
 #| label: fig-teachers
@@ -1818,6 +1805,8 @@ def estimate(size):
 
 # %%
 #| label: thm-group-variance
+#| num: group-variance-error = {error:.0e}
+#| num: group-variance-ratio = {exact[0] / exact[2]:.2f}
 slope = expect(log_p, reward[:, None] * scores)
 spread = (variance(log_p, reward) * variance(log_p, scores) + slope**2).sum()
 single = variance(log_p, (reward - expect(log_p, reward))[:, None] * scores).sum()
@@ -1826,7 +1815,6 @@ exact = [variance(log_group, g).sum().item() for g, log_group in map(estimate, s
 law = [(single / G + spread / (G * (G - 1))).item() for G in sizes]
 error = max(abs(a - b) for a, b in zip(exact, law, strict=True))
 assert error < 1e-12
-values(group_variance_error=f"{error:.0e}", group_variance_ratio=f"{exact[0] / exact[2]:.2f}")
 
 # %%
 #| label: group-outcomes
@@ -1844,6 +1832,12 @@ def outcomes(G, p):
 
 # %%
 #| label: thm-no-signal
+#| num: silent-group = {G}
+#| num: silent-rate = {p:.2f}
+#| num: silent-error = {error:.0e}
+#| num: silent-percent = {100 * silent:.0f}
+#| num: silent-cost = {1 / (1 - silent):.1f}
+#| num: alone-percent = {100 * alone:.0f}
 G, p = 8, 0.05
 right, log_group, std = outcomes(G, p)
 silent = expect(log_group, (right.sum(-1) % G == 0).double())
@@ -1852,14 +1846,6 @@ one_right = right.sum(-1) == 1
 dropped = std[one_right] == 0  # what a filter on std != 0 takes out
 assert error < 1e-12 and (dropped == right[one_right].bool()).all()
 alone = expect(log_group, one_right.double()) / (1 - silent)
-values(
-    silent_group=G,
-    silent_rate=f"{p:.2f}",
-    silent_error=f"{error:.0e}",
-    silent_percent=f"{100 * silent:.0f}",
-    silent_cost=f"{1 / (1 - silent):.1f}",
-    alone_percent=f"{100 * alone:.0f}",
-)
 
 # %%
 #| label: fig-group-size
@@ -1879,6 +1865,8 @@ for axis in axes:
 
 # %%
 #| label: thm-ess
+#| num: ess-error = {error:.0e}
+#| num: ess-half-kl = {half:.2f}
 def ess_share(log_new, log_sampler):
     """1 / E[ratio^2] under the sampler: the share of the samples that count."""
     return 1 / expect(log_sampler, (2 * (log_new - log_sampler)).exp())
@@ -1907,10 +1895,11 @@ assert error < 1e-12
 assert (shares.diff() < 0).all()  # each step further away costs samples
 assert (shares <= (-moved).exp() + 1e-12).all()
 half = moved[(shares - 0.5).abs().argmin()]
-values(ess_error=f"{error:.0e}", ess_half_kl=f"{half:.2f}")
 
 # %%
 #| label: thm-ess-length
+#| num: ess-token = {by_length[0]:.3f}
+#| num: ess-tokens-to-half = {tokens_to_half:.0f}
 one_token = World(vocab=4, horizon=1)
 stale = one_token.policy(seed=1).detach()
 fresh = stale + 0.2 * one_token.policy(seed=2).detach()  # each token's distribution moves a little
@@ -1923,11 +1912,6 @@ for length in lengths:
 error = max(abs(share - by_length[0] ** n) for share, n in zip(by_length, lengths, strict=True))
 assert error < 1e-12
 tokens_to_half = torch.tensor(0.5).double().log() / by_length[0].log()
-values(
-    ess_length_error=f"{error:.0e}",
-    ess_token=f"{by_length[0]:.3f}",
-    ess_tokens_to_half=f"{tokens_to_half:.0f}",
-)
 
 # %%
 #| label: fig-ess

@@ -37,7 +37,6 @@ from IPython.display import Markdown
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.generation import answer_kl, sample_answers
 from nemo_rl_ref.show.figures import LINES, band, panels
 from nemo_rl_ref.preferences import load_preferences, preference_batches
@@ -279,6 +278,23 @@ axis.axvline(0.5, color="#777777", linewidth=1)
 axis.set_title("Clean pairs in the right order")
 # %%
 #| label: data-noise-numbers
+#| num: data-steps = {STEPS}
+#| num: data-batch = {PAIRS}
+#| num: data-rate = {LEARNING_RATE:g}
+#| num: data-beta = {BETA:g}
+#| num: data-seeds = {len(SEEDS)}
+#| num: data-held-out = {len(HELD_OUT)}
+#| num: data-error = {100 * sample_error:.0f}
+#| num: flips-share = {FLIPPED:.0%}
+#| num: flips-pairs = {EPOCH}
+#| num: flips-epochs = {STEPS * PAIRS / EPOCH:g}
+#| num: flips-cost = {100 * (clean - noisy_dpo):.0f}
+#| num: flips-cost-least = {100 * min(costs):.0f}
+#| num: flips-cost-most = {100 * max(costs):.0f}
+#| num: flips-best = {best}
+#| num: flips-gain = {100 * (aware[best] - noisy_dpo):+.0f}
+#| num: flips-kl-ipo = {kl['IPO']:.2f}
+#| num: flips-kl-dpo = {kl['DPO']:.2f}
 # What the page says of these runs. If it stops being true, the build stops.
 accuracy = {name: mean(results, "accuracy") for name, results in noise_runs.items()}
 clean, noisy_dpo = accuracy["DPO, clean labels"], accuracy["DPO"]
@@ -294,25 +310,6 @@ assert max(aware.values()) < clean - 0.03  # none gets back to clean labels
 assert aware[best] - noisy_dpo < 2 * sample_error  # nor gains more than chance could
 kl = {name: mean(results, "KL (nats)") for name, results in noise_runs.items()}
 assert kl["IPO"] < kl["DPO"]
-values(
-    data_steps=STEPS,
-    data_batch=PAIRS,
-    data_rate=f"{LEARNING_RATE:g}",
-    data_beta=f"{BETA:g}",
-    data_seeds=len(SEEDS),
-    data_held_out=len(HELD_OUT),
-    data_error=f"{100 * sample_error:.0f}",
-    flips_share=f"{FLIPPED:.0%}",
-    flips_pairs=EPOCH,
-    flips_epochs=f"{STEPS * PAIRS / EPOCH:g}",
-    flips_cost=f"{100 * (clean - noisy_dpo):.0f}",
-    flips_cost_least=f"{100 * min(costs):.0f}",
-    flips_cost_most=f"{100 * max(costs):.0f}",
-    flips_best=best,
-    flips_gain=f"{100 * (aware[best] - noisy_dpo):+.0f}",
-    flips_kl_ipo=f"{kl['IPO']:.2f}",
-    flips_kl_dpo=f"{kl['DPO']:.2f}",
-)
 
 # %% [markdown]
 # ## Length bias
@@ -399,6 +396,23 @@ axis.set_title("Held-out pairs in the right order")
 axis.set_xlim(-0.05, 1.05)
 # %%
 #| label: data-length-numbers
+#| num: length-before = {filler_before:.0%}
+#| num: length-steps = {LENGTH_STEPS}
+#| num: length-share = {LONGER:.0%}
+#| num: length-beta-same = {SAME_BETA:g}
+#| num: length-beta-large = {LARGE_BETA:g}
+#| num: length-dpo-shorter = {shorter[dpo]:.0%}
+#| num: length-dpo-longer = {longer[dpo]:.0%}
+#| num: length-dpo-filler = {filler[dpo]:.0%}
+#| num: length-mean-shorter = {shorter[normalised]:.0%}
+#| num: length-mean-filler = {filler[normalised]:.0%}
+#| num: length-large-shorter = {shorter[larger_beta]:.0%}
+#| num: length-large-filler = {filler[larger_beta]:.0%}
+#| num: length-simpo-shorter = {shorter[simpo]:.0%}
+#| num: length-simpo-longer = {longer[simpo]:.0%}
+#| num: length-simpo-filler = {filler[simpo]:.0%}
+#| num: length-balanced-shorter = {shorter[balanced]:.0%}
+#| num: length-balanced-longer = {longer[balanced]:.0%}
 shorter, longer, filler = (
     {name: mean(results, quantity) for name, results in length_runs.items()}
     for quantity in (
@@ -416,20 +430,6 @@ assert shorter[simpo] > shorter[dpo] + 0.25 and longer[simpo] < longer[dpo] - 0.
 assert shorter[simpo] > longer[simpo] + 0.1 and filler[simpo] < filler_before  # the other bias
 for unbiased in (simpo, balanced):
     assert filler[unbiased] < filler[dpo] - 0.15
-values(
-    length_before=f"{filler_before:.0%}",
-    length_steps=LENGTH_STEPS,
-    length_share=f"{LONGER:.0%}",
-    length_beta_same=f"{SAME_BETA:g}",
-    length_beta_large=f"{LARGE_BETA:g}",
-    **{
-        f"length_{short}_{key}": f"{found[name]:.0%}"
-        for name, short in zip(
-            length_runs, ("dpo", "mean", "large", "simpo", "balanced"), strict=True
-        )
-        for key, found in (("shorter", shorter), ("longer", longer), ("filler", filler))
-    },
-)
 
 # %% [markdown]
 # ## Ties
@@ -499,6 +499,16 @@ below.axvline(0.0, color="#777777", linewidth=1)
 below.set_title("Margin on trained ties (nats)")
 # %%
 #| label: data-ties-numbers
+#| num: ties-share = {TIES:.0%}
+#| num: ties-target = {REWARD_SCALE / BETA:g}
+#| num: ties-bound = {1 / (2 * BETA):g}
+#| num: ties-dpo = {accuracy[dpo]:.1%}
+#| num: ties-dpo-margin = {on_ties[dpo]:.2f}
+#| num: ties-ipo = {accuracy[ipo]:.1%}
+#| num: ties-ipo-margin = {on_ties[ipo]:.2f}
+#| num: ties-rpo = {accuracy[rpo]:.1%}
+#| num: ties-rpo-margin = {on_ties[rpo]:.2f}
+#| num: ties-dropped = {accuracy[dropped]:.1%}
 accuracy, on_ties = (
     {name: mean(results, quantity) for name, results in ties_runs.items()}
     for quantity in ("accuracy", "margin on ties (nats)")
@@ -508,22 +518,11 @@ assert max(accuracy[dpo], accuracy[ipo]) < 0.55
 assert min(accuracy[rpo], accuracy[dropped]) > max(accuracy[dpo], accuracy[ipo]) + 0.03
 assert on_ties[dpo] > on_ties[ipo] > on_ties[rpo] and abs(on_ties[rpo]) < on_ties[dpo] / 2
 assert on_ties[ipo] < 0.5 / (2 * BETA)  # far from its bound
-values(
-    ties_share=f"{TIES:.0%}",
-    ties_target=f"{REWARD_SCALE / BETA:g}",
-    ties_bound=f"{1 / (2 * BETA):g}",
-    **{
-        f"ties_{short}{key}": text.format(found[name])
-        for name, short in zip(ties_runs, ("dpo", "ipo", "rpo", "dropped"), strict=True)
-        for key, found, text in (("", accuracy, "{:.1%}"), ("_margin", on_ties, "{:.2f}"))
-    },
-)
 
 # %% [markdown]
 # ## Three symptoms
 
 # %%
-#| label: symptoms-run
 SICK_STEPS, KL_EVERY, EASY_PAIRS = 36, 12, 32
 hard = TRAIN[: SICK_STEPS * PAIRS]  # right against the model's own mistake
 easy = noisy(TRAIN[:EASY_PAIRS], 0, 0.0)  # right against random, seen many times
@@ -616,6 +615,30 @@ for axis, (name, (title, quantity, labels)) in zip(axes, shown.items(), strict=T
 axes[-1].set_xlabel("optimizer steps")
 # %%
 #| label: symptoms-numbers
+#| num: symptom-first-loss = {statistics.mean(first_losses):.4f}
+#| num: symptom-first-reward = {f"{first_reward:.0e}" if first_reward else "0"}
+#| num: symptom-sft =
+#|   {symptoms['chosen log-probability falls'][2][0]['sft_loss_weight']:g}
+#| num: symptom-easy = {EASY_PAIRS}
+#| num: symptom-epochs = {SICK_STEPS * PAIRS // EASY_PAIRS}
+#| num: symptom-beta-before =
+#|   {symptoms['margin explodes'][1][0]['reference_policy_kl_penalty']:g}
+#| num: symptom-beta-after =
+#|   {symptoms['margin explodes'][2][0]['reference_policy_kl_penalty']:g}
+#| num: symptom-rate-before = {RATES['too large']:g}
+#| num: symptom-rate-after = {RATES['hard']:g}
+#| num: symptom-chosen-before = {sick['chosen']:+.2f}
+#| num: symptom-margin-before = {sick['margin']:.1f}
+#| num: symptom-accuracy-before = {sick['accuracy']:.0%}
+#| num: symptom-rewards-before = {sick['rewards']:+.2f}
+#| num: symptom-drift-accuracy-before = {sick['drift_accuracy']:.0%}
+#| num: symptom-kl-before = {sick['kl']:.2f}
+#| num: symptom-chosen-after = {cured['chosen']:+.2f}
+#| num: symptom-margin-after = {cured['margin']:.1f}
+#| num: symptom-accuracy-after = {cured['accuracy']:.0%}
+#| num: symptom-rewards-after = {cured['rewards']:+.2f}
+#| num: symptom-drift-accuracy-after = {cured['drift_accuracy']:.0%}
+#| num: symptom-kl-after = {cured['kl']:.2f}
 TAIL = 5  # steps at the end that are averaged
 
 
@@ -660,26 +683,3 @@ first = [run for runs in symptom_runs.values() for run in runs]
 first_losses = [run["preference_loss"][0] for run in first]
 first_reward = max(abs(run["rewards_chosen_mean"][0]) for run in first)
 assert all(abs(loss - math.log(2)) < 1e-3 for loss in first_losses) and first_reward < 1e-3
-values(
-    symptom_first_loss=f"{statistics.mean(first_losses):.4f}",
-    symptom_first_reward=f"{first_reward:.0e}" if first_reward else "0",
-    symptom_sft="0.1",
-    symptom_easy=EASY_PAIRS,
-    symptom_epochs=SICK_STEPS * PAIRS // EASY_PAIRS,
-    symptom_beta_before="0.01",
-    symptom_beta_after="1",
-    symptom_rate_before=f"{RATES['too large']:g}",
-    symptom_rate_after=f"{RATES['hard']:g}",
-    **{
-        f"symptom_{name}_{state}": text.format(found[state][name])
-        for state in found
-        for name, text in (
-            ("chosen", "{:+.2f}"),
-            ("margin", "{:.1f}"),
-            ("accuracy", "{:.0%}"),
-            ("rewards", "{:+.2f}"),
-            ("drift_accuracy", "{:.0%}"),
-            ("kl", "{:.2f}"),
-        )
-    },
-)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directive `{embed}`: a labelled notebook cell, its code and its outputs, in a page.
+"""What a page takes from notebooks: a cell with the directive `{embed}`, a number with `{num}`.
 
     ```{embed} #dpo-curve
     :remove-input:
@@ -8,6 +8,11 @@
 takes the code cell whose first line is `#| label: dpo-curve`, in whichever notebook it stands.
 `remove-input` leaves out its code, `remove-output` its outputs. The cell is drawn by MyST-NB,
 as on the notebook's own page, and links back to it.
+
+    The two curves are at most {num}`dpo-max-diff` apart.
+
+prints the value that a cell stored with `#| num: dpo-max-diff = {difference:.1e}`. The number
+links to the cell that made it.
 """
 
 from __future__ import annotations
@@ -25,11 +30,12 @@ from myst_nb.core.render import load_renderer
 from myst_nb.sphinx_ import SphinxNbRenderer
 from myst_parser.parsers.mdit import create_md_parser
 from notebook_cells import VALUES_MIME, LabelledCell
-from notebook_pages import executed, note_use, prepared_cell
+from notebook_pages import EXECUTED, prepared_cell
+from page_uses import note_use, offer
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.util import logging
-from sphinx.util.docutils import SphinxDirective
+from sphinx.util.docutils import SphinxDirective, SphinxRole
 from sphinx.util.typing import ExtensionMetadata
 
 logger = logging.getLogger(__name__)
@@ -126,7 +132,7 @@ class Embed(SphinxDirective):
         if not argument.startswith("#"):
             return self.refuse(f"embed takes a label, written '#label', got {argument!r}")
         label = argument[1:]
-        labels = executed(self.env).labels
+        labels = EXECUTED.labels
         note_use(self.env, "cell", label)
         found = labels.get(label, [])
         if not found:
@@ -151,10 +157,38 @@ class Embed(SphinxDirective):
         return []
 
 
+class StoredNumber(SphinxRole):
+    """Print a value that a notebook stored."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Find the value."""
+        name = self.text.strip()
+        note_use(self.env, "value", name)
+        found = EXECUTED.values.get(name, [])
+        if not found:
+            known = list(EXECUTED.values)
+            return self.refuse(f"no value is named {name!r}; {nearest(name, known)}")
+        if len(found) > 1:
+            places = " and ".join(value.place for value in found)
+            return self.refuse(f"value {name!r} is ambiguous, it is stored at {places}")
+        value = found[0]
+        link = link_to_cell(value.label, value.notebook, nodes.Text(value.text))
+        link["classes"].append("stored-value")
+        return [link], []
+
+    def refuse(self, message: str) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Warn, naming the page and the line; warnings are errors in this project's builds."""
+        logger.warning(message, location=self.get_location(), type="embed", subtype="value")
+        return [], []
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
     app.setup_extension("notebook_pages")
+    offer("cell", lambda name: [[c.notebook, c.cell] for c in EXECUTED.labels.get(name, [])])
+    offer(
+        "value", lambda name: [[v.notebook, v.text, v.label] for v in EXECUTED.values.get(name, [])]
+    )
     app.add_directive("embed", Embed)
+    app.add_role("num", StoredNumber())
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
-
-

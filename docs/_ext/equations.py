@@ -17,11 +17,13 @@ read. The result is kept under `_build/equations` until something that it stands
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,8 +32,7 @@ from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from embed import nearest
 from execution import environment_key, write_atomically
-from notebook_cells import digest
-from notebook_pages import executed, note_use
+from page_uses import note_use, offer
 from sphinx.application import Sphinx
 from sphinx.domains.math import MathDomain
 from sphinx.util import logging
@@ -49,24 +50,53 @@ UNCHECKED_PAGES = ("reference/api/",)  # formulas in docstrings are not displaye
 # ---- the checks -------------------------------------------------------------------------------
 
 
+@dataclass
+class Checks:
+    """The checks of this build's equations, and what they found.
+
+    Attributes:
+        results: the file with what was found; None where the project has no equations.
+        process: computes it; None where it is there.
+        output: what the process writes.
+        checked: the description of each checked equation, by label.
+        unchecked: why an equation is not checked, by label.
+    """
+
+    results: Path | None = None
+    process: subprocess.Popen[str] | None = None
+    output: Any = None
+    checked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unchecked: dict[str, str] = field(default_factory=dict)
+
+    def implemented_by(self, name: str) -> list[tuple[str, str]]:
+        """List the equations, label and title, that a function or class implements."""
+        entries = self.checked.items()
+        return [(label, e["title"]) for label, e in entries if name in e["implementations"]]
+
+
+#: Filled at the start of a build. A process builds one site; its parallel readers are forks.
+CHECKS = Checks()
+
+
 def start_checks(app: Sphinx) -> None:
     """Begin to check the equations, unless the result is there."""
     root = Path(app.srcdir)
-    app.equation_checks = None
+    CHECKS.__init__()
     if not (root / "nemo_rl_ref" / "equations").is_dir():
         return
-    key = digest([environment_key(root), Path(__file__).read_text(encoding="utf-8")])
-    app.equation_results = Path(app.outdir).parent / "equations" / f"{key}.json"
-    if not app.equation_results.is_file():
+    own = Path(__file__).read_bytes()
+    key = hashlib.sha256(environment_key(root).encode() + own).hexdigest()[:16]
+    CHECKS.results = Path(app.outdir).parent / "equations" / f"{key}.json"
+    if not CHECKS.results.is_file():
         logger.info("checking the equations ...")
         # Into a file, which takes all at once. A full pipe makes the process wait in its write; if
         # it is stopped and continued there, the rest is lost where PYTHONUNBUFFERED is set.
-        app.equation_output = tempfile.TemporaryFile("w+", encoding="utf-8")
-        app.equation_checks = subprocess.Popen(
+        CHECKS.output = tempfile.TemporaryFile("w+", encoding="utf-8")
+        CHECKS.process = subprocess.Popen(
             [sys.executable, "-m", "nemo_rl_ref.equations", "--json"],
             cwd=root,
             env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-            stdout=app.equation_output,
+            stdout=CHECKS.output,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -77,22 +107,21 @@ def finish_checks(app: Sphinx) -> None:
 
     An equation that failed ends the build, with a message that names it.
     """
-    app.executed_notebooks.equations = {"checked": {}, "unchecked": {}}
-    if getattr(app, "equation_results", None) is None:
+    if CHECKS.results is None:
         return
-    if app.equation_checks is not None:
-        _, errors = app.equation_checks.communicate()
-        if app.equation_checks.returncode != 0:
+    if CHECKS.process is not None:
+        _, errors = CHECKS.process.communicate()
+        if CHECKS.process.returncode != 0:
             raise SystemExit(f"\nEquation error: {errors.strip()}")
-        with app.equation_output as file:
+        with CHECKS.output as file:
             file.seek(0)
             output = file.read()
         json.loads(output)  # what is kept can be read
-        write_atomically(app.equation_results, output.encode())
-        for old in sorted(app.equation_results.parent.glob("*.json"), key=os.path.getmtime)[:-KEPT]:
+        write_atomically(CHECKS.results, output.encode())
+        for old in sorted(CHECKS.results.parent.glob("*.json"), key=os.path.getmtime)[:-KEPT]:
             old.unlink(missing_ok=True)
-    text = app.equation_results.read_text(encoding="utf-8")
-    app.executed_notebooks.equations = json.loads(text)
+    found = json.loads(CHECKS.results.read_text(encoding="utf-8"))
+    CHECKS.checked, CHECKS.unchecked = found["checked"], found["unchecked"]
 
 
 # ---- numbers ----------------------------------------------------------------------------------
@@ -118,16 +147,11 @@ class NumberedByChapter(MathDomain):
 class EquationDirective(SphinxDirective):
     """What the three directives share."""
 
-    @property
-    def found(self) -> dict[str, Any]:
-        """All equations, as the checks described them."""
-        return executed(self.env).equations
-
     def parsed(self, *lines: str) -> list[nodes.Node]:
         """Parse Markdown as if it stood on the page here."""
         place = nodes.container()
         place.document = self.state.document
-        source, line = self.get_source_info()
+        source, _ = self.get_source_info()
         self.state.nested_parse(StringList(list(lines), source=source), self.content_offset, place)
         return place.children
 
@@ -171,9 +195,9 @@ class ShowEquation(EquationDirective):
         """Find the equation and print it."""
         name = self.arguments[0].strip()
         note_use(self.env, "equation", name)
-        entry = self.found["checked"].get(name)
+        entry = CHECKS.checked.get(name)
         if entry is None:
-            known = list(self.found["checked"])
+            known = list(CHECKS.checked)
             message = f"no equation is labelled {name!r}; {nearest(name, known)}"
             logger.warning(message, location=self.get_location(), type="equation")
             return []
@@ -211,7 +235,7 @@ class ShowEquation(EquationDirective):
     def note(self, entry: dict[str, Any]) -> nodes.container:
         """Say below the equation how it was checked, where it is from, what its symbols mean."""
         sentences = [
-            f"Checked against {implementation_text(entry)}: {entry['inputs']:,} random inputs, "
+            f"Checked against {implementation_text(entry)}: {entry['inputs']:,} random inputs,",
             f"largest difference {difference_text(entry)}.",
             entry["note"],
             f"Source: {source_text(entry)}." if entry["source"] else "",
@@ -238,7 +262,7 @@ class EquationTable(EquationDirective):
     def run(self) -> list[nodes.Node]:
         """Make both tables."""
         note_use(self.env, "equations", "")
-        checked, unchecked = self.found["checked"], self.found["unchecked"]
+        checked, unchecked = CHECKS.checked, CHECKS.unchecked
         rows = [
             (
                 f"{{eq}}`{PREFIX}{name}`",
@@ -272,7 +296,7 @@ class NotationTable(EquationDirective):
         note_use(self.env, "equations", "")
         symbols = {
             (symbol["latex"], symbol["meaning"]): None
-            for entry in self.found["checked"].values()
+            for entry in CHECKS.checked.values()
             for symbol in entry["symbols"]
         }
         return self.table(("symbol", "meaning"), [(f"${latex}$", what) for latex, what in symbols])
@@ -284,7 +308,7 @@ class NotationTable(EquationDirective):
 def link_back(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
     """Append to an API entry the equations that it implements."""
     note_use(app.env, "implementation", name)
-    entries = executed(app.env).implemented_by(name)
+    entries = CHECKS.implemented_by(name)
     if entries:
         links = ", ".join(f":ref:`{title} <{TITLE_PREFIX}{label}>`" for label, title in entries)
         lines += ["", f"Checked equations: {links}.", ""]
@@ -304,7 +328,7 @@ def refuse_unchecked(app: Sphinx, doctree: nodes.document) -> None:
     docname = app.env.docname
     if docname.startswith(UNCHECKED_PAGES):
         return
-    reasons = executed(app.env).equations["unchecked"]
+    reasons = CHECKS.unchecked
     for shown in doctree.findall(nodes.math_block):
         if shown.get("checked") or shown.get("label") in reasons or is_output(shown):
             continue
@@ -320,8 +344,11 @@ def refuse_unchecked(app: Sphinx, doctree: nodes.document) -> None:
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
-    app.setup_extension("notebook_pages")
+    app.setup_extension("page_uses")
     app.setup_extension("sphinx.ext.autodoc")
+    offer("equation", lambda name: CHECKS.checked.get(name))
+    offer("equations", lambda name: [CHECKS.checked, CHECKS.unchecked])
+    offer("implementation", CHECKS.implemented_by)
     app.connect("builder-inited", start_checks, priority=850)
     app.connect("builder-inited", finish_checks, priority=950)
     app.connect("autodoc-process-docstring", link_back, priority=400)

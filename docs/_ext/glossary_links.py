@@ -14,7 +14,6 @@ from typing import Any
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import make_refnode
 from sphinx.util.typing import ExtensionMetadata
 
@@ -58,61 +57,38 @@ def is_open(text: nodes.Text) -> bool:
     return found_paragraph
 
 
-class GlossaryLinks(SphinxPostTransform):
-    """Link the first use of each term."""
-
-    default_priority = 600
-    formats = ("html",)
-
-    def run(self, **kwargs: Any) -> None:
-        """Walk over the page's text."""
-        if PLAIN.match(self.env.docname):
-            return
-        terms = self.terms()
-        if not terms:
-            return
-        words = pattern(list(terms))
-        used: set[str] = set()
-        for text in list(self.document.findall(nodes.Text)):
-            if is_open(text):
-                pieces = self.linked(text, words, terms, used)
-                place = text.parent.index(text)
-                text.parent[place : place + 1] = pieces
-
-    def terms(self) -> dict[str, str]:
-        """Return the id of each term of the glossary, by the term in lower case."""
-        objects = self.env.domaindata["std"]["objects"]
-        return {
-            name.lower(): node_id
-            for (kind, name), (docname, node_id) in objects.items()
-            if kind == "term" and docname == GLOSSARY
-        }
-
-    def linked(
-        self, text: nodes.Text, words: re.Pattern[str], terms: dict[str, str], used: set[str]
-    ) -> list[nodes.Node]:
-        """Split a piece of text at terms that were not used yet, and link those."""
-        content = text.astext()
+def link_terms(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Link the first use of each term on a page."""
+    if app.builder.format != "html" or PLAIN.match(docname):
+        return
+    objects = app.env.domaindata["std"]["objects"].items()
+    terms = {
+        name.lower(): node_id
+        for (kind, name), (page, node_id) in objects
+        if kind == "term" and page == GLOSSARY
+    }
+    if not terms:
+        return
+    words = pattern(list(terms))
+    for text in [text for text in doctree.findall(nodes.Text) if is_open(text)]:
+        content, done = text.astext(), 0
         pieces: list[nodes.Node] = []
-        done = 0
         for match in words.finditer(content):
             term = re.sub(r"\s+", " ", match[1].lower())
-            node_id = terms[term]
-            if node_id in used:
+            node_id = terms.get(term)
+            if node_id is None:  # linked already
                 continue
-            used.add(node_id)
-            if match.start() > done:
-                pieces.append(nodes.Text(content[done : match.start()]))
-            builder = self.env._app.builder
+            terms[term] = None
             inner = nodes.Text(match[0])
-            link = make_refnode(builder, self.env.docname, GLOSSARY, node_id, inner, term)
+            link = make_refnode(app.builder, docname, GLOSSARY, node_id, inner, term)
             link["classes"].append("term")
-            pieces.append(link)
+            pieces += [nodes.Text(content[done : match.start()]), link]
             done = match.end()
-        return [*pieces, nodes.Text(content[done:])]
+        place = text.parent.index(text)
+        text.parent[place : place + 1] = [*pieces, nodes.Text(content[done:])]
 
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
-    app.add_post_transform(GlossaryLinks)
+    app.connect("doctree-resolved", link_terms)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

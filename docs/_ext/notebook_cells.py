@@ -1,68 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cell says about itself, and the table of all labelled cells and stored values.
+"""The options of notebook cells, and the tables of labelled cells and stored values.
 
 A code cell may begin with option lines:
 
     #| label: dpo-curve
     #| alt: Loss over steps, ours and TRL's on top of each other.
     #| caption: The two curves differ by less than the line is wide.
+    #| num: dpo-max-diff = {difference:.1e}
+    #| num: dpo-pairs = {len(pairs):,}
 
-A value is one line of text, longer ones go on in the next lines (`#|   and so on`). The lines
-are hidden wherever the cell is shown. Nothing here needs Sphinx.
+A text is one line; a longer one goes on in the next lines (`#|   and so on`). `num` stores a value
+for the role `{num}`: a name, and what an f-string would hold, evaluated after the cell. Option
+lines are read here, when a notebook is read to be executed. In the executed copy the lines are
+gone, and what they said is in the cell's metadata. Nothing here needs Sphinx.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-OPTIONS = ("label", "alt", "caption")
+TEXTS = ("label", "alt", "caption")
 VALUES_MIME = "application/vnd.nemo-rl-ref.values+json"
-LABEL = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
-def split_options(source: str) -> tuple[dict[str, str], str]:
-    """Take the option lines off the top of a cell.
+@dataclass(frozen=True)
+class Num:
+    """A value that a cell stores: its name, its text with `{expressions}`, its line in the cell."""
+
+    name: str
+    text: str
+    line: int
+
+    @property
+    def expression(self) -> str:
+        """The text as a Python f-string."""
+        quotes = "'''" if '"' in self.text[-1:] or '"""' in self.text else '"""'
+        return f"f{quotes}{self.text}{quotes}"
+
+
+def parse_options(source: str) -> tuple[dict[str, str], list[Num], int]:
+    """Read the option lines at the top of a cell.
 
     Args:
         source: the cell's text.
 
     Returns:
-        The options, and the rest of the cell without the blank lines that followed them.
+        The texts by option, the values to store, and how many lines stand above the cell's code.
 
     Raises:
-        ValueError: an option that is unknown, empty, given twice or malformed.
+        ValueError: an option is unknown, empty, given twice or malformed. The second argument of
+            the error is the line in the cell, from 0.
     """
     lines = source.split("\n")
-    count = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
-    options: dict[str, str] = {}
-    last = None
-    for line in lines[:count]:
+    above = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
+    given: list[tuple[int, str, str]] = []
+    for number, line in enumerate(lines[:above]):
         text = line[2:].rstrip()
-        if last is not None and text.startswith("  "):
-            options[last] = f"{options[last]} {text.strip()}".strip()
+        if given and text.startswith("  "):
+            first, name, value = given[-1]
+            given[-1] = first, name, f"{value} {text.strip()}".strip()
             continue
         name, colon, value = text.strip().partition(":")
-        if not colon or name not in OPTIONS:
-            known = ", ".join(OPTIONS)
-            raise ValueError(f"cell option {line!r} should be '#| name: text', name one of {known}")
-        if name in options:
-            raise ValueError(f"cell option {name!r} is given twice")
-        options[name] = value.strip()
-        last = name
-    for name, value in options.items():
+        if not colon or name not in (*TEXTS, "num"):
+            known = ", ".join((*TEXTS, "num"))
+            message = f"cell option {line!r} should be '#| name: text', name one of {known}"
+            raise ValueError(message, number)
+        given.append((number, name, value.strip()))
+    texts: dict[str, str] = {}
+    nums: list[Num] = []
+    for number, name, value in given:
         if not value:
-            raise ValueError(f"cell option {name!r} is empty")
-    label = options.get("label")
-    if label is not None and not LABEL.fullmatch(label):
-        raise ValueError(
-            f"label {label!r} should be lower-case words and digits joined by '-', like 'dpo-curve'"
-        )
-    return options, "\n".join(lines[count:]).lstrip("\n")
+            raise ValueError(f"cell option {name!r} is empty", number)
+        if name == "num":
+            num = parse_num(value, number)
+            if num.name in (other.name for other in nums):
+                raise ValueError(f"value {num.name!r} is stored twice", number)
+            nums.append(num)
+        elif name in texts:
+            raise ValueError(f"cell option {name!r} is given twice", number)
+        elif name == "label" and not NAME.fullmatch(value):
+            raise ValueError(
+                f"label {value!r} should be lower-case words and digits joined by '-', like "
+                "'dpo-curve'",
+                number,
+            )
+        else:
+            texts[name] = value
+    while above < len(lines) and not lines[above].strip():
+        above += 1
+    return texts, nums, above
+
+
+def parse_num(value: str, line: int) -> Num:
+    """Read what stands behind `num:`, a name and a text with at least one `{expression}`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    name, equals, text = (part.strip() for part in value.partition("="))
+    num = Num(name, text, line)
+    try:
+        if not (equals and NAME.fullmatch(name)):
+            raise ValueError("a name is lower-case words and digits joined by '-'")
+        tree = ast.parse(num.expression, mode="eval")
+        if not any(isinstance(node, ast.FormattedValue) for node in ast.walk(tree)):
+            raise ValueError("it computes nothing")
+    except (SyntaxError, ValueError) as error:
+        why = error.msg if isinstance(error, SyntaxError) else error
+        message = f"cell option 'num: {value}' should be 'num: some-name = {{expression:format}}'"
+        raise ValueError(f"{message}; {why}", line) from None
+    return num
 
 
 def cell_starts(source: str, count: int) -> list[int] | None:
@@ -82,10 +134,7 @@ def cell_starts(source: str, count: int) -> list[int] | None:
     return marks if len(marks) == count else None
 
 
-def digest(data: Any) -> str:
-    """Return a short fingerprint of JSON data."""
-    text = json.dumps(data, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+# ---- executed notebooks -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -121,30 +170,33 @@ class StoredValue:
         return f"{self.path}:{self.line}"
 
 
-def code_cells(notebook: dict[str, Any]) -> Iterable[tuple[int, dict[str, Any]]]:
+def options_of(cell: dict[str, Any]) -> dict[str, str]:
+    """Return the options of an executed cell by name: `label`, `alt`, `caption`."""
+    return cell["metadata"]["options"]
+
+
+def code_cells(notebook: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the line (from 1) and the cell of each code cell of an executed notebook."""
     lines = notebook["metadata"]["source_map"]
-    for index, cell in enumerate(notebook["cells"]):
+    for line, cell in zip(lines, notebook["cells"], strict=True):
         if cell["cell_type"] == "code":
-            yield lines[index] + 1, cell
+            yield line + 1, cell
 
 
 def labelled_cells(name: str, path: str, notebook: dict[str, Any]) -> list[LabelledCell]:
     """List the labelled cells of an executed notebook."""
-    found = []
-    for line, cell in code_cells(notebook):
-        label = split_options(cell["source"])[0].get("label")
-        if label is not None:
-            found.append(LabelledCell(label, name, path, line, cell))
-    return found
+    return [
+        LabelledCell(options_of(cell)["label"], name, path, line, cell)
+        for line, cell in code_cells(notebook)
+        if "label" in options_of(cell)
+    ]
 
 
 def stored_values(name: str, path: str, notebook: dict[str, Any]) -> list[StoredValue]:
-    """List the values that an executed notebook stored with `nemo_rl_ref.show.values.values`."""
-    found = []
-    for line, cell in code_cells(notebook):
-        label = split_options(cell["source"])[0].get("label")
-        for output in cell["outputs"]:
-            for key, text in output.get("data", {}).get(VALUES_MIME, {}).items():
-                found.append(StoredValue(key, text, name, path, line, label))
-    return found
+    """List the values that the cells of an executed notebook stored."""
+    return [
+        StoredValue(key, text, name, path, line, options_of(cell).get("label"))
+        for line, cell in code_cells(notebook)
+        for output in cell["outputs"]
+        for key, text in output.get("data", {}).get(VALUES_MIME, {}).items()
+    ]

@@ -12,9 +12,9 @@ from nemo_rl_ref.algorithms._advantage_checks import (
     check_rewards,
     config_value,
 )
+from nemo_rl_ref.algorithms._recurrence import gae
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
 from nemo_rl_ref.algorithms.utils import calculate_kl, masked_mean, masked_var
-from nemo_rl_ref.kernels import gae
 
 
 class GeneralizedAdvantageEstimator:
@@ -38,7 +38,9 @@ class GeneralizedAdvantageEstimator:
     (``gae_lambda_policy``), which can depend on the length l of the response,
     λ = 1 - 1/(α l), so that the reward is felt as far as the response is long.
 
-    The recurrence is solved without a loop over time, see `nemo_rl_ref.kernels.gae`.
+    The recurrence is affine in what comes from the right, so it is solved by joining neighbours
+    instead of a loop over time: in plain PyTorch in log2(S) rounds, on CUDA in one kernel that
+    reads and writes everything once and sums in float64.
 
     Source: Schulman et al. (2016), https://arxiv.org/abs/1506.02438, Eq. 16; Yue et al. (2025),
     https://arxiv.org/abs/2504.05118 (VAPO), Section 4.

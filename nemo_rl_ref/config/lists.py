@@ -8,7 +8,6 @@ IGNORED: dict[str, str] = {
     "cluster": "Ray",
     "infra": "Kubernetes",
     "data_plane": "data plane",
-    "data.num_workers": "workers",
     "env.*.num_workers": "workers",
     "policy.megatron_cfg": "Megatron",
     "value.megatron_cfg": "Megatron",

@@ -238,6 +238,8 @@ class DataConfig(Section):
     Attributes:
         max_input_seq_length: Longer samples have no weight, in tokens; None for no limit.
         shuffle: Whether the samples of an epoch are shuffled.
+        num_workers: Of NeMo RL's data loader. None is started here; whether there are any decides
+            from which of PyTorch's random numbers the order is drawn.
         train: What to train on.
         validation: What to validate on.
         default: What an entry of the two leaves out.
@@ -245,6 +247,7 @@ class DataConfig(Section):
 
     max_input_seq_length: Length | None
     shuffle: bool
+    num_workers: int = Field(1, ge=0)
     train: Datasets = Field(min_length=1)
     validation: Datasets | None = None
     default: DatasetConfig | None = None

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA kernels for what is limited by memory in RL losses, and how they are built.
 
-`gae` and `clipped_pg_terms` are what the advantage estimator and the policy-gradient loss call;
-:mod:`nemo_rl_ref.logprobs` has the functions for log-probabilities. Each chooses by itself between
-its kernel and plain PyTorch.
+They know tensors and numbers. The functions that call them choose by themselves between a kernel
+and plain PyTorch: :mod:`nemo_rl_ref.logprobs` for log-probabilities, the estimator
+`nemo_rl_ref.algorithms.advantage_estimator.GeneralizedAdvantageEstimator` for its recurrence, and
+`nemo_rl_ref.algorithms.loss.ClippedPGLossFn` for its loss and metrics.
 """
-
-from nemo_rl_ref.kernels._clipped_pg import TERMS, clipped_pg_terms
-from nemo_rl_ref.kernels._gae import gae
-
-__all__ = ["TERMS", "clipped_pg_terms", "gae"]

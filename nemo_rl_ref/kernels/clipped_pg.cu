@@ -29,7 +29,7 @@ enum Sum {
   kOutside, kEntropy, kLogRatio, kLogWeight, kTokens, kSums, kLowest = kSums, kHighest, kValues,
 };
 
-// What comes out, in the order of TERMS in clipped_pg.py; then three that no one else needs.
+// What comes out, in the order of TERMS in _clipped_pg_terms.py; then three that no one else needs.
 enum Term {
   kTermLoss, kTermRatio, kTermRatioMin, kTermRatioMax, kTermClipped, kTermClippedMin,
   kTermClippedMax, kTermKl, kTermMultError, kTermGenKl, kTermPolicyKl, kTermJs, kTermWeight,

@@ -70,7 +70,7 @@ def linear_token_logprobs(N: int, V: int, H: int, *, size: int = 2) -> Floor:
 
 
 def gae(B: int, S: int, *, size: int = 4) -> Floor:
-    """Of `nemo_rl_ref.kernels.gae`: rewards, values and mask read, advantages and returns written.
+    """Of the recurrence of GAE: rewards, values and mask read, advantages and returns written.
 
     Args:
         B: rows.
@@ -81,7 +81,7 @@ def gae(B: int, S: int, *, size: int = 4) -> Floor:
 
 
 def clipped_pg_terms(B: int, S: int, *, size: int = 4) -> Floor:
-    """Of `nemo_rl_ref.kernels.clipped_pg_terms`, forward and backward.
+    """Of the terms of `ClippedPGLossFn`, forward and backward.
 
     Four log-probabilities, the advantage and the mask of each token are read in forward and, since
     they decide about its gradient, in backward; there the gradient is written. Rows and sums are

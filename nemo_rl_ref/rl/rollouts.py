@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.padding import pad_right
 from nemo_rl_ref.rl.generate import generate
 from nemo_rl_ref.rl.rewards import ENVIRONMENTS, Environment, score
-from nemo_rl_ref.training.samples import load_datasets
+from nemo_rl_ref.training.samples import load_datasets, order
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,16 @@ def _environment(entry: DatasetConfig, part: str) -> Environment:
 
 
 def prompt_batches(
-    prompts: list[Prompt], size: int, *, shuffle: bool, seed: int, epoch: int, start: int = 0
+    prompts: list[Prompt],
+    size: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    num_workers: int = 1,
 ) -> Iterator[list[Prompt]]:
-    """Yield the batches of an epoch. The order follows from seed and epoch alone.
+    """Yield the batches of an epoch, in the order of `nemo_rl_ref.training.samples.order`.
 
     Args:
         prompts: All prompts.
@@ -111,13 +118,13 @@ def prompt_batches(
         seed: Of the run.
         epoch: From 0.
         start: The first batch to yield, to go on where a run was stopped.
+        num_workers: ``data.num_workers``.
     """
-    order = list(range(len(prompts)))
+    numbers: Sequence[int] = range(len(prompts))
     if shuffle:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(prompts), generator=generator).tolist()
+        numbers = order(len(prompts), seed, epoch, num_workers)
     for first in range(start * size, len(prompts) - size + 1, size):
-        yield [prompts[row] for row in order[first : first + size]]
+        yield [prompts[number] for number in numbers[first : first + size]]
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,7 @@ class PromptPlan:
         max_epochs: How often to go through them.
         shuffle: Whether to shuffle.
         seed: Of the run.
+        num_workers: ``data.num_workers``.
     """
 
     prompts: list[Prompt]
@@ -137,6 +145,7 @@ class PromptPlan:
     max_epochs: int
     shuffle: bool
     seed: int
+    num_workers: int = 1
 
     @property
     def batches(self) -> int:
@@ -152,6 +161,7 @@ class PromptPlan:
             seed=self.seed,
             epoch=state["current_epoch"],
             start=state["data_position"],
+            num_workers=self.num_workers,
         ):
             state["data_position"] += 1
             yield batch

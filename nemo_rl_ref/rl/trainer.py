@@ -114,8 +114,14 @@ class RLTrainer:
         self.filters = need_top_k_or_top_p_filtering(self.sampling)
         self.samples, self.samples_per_step = len(self.train_prompts), cfg.num_prompts_per_step
         batch_size = int(cfg.num_prompts_per_step * cfg.batch_multiplier)
-        order = (cfg.max_num_epochs, settings.data.shuffle, cfg.seed)
-        self.plan = PromptPlan(self.train_prompts, batch_size, *order)
+        self.plan = PromptPlan(
+            self.train_prompts,
+            batch_size,
+            cfg.max_num_epochs,
+            settings.data.shuffle,
+            cfg.seed,
+            settings.data.num_workers,
+        )
         self.steps, self.updates_made = min(self.plan.batches, cfg.max_num_steps), 0
         several = getattr(cfg, "val_num_generations_per_prompt", 1) > 1
         self.metric_names = ("accuracy", "avg_length", *(("pass_k",) if several else ()))

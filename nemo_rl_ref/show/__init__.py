@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a notebook shows: figures, tables of tokens, numbers for the prose."""
+"""What a notebook shows: figures, tables of tokens."""

@@ -42,7 +42,7 @@ from nemo_rl_ref.utils.timer import TimeoutChecker
 #: What may differ between a checkpoint and the run that resumes from it, below any section.
 _MAY_CHANGE = (
     "logger", "cluster", "checkpointing", "data.validation", "data.val_data_paths",
-    "data.num_workers", "policy.train_micro_batch_size",
+    "policy.train_micro_batch_size",
 )  # fmt: skip
 _SECTION_MAY_CHANGE = (
     "max_num_steps", "max_num_epochs", "val_period", "val_batches", "val_global_batch_size",

@@ -121,7 +121,8 @@ class Plan:
         max_epochs: Epochs to train.
         max_steps: Steps to train if that is fewer; below 0 for no limit.
         shuffle: Whether to shuffle.
-        seed: Seeds the order, together with the epoch.
+        seed: Of the run; seeds the order, see `order`.
+        num_workers: ``data.num_workers``, see `order`.
     """
 
     samples: int
@@ -130,6 +131,7 @@ class Plan:
     max_steps: int
     shuffle: bool
     seed: int
+    num_workers: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,14 +147,39 @@ class Plan:
     def numbers(self, step: int) -> list[int]:
         """The samples of a step, counted from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = _order(self.samples, self.seed, epoch) if self.shuffle else range(self.samples)
-        return list(order[within * self.batch_size : (within + 1) * self.batch_size])
+        numbers: Sequence[int] = range(self.samples)
+        if self.shuffle:
+            numbers = order(self.samples, self.seed, epoch, self.num_workers)
+        return list(numbers[within * self.batch_size : (within + 1) * self.batch_size])
 
 
 @lru_cache(maxsize=2)
-def _order(samples: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed((seed << 20) + epoch)
-    return torch.randperm(samples, generator=generator).tolist()
+def order(samples: int, seed: int, epoch: int, num_workers: int = 1) -> tuple[int, ...]:
+    """Return the order of an epoch's samples, which is that of NeMo RL's data loader.
+
+    NeMo RL seeds PyTorch with the run's seed and makes a torchdata ``StatefulDataLoader``, whose
+    sampler takes the next int64 as its own seed and draws a permutation for each pass. A loader
+    with workers draws two for each epoch and uses the second.
+
+    Args:
+        samples: Number of samples.
+        seed: Of the run.
+        epoch: From 0.
+        num_workers: ``data.num_workers``; only whether it is 0 matters.
+
+    Returns:
+        The numbers of the samples, each once.
+
+    Example:
+        >>> order(5, seed=42, epoch=0)
+        (4, 3, 2, 0, 1)
+    """
+    run = torch.Generator().manual_seed(seed)
+    seed_of_sampler = torch.empty((), dtype=torch.int64).random_(generator=run)
+    sampler = torch.Generator().manual_seed(int(seed_of_sampler))
+    for _ in range(2 * epoch + 1 if num_workers else epoch):
+        torch.randperm(samples, generator=sampler)
+    return tuple(torch.randperm(samples, generator=sampler).tolist())
 
 
 def load_datasets(

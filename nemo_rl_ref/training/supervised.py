@@ -113,6 +113,7 @@ class Supervised:
             section.max_num_steps,
             self.settings.data.shuffle,
             section.seed,
+            self.settings.data.num_workers,
         )
         if batch_size % ranks:
             raise ValueError(

@@ -4,8 +4,10 @@
 Values and gradients with respect to every token agree to 1e-5 of their size.
 """
 
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from trl_cases import (
     logits_and_labels,
     make_pairs,
 )
+from trl_differences import differences
 
 from nemo_rl_ref.custom import batch, f_divergence, pairwise
 from nemo_rl_ref.logprobs import token_logprobs
@@ -106,3 +109,12 @@ def test_same_as_trl_from_logits(loss_class, settings, theirs, shape, seed):
     assert scale > 0
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-12, check_dtype=False)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_the_recorded_differences_are_those_of_now():
+    """The site prints the record; another processor rounds differently, by no more than this."""
+    path = Path(__file__).parents[2] / "benchmarks/results/trl-differences.json"
+    recorded, now = json.loads(path.read_text())["differences"], differences()
+    assert list(recorded) == list(now)
+    for name, worst in now.items():
+        assert max(worst, 1e-15) < 10 * max(recorded[name], 1e-15), name

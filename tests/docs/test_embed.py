@@ -103,7 +103,7 @@ def test_what_is_refused(site):
         "one",
         "#| label: dpo-curve\nprint(1)",
         "#| label: twice\nprint(1)",
-        "from nemo_rl_ref.show.values import values\nvalues(loss_gap='0.1')",
+        "#| num: loss-gap = {0.1}\n1",
     )
     site.notebook(
         "two",

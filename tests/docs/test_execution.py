@@ -8,7 +8,8 @@ import sys
 
 import execution
 import pytest
-from execution import NotebookFailure, ensure_executed, environment_key, find_notebooks
+from execution import ensure_executed, environment_key, find_notebooks
+from notebook_kernel import NotebookFailure, read_notebook
 from small_site import make_site
 
 SCRIPT = "docs/_ext/execution.py"
@@ -119,7 +120,7 @@ def test_key_changes_with_python_pins_and_device(project, monkeypatch):
         assert environment_key(project.top) != one
 
 
-@pytest.mark.parametrize("file", ["tests/help/trl.py", "benchmarks/results/cpu.json"])
+@pytest.mark.parametrize("file", ["configs/dpo.yaml", "benchmarks/results/cpu.json"])
 def test_key_changes_with_what_notebooks_read_outside_the_package(project, file):
     before = environment_key(project.top)
     project.write("tests/test_other.py", "1")
@@ -322,7 +323,7 @@ def test_a_malformed_option_is_named_before_anything_runs(project):
     project.notebook("two", "#| label: fine\nx = 1", "#| lable: typo\nx = 1")
     (_, two) = find_notebooks(project.top)
     with pytest.raises(NotebookFailure, match=r"notebooks/two.py:6: cell option '#\| lable: typo'"):
-        execution.read_notebook(two)
+        read_notebook(two)
 
 
 def test_a_failing_cell_fails_the_build(site):

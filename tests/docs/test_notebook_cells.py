@@ -3,24 +3,25 @@
 
 import jupytext
 import pytest
-from notebook_cells import cell_starts, split_options
+from notebook_cells import cell_starts, parse_options
 
 
-def test_options_are_taken_off_the_top():
+def test_options_are_read_from_the_top():
     source = "#| label: dpo-curve\n#| alt: Two curves: ours,\n#|   and TRL's\n\nplot()\n#| x"
-    options, code = split_options(source)
+    options, nums, above = parse_options(source)
     assert options == {"label": "dpo-curve", "alt": "Two curves: ours, and TRL's"}
-    assert code == "plot()\n#| x"
+    assert nums == []
+    assert source.split("\n")[above:] == ["plot()", "#| x"]
 
 
-def test_a_cell_without_options_is_left_as_it_is():
-    assert split_options("# a comment\nx = 1") == ({}, "# a comment\nx = 1")
+def test_a_cell_without_options_has_none():
+    assert parse_options("# a comment\nx = 1") == ({}, [], 0)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("#| lable: x", "name one of label, alt, caption"),
+        ("#| lable: x", "name one of label, alt, caption, num"),
         ("#| label", "should be '#| name: text'"),
         ("#| label:", "is empty"),
         ("#| label: a\n#| label: b", "given twice"),
@@ -30,7 +31,7 @@ def test_a_cell_without_options_is_left_as_it_is():
 )
 def test_bad_options_are_named(line, message):
     with pytest.raises(ValueError, match=message.replace("|", r"\|")):
-        split_options(f"{line}\nx = 1")
+        parse_options(f"{line}\nx = 1")
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,9 @@ def test_search_index_has_the_same_names(built):
     assert index["docnames"][index["terms"]["wombat"]] == "deep/down/losses"
 
 
-def test_front_matter_becomes_meta_tags(built):
+def test_a_description_in_front_matter_becomes_a_meta_tag(built):
     home = built.page("index.html")
     assert home.find("meta", attrs={"name": "description"})["content"] == 'A "test" site & more'
-    assert home.find("meta", attrs={"name": "keywords"})["content"] == "one, two"
 
 
 def test_two_files_for_one_page_are_refused(site):

@@ -114,9 +114,9 @@ IN_CODE = [
     ),
     (
         "3: with a value loss",
-        "algorithms/loss/_clipped_pg.py",
-        "        loss = (\n            actor_loss",
-        "        loss = (\n            advantages.square().mean() / 2 + actor_loss",
+        "algorithms/loss/_clipped_pg_terms.py",
+        "    loss = (\n        actor_loss",
+        "    loss = (\n        advantages.square().mean() / 2 + actor_loss",
         "grpo-objective",
     ),
     (
@@ -128,7 +128,7 @@ IN_CODE = [
     ),
     (
         "5: the divergence averaged under its second argument",
-        "enumeration.py",
+        "equations/world.py",
         "return expect(log_p, log_p - log_q)",
         "return expect(log_q, log_p - log_q)",
         "kl-definition",

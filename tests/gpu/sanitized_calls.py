@@ -14,8 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch  # noqa: E402
 
-from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig  # noqa: E402
-from nemo_rl_ref.kernels import clipped_pg_terms, gae  # noqa: E402
+from nemo_rl_ref.algorithms._recurrence import gae  # noqa: E402
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn  # noqa: E402
+from nemo_rl_ref.algorithms.loss._clipped_pg_terms import (  # noqa: E402
+    Settings,
+    clipped_pg_terms,
+)
 from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs  # noqa: E402
 
 DEVICE = torch.device("cuda")
@@ -62,8 +66,8 @@ def main():
     current = (-torch.rand(3, 517, device=DEVICE)).requires_grad_()
     others = [current.detach() + 0.1 * torch.randn_like(rewards) for _ in range(3)]
     tensors = (current, *others, torch.randn_like(rewards), mask)
-    config = ClippedPGLossConfig(ratio_clip_c=3.0)
-    check("clipped_pg_terms", *both(clipped_pg_terms, tensors, config=config))
+    settings = Settings.of(ClippedPGLossFn(ClippedPGLossConfig(ratio_clip_c=3.0)))
+    check("clipped_pg_terms", *both(clipped_pg_terms, tensors, settings=settings))
     torch.cuda.synchronize()
 
 

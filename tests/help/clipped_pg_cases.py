@@ -12,7 +12,7 @@ import random
 import torch
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.kernels import TERMS, clipped_pg_terms
+from nemo_rl_ref.algorithms.loss._clipped_pg_terms import TERMS, Settings, clipped_pg_terms
 
 LENGTHS = [1, 31, 32, 33, 1000, 8193]
 DIFFERENTIABLE = ("loss", "kl_penalty", "positive_nll_loss")
@@ -79,6 +79,11 @@ def combinations(seed=0):
             )
 
 
+def settings(**flags):
+    """What `clipped_pg_terms` takes, of the flags of a configuration."""
+    return Settings.of(ClippedPGLossFn(ClippedPGLossConfig(**flags)))
+
+
 def batch(rows, steps, *, seed=0, dtype=torch.float64, mask_dtype=torch.float64, spread=0.5):
     """The arguments of `clipped_pg_terms` as a dict, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
@@ -127,7 +132,7 @@ def run(given, flags, backend, device="cpu", dtype=None):
     tensors["logprobs"] = leaves[0]
     if len(leaves) == 2:
         tensors["unfiltered_logprobs"] = leaves[1]
-    terms = clipped_pg_terms(**tensors, config=ClippedPGLossConfig(**flags), backend=backend)
+    terms = clipped_pg_terms(**tensors, settings=settings(**flags), backend=backend)
     weights = {"loss": 1.0, "kl_penalty": 0.4, "positive_nll_loss": -0.3}
     mixture = sum(terms[TERMS.index(name)] * weight for name, weight in weights.items())
     return terms.detach().cpu(), [g.cpu() for g in torch.autograd.grad(mixture, leaves)]
@@ -310,11 +315,10 @@ def finite_differences(device):
         weights[TERMS.index(name)] = weight
     for chosen in (free, free | GSPO, free | {"ratio_clip_c": 1.2, "ratio_clip_max": 0.05}):
         given = {n: None if x is None else x.to(device) for n, x in batch(2, 5).items()}
-        config = ClippedPGLossConfig(**chosen)
 
-        def mixture(logprobs, given=given, config=config):
+        def mixture(logprobs, given=given, chosen=chosen):
             changed = given | {"logprobs": logprobs}
-            terms = clipped_pg_terms(**changed, config=config, backend="cuda")
+            terms = clipped_pg_terms(**changed, settings=settings(**chosen), backend="cuda")
             return (terms * weights).sum()
 
         assert torch.autograd.gradcheck(mixture, given["logprobs"].requires_grad_())

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from nemo_rl_ref.kernels import gae
+from nemo_rl_ref.algorithms._recurrence import gae
 
 LENGTHS = [1, 31, 32, 33, 1000, 8193]
 MASKS = [torch.bool, torch.uint8, torch.float32, torch.float64, torch.int64, torch.int32]

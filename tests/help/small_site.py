@@ -119,7 +119,6 @@ def make_site(top: Path) -> Site:
         shutil.copytree(TOP / folder, top / folder, ignore=ignored)
     site = Site(top)
     site.write("nemo_rl_ref/__init__.py", "")
-    shutil.copy(TOP / "nemo_rl_ref" / "display.py", top / "nemo_rl_ref")
     site.write("nemo_rl_ref/number.py", "NUMBER = 17\n")
     site.write("requirements.txt", "sphinx==0  # not read by these tests\n")
     site.write("docs/references.bib", "")
@@ -166,8 +165,10 @@ def fill(site: Site) -> None:
         """,
         """
         #| label: stored
-        from nemo_rl_ref.show.values import values
-        values(the_number=NUMBER, ratio=f"{NUMBER / 3:.2f}")
+        #| num: the-number = {NUMBER}
+        #| num: ratio = {NUMBER / 3:.2f} of
+        #|   {"it":>3}
+        stored = NUMBER
         """,
     )
     site.notebook(
@@ -184,7 +185,6 @@ def fill(site: Site) -> None:
         """
         ---
         description: A "test" site & more
-        tags: ["one", "two"]
         ---
         # Home
 

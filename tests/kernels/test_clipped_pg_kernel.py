@@ -16,7 +16,13 @@ from thread_harness import (
 )
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.kernels import TERMS, _clipped_pg, clipped_pg_terms, loader
+from nemo_rl_ref.algorithms.loss._clipped_pg_terms import (
+    TERMS,
+    Settings,
+    clipped_pg_terms,
+    flags_and_numbers,
+)
+from nemo_rl_ref.kernels import clipped_pg, loader
 
 executed = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
 sanitized = pytest.mark.skipif(
@@ -31,7 +37,7 @@ SINGLE = ["clipped_pg_forward<float, float, -1>", "clipped_pg_backward<float, fl
 DOUBLE = ["clipped_pg_forward<double, double, -1>", "clipped_pg_backward<double, double, -1>"]
 #: GRPO and DAPO as configured in NeMo RL, and GSPO with a correction of importance.
 COMMON_FLAGS = [
-    _clipped_pg.settings_of(ClippedPGLossFn(ClippedPGLossConfig(**flags)))[0]
+    flags_and_numbers(cases.settings(**flags))[0]
     for flags in ({}, cases.EVERYTHING | cases.GSPO | cases.TRUNCATIONS["tis"])
 ]
 
@@ -47,8 +53,8 @@ def poisoned():
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Every thread is one of the operating system's; and one kernel for all flags."""
-    monkeypatch.setattr(_clipped_pg, "_MOST_THREADS", 64)
-    monkeypatch.setattr(_clipped_pg, "_SPECIALIZE", False)
+    monkeypatch.setattr(clipped_pg, "_MOST_THREADS", 64)
+    monkeypatch.setattr(clipped_pg, "_SPECIALIZE", False)
 
 
 @pytest.fixture
@@ -76,7 +82,7 @@ def test_cases(case):
 @executed
 def test_kernels_for_a_set_of_flags_in_large_blocks(on_threads):
     """As on a GPU: 256 threads, and a compiler that knows the flags."""
-    flags, _ = _clipped_pg.settings_of(ClippedPGLossFn(ClippedPGLossConfig(**cases.EVERYTHING)))
+    flags, _ = flags_and_numbers(cases.settings(**cases.EVERYTHING))
     on_threads(ThreadHarness("clipped_pg", [f"{k}<float, float, {flags}>" for k in KERNELS]))
     given = cases.batch(1, 700, dtype=torch.float32, mask_dtype=torch.float32)
     cases.check(given, cases.EVERYTHING, "cpu", dtype=torch.float64)
@@ -167,7 +173,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_caught(on_threads, monkeypatch, fault):
     right, wrong, case = FAULTS[fault]
-    monkeypatch.setattr(_clipped_pg, "_counters", {})
+    monkeypatch.setattr(clipped_pg, "_counters", {})
     on_threads(ThreadHarness("clipped_pg", DOUBLE + SINGLE, edits=[(right, wrong)]))
     with pytest.raises((AssertionError, KernelFault)):
         case()
@@ -194,7 +200,7 @@ BARRIERS = {
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_a_missing_barrier_is_a_data_race(on_threads, monkeypatch, barrier):
-    monkeypatch.setattr(_clipped_pg, "_counters", {})
+    monkeypatch.setattr(clipped_pg, "_counters", {})
     on_threads(ThreadHarness("clipped_pg", DOUBLE, edits=[BARRIERS[barrier]], sanitize=True))
     with pytest.raises(KernelFault, match="data race"):
         cases.check(cases.batch(3, 70), cases.EVERYTHING, "cpu")
@@ -217,22 +223,23 @@ def test_when_the_kernels_run(on_threads, monkeypatch):
         def _surrogate(self, *tensors):
             return 2 * super()._surrogate(*tensors)
 
-    def terms(config, **changes):
+    settings = cases.settings(reference_policy_kl_penalty=0.0)
+    doubled = Doubled(ClippedPGLossConfig(reference_policy_kl_penalty=0.0))
+
+    def terms(**changes):
         launched.clear()
         given = cases.batch(2, 10) | {"logprobs": cases.batch(2, 10)["logprobs"].requires_grad_()}
-        vector = clipped_pg_terms(**given | changes, config=config)
+        vector = clipped_pg_terms(**given | changes, settings=settings)
         vector[0].backward()
         return vector[0].item(), list(launched)
 
-    config = ClippedPGLossConfig(reference_policy_kl_penalty=0.0)
-    loss, used = terms(config)
+    loss, used = terms()
     assert used == list(KERNELS)
-    assert terms(ClippedPGLossFn(config)) == (loss, used)
-    assert terms(Doubled(config)) == (pytest.approx(2 * loss), [])
+    assert terms(plain=doubled._terms) == (pytest.approx(2 * loss), [])
     advantages = cases.batch(2, 10)["advantages"].requires_grad_()
-    assert terms(config, advantages=advantages) == (pytest.approx(loss), [])
+    assert terms(advantages=advantages) == (pytest.approx(loss), [])
     assert advantages.grad.any()
-    assert terms(config, backend="torch") == (pytest.approx(loss), [])
+    assert terms(backend="torch") == (pytest.approx(loss), [])
 
 
 # ---- without a GPU ------------------------------------------------------------------------------
@@ -240,14 +247,14 @@ def test_when_the_kernels_run(on_threads, monkeypatch):
 
 def test_a_counter_is_another_threads_memory(monkeypatch):
     """This one's may be that of a graph which torch.compile warms up for, and must not be kept."""
-    made, new = [], _clipped_pg._new_counter
-    monkeypatch.setattr(_clipped_pg, "_counters", {})
+    made, new = [], clipped_pg._new_counter
+    monkeypatch.setattr(clipped_pg, "_counters", {})
     monkeypatch.setattr(
-        _clipped_pg,
+        clipped_pg,
         "_new_counter",
         lambda device: made.append(threading.current_thread()) or new(device),
     )
-    first, second = (_clipped_pg._counter(torch.device("cpu")) for _ in range(2))
+    first, second = (clipped_pg._counter(torch.device("cpu")) for _ in range(2))
     assert first is second and first.tolist() == [0]
     assert len(made) == 1 and made[0] is not threading.current_thread()
 
@@ -274,11 +281,11 @@ def test_compiled_without_spills_and_stack(expression, architecture):
     assert took.registers <= 80, took
 
 
-def arguments_of(flags, device="cpu", kernels=False):
+def arguments_of(flags, device):
     given = {n: x.to(device) for n, x in cases.batch(2, 6, seed=1).items()}
-    loss_fn = ClippedPGLossFn(ClippedPGLossConfig(**flags))
-    prev = given["logprobs"] if loss_fn.force_on_policy_ratio else given["prev_logprobs"]
-    with_kl = loss_fn.reference_policy_kl_penalty != 0
+    settings = cases.settings(**flags)
+    prev = given["logprobs"] if settings.force_on_policy_ratio else given["prev_logprobs"]
+    with_kl = settings.reference_policy_kl_penalty != 0
     return [
         given["logprobs"].clone().requires_grad_(),
         prev,
@@ -288,11 +295,10 @@ def arguments_of(flags, device="cpu", kernels=False):
         given["unfiltered_logprobs"].requires_grad_() if with_kl else None,
         given["mask"],
         given["sample_mask"],
-        given["rewards"] if loss_fn.positive_example_nll_weight > 0 else None,
+        given["rewards"] if settings.positive_example_nll_weight > 0 else None,
         given["global_valid_seqs"],
         given["global_valid_toks"],
-        *_clipped_pg.settings_of(loss_fn),
-        kernels,
+        *flags_and_numbers(settings),
     ]
 
 
@@ -303,32 +309,38 @@ OPERATOR_FLAGS = {
 }
 
 
+def operator(device, flags):
+    """Schema, fake, autograd and AOT dispatch of both operators."""
+    arguments = arguments_of(flags, device)
+    operators = torch.ops.nemo_rl_ref
+    torch.library.opcheck(operators.clipped_pg_terms.default, arguments)
+    _, kept = operators.clipped_pg_terms(*arguments)
+    grads = torch.linspace(-1, 1, len(TERMS), dtype=torch.float64, device=device)
+    fixed = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    torch.library.opcheck(operators.clipped_pg_grad.default, [grads, kept, *fixed])
+
+
+@executed
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("flags", OPERATOR_FLAGS)
 def test_operator(flags):
-    """Schema, fake, autograd and AOT dispatch of both operators, on their plain PyTorch."""
-    arguments = arguments_of(OPERATOR_FLAGS[flags])
-    torch.library.opcheck(_clipped_pg._op, arguments)
-    _, kept = _clipped_pg._op(*arguments)
-    grads = torch.linspace(-1, 1, len(TERMS), dtype=torch.float64)
-    fixed = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    torch.library.opcheck(_clipped_pg._grad_op, [grads, kept, *fixed])
+    operator("cpu", OPERATOR_FLAGS[flags])
 
 
-@pytest.mark.parametrize("chosen", list(cases.combinations()), ids=lambda chosen: chosen[0])
-def test_the_operators_know_all_flags(chosen):
-    """Flags and numbers go to the operator and come back: the same loss."""
-    given, (_, flags) = cases.batch(3, 8, seed=3), chosen
-    loss_fn = ClippedPGLossFn(ClippedPGLossConfig(**flags))
-    again = _clipped_pg._loss_of(*_clipped_pg.settings_of(loss_fn))
-    a, b = (clipped_pg_terms(**given, config=config) for config in (loss_fn, again))
-    torch.testing.assert_close(a, b)
-    assert _clipped_pg.settings_of(again)[0] == _clipped_pg.settings_of(loss_fn)[0]
+def test_the_kernels_return_the_terms_that_have_names():
+    assert len(TERMS) == clipped_pg.NUMBER_OF_TERMS
+
+
+def test_an_attribute_of_a_loss_that_is_changed_counts():
+    loss_fn = ClippedPGLossFn(ClippedPGLossConfig())
+    loss_fn.ratio_clip_max = 0.5
+    assert Settings.of(loss_fn).ratio_clip_max == 0.5
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cuda", marks=executed)])
 def test_compiles_whole(threads, backend):
     given = cases.batch(2, 6)
-    config = ClippedPGLossConfig(**cases.EVERYTHING)
+    settings = cases.settings(**cases.EVERYTHING)
 
     def loss_and_gradient(function):
         logprobs = given["logprobs"].clone().requires_grad_()
@@ -336,7 +348,9 @@ def test_compiles_whole(threads, backend):
         return terms.detach(), *torch.autograd.grad(terms[0], logprobs)
 
     def function(logprobs):
-        return clipped_pg_terms(**given | {"logprobs": logprobs}, config=config, backend=backend)
+        return clipped_pg_terms(
+            **given | {"logprobs": logprobs}, settings=settings, backend=backend
+        )
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for a, b in zip(loss_and_gradient(compiled), loss_and_gradient(function), strict=True):
@@ -368,7 +382,7 @@ def test_compiles_whole(threads, backend):
 )
 def test_bad_input(changes, error, message):
     with pytest.raises(error, match=message):
-        clipped_pg_terms(**cases.batch(2, 6) | changes, config=ClippedPGLossConfig())
+        clipped_pg_terms(**cases.batch(2, 6) | changes, settings=cases.settings())
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------
@@ -389,7 +403,7 @@ def test_cases_on_gpu(case):
 @on_gpu
 @pytest.mark.parametrize("flags", OPERATOR_FLAGS)
 def test_operator_on_gpu(flags):
-    torch.library.opcheck(_clipped_pg._op, arguments_of(OPERATOR_FLAGS[flags], "cuda", True))
+    operator("cuda", OPERATOR_FLAGS[flags])
 
 
 @on_gpu
@@ -397,10 +411,10 @@ def test_compiled_into_graphs():
     """As `torch.compile` warms up for its graphs, captures and replays them."""
     torch.use_deterministic_algorithms(False)  # its fills are no part of this
     given = {n: x.cuda() for n, x in cases.batch(4, 300, seed=1, dtype=torch.float32).items()}
-    config = ClippedPGLossConfig(**cases.EVERYTHING)
+    settings = cases.settings(**cases.EVERYTHING)
 
     def loss(logprobs):
-        return clipped_pg_terms(**given | {"logprobs": logprobs}, config=config)[0]
+        return clipped_pg_terms(**given | {"logprobs": logprobs}, settings=settings)[0]
 
     compiled = torch.compile(loss, fullgraph=True, mode="reduce-overhead")
     for call in range(4):
@@ -424,7 +438,7 @@ def test_other_streams_and_graphs():
         logprobs = given["logprobs"].detach().requires_grad_()
         terms = clipped_pg_terms(
             **given | {"logprobs": logprobs},
-            config=ClippedPGLossConfig(**cases.EVERYTHING),
+            settings=cases.settings(**cases.EVERYTHING),
             backend="cuda",
         )
         return terms.detach(), *torch.autograd.grad(terms[0], logprobs)

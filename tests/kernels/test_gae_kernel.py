@@ -7,7 +7,8 @@ import torch
 from kernel_compiler import needs_compiler
 from thread_harness import SKIPPED, KernelFault, ThreadHarness, compiler, has_thread_sanitizer
 
-from nemo_rl_ref.kernels import _gae, gae, loader
+from nemo_rl_ref.algorithms._recurrence import gae
+from nemo_rl_ref.kernels import loader
 
 executed = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
 sanitized = pytest.mark.skipif(
@@ -33,6 +34,17 @@ def poisoned():
 @pytest.fixture
 def threads(on_threads):
     on_threads(ThreadHarness("gae", INSTANCES))
+
+
+def operator(device, lam):
+    """Schema, fake, autograd and AOT dispatch of the operator."""
+    rewards, values, mask = cases.episodes(device, 3, 20, dtype=torch.float64)
+    row = isinstance(lam, torch.Tensor)
+    numbers = (lam if row else None, 0.9, 0.0 if row else lam)
+    inputs = [x.requires_grad_() for x in (rewards, values)]
+    gae_op = torch.ops.nemo_rl_ref.gae.default
+    torch.library.opcheck(gae_op, (*inputs, mask, *numbers))
+    assert torch.autograd.gradcheck(lambda r, v: gae_op(r, v, mask, *numbers), inputs)
 
 
 # ---- on threads of the CPU ----------------------------------------------------------------------
@@ -158,15 +170,11 @@ def test_compiled_without_spills_and_stack(expression, architecture):
     assert took.registers <= 128, took
 
 
+@executed
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("lam", [0.7, torch.tensor([0.5, 0.9, 1.0], dtype=torch.float64)])
 def test_operator(lam):
-    """Schema, fake, autograd and AOT dispatch of the operator, on its plain PyTorch."""
-    rewards, values, mask = cases.episodes("cpu", 3, 20, dtype=torch.float64)
-    row = isinstance(lam, torch.Tensor)
-    numbers = (lam if row else None, 0.9, 0.0 if row else lam, False)
-    inputs = [x.requires_grad_() for x in (rewards, values)]
-    torch.library.opcheck(_gae._op, (*inputs, mask, *numbers))
-    assert torch.autograd.gradcheck(lambda r, v: _gae._op(r, v, mask, *numbers), inputs)
+    operator("cpu", lam)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("cuda", marks=executed)])
@@ -218,11 +226,7 @@ def test_cases_on_gpu(case):
 
 @on_gpu
 def test_operator_on_gpu():
-    rewards, values, mask = cases.episodes("cuda", 3, 20, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in (rewards, values)]
-    numbers = (None, 0.9, 0.7, True)
-    torch.library.opcheck(_gae._op, (*inputs, mask, *numbers))
-    assert torch.autograd.gradcheck(lambda r, v: _gae._op(r, v, mask, *numbers), inputs)
+    operator("cuda", 0.7)
 
 
 @on_gpu

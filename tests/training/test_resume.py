@@ -30,7 +30,7 @@ def _quiet(monkeypatch):
 def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     result = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "killed_runs.py"), str(folder)],
+        [sys.executable, str(ROOT / "tests" / "help" / "killed_runs.py"), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
         capture_output=True,
         text=True,

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clipped policy gradient: PPO, GRPO and their relatives. The pieces: ``_policy_gradient``."""
+"""Clipped policy gradient: PPO, GRPO and their relatives.
+
+What is computed, in plain PyTorch or by CUDA kernels: ``_clipped_pg_terms``.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Optional, TypedDict
@@ -8,17 +11,21 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from nemo_rl_ref.algorithms.loss import _policy_gradient as pg
 from nemo_rl_ref.algorithms.loss._checks import check_floating, check_token_batch
+from nemo_rl_ref.algorithms.loss._clipped_pg_terms import (
+    TERMS,
+    Parts,
+    Settings,
+    clipped_pg_terms,
+    named_terms,
+)
 from nemo_rl_ref.algorithms.loss.interfaces import (
     LossFunction,
     LossInputType,
     LossType,
     MetricNormalizer,
 )
-from nemo_rl_ref.algorithms.utils import masked_mean
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.kernels import TERMS, clipped_pg_terms
 
 
 class ClippedPGLossConfig(BaseModel, extra="allow"):
@@ -124,8 +131,10 @@ class ClippedPGLossFn(LossFunction):
     RL, no mean: it is the sum of the weights of all rows of the micro-batch, masked ones
     included, times its valid rows over those of the global batch.
 
-    On CUDA, loss and metrics are one kernel and the gradient another, see
-    `nemo_rl_ref.kernels.clipped_pg_terms`; the host waits once, for the metrics.
+    On CUDA, loss and metrics are one kernel and the gradient another; the host waits once, for the
+    metrics. Plain PyTorch runs where the kernels would compute something else or nothing: without
+    tokens, where another tensor than the log-probabilities of the policy requires a gradient, and
+    for a subclass that replaces a part of the computation.
 
     Args:
         cfg: the flags.
@@ -227,7 +236,7 @@ class ClippedPGLossFn(LossFunction):
             data["reference_policy_logprobs"][:, 1:] if with_kl else None,
             data["advantages"][:, 1:],
             data["token_mask"][:, 1:],
-            self,
+            Settings.of(self),  # each time, so that an attribute that was changed counts
             sample_mask=data["sample_mask"],
             rewards=data["rewards"]
             if self.positive_example_nll_weight > 0 and "rewards" in data
@@ -235,6 +244,7 @@ class ClippedPGLossFn(LossFunction):
             unfiltered_logprobs=data.get("curr_logprobs_unfiltered") if with_kl else None,
             global_valid_seqs=global_valid_seqs,
             global_valid_toks=global_valid_toks,
+            plain=self._terms if self._has_own_parts() else None,
         )
         metrics = dict(zip(TERMS, terms.tolist(), strict=True))  # the only wait for the device
         if self.truncated_importance_sampling_type is None:
@@ -245,150 +255,32 @@ class ClippedPGLossFn(LossFunction):
         metrics["kl_penalty"] = metrics["kl_penalty"] or 0
         return terms[0], metrics
 
-    def _terms(
-        self,
-        logprobs: Tensor,
-        prev: Tensor,
-        generation: Tensor,
-        reference: Tensor | None,
-        advantages: Tensor,
-        unfiltered: Tensor | None,
-        token_mask: Tensor,
-        sample_mask: Tensor,
-        rewards: Tensor | None,
-        *counts: Tensor | float,
-    ) -> dict[str, Tensor]:
-        """The loss and its metrics as scalar tensors, in plain PyTorch.
+    # The parts of the computation. A class that replaces one runs plain PyTorch with its own.
 
-        Args:
-            logprobs: log π_θ, (B, T), nats.
-            prev: log π_old, (B, T).
-            generation: log π_gen, (B, T).
-            reference: log π_ref, (B, T); read with a KL penalty only.
-            advantages: (B, T).
-            unfiltered: log π_θ for the KL term, (B, T); None for `logprobs`.
-            token_mask: (B, T).
-            sample_mask: (B,).
-            rewards: (B,), or None for no NLL of positive examples.
-            *counts: valid responses and unmasked tokens of the global batch.
+    def _terms(self, *tensors: Any) -> dict[str, Tensor]:
+        """The loss and its metrics as scalar tensors; arguments: `named_terms`."""
+        own = (self._ratios, self._surrogate, self._importance_weights)
+        own = Parts(*own, self._kl_estimate, self._importance_metrics)
+        return named_terms(Settings.of(self), own, *tensors)
 
-        Returns:
-            What `nemo_rl_ref.kernels.TERMS` names, but for what the flags leave out.
-        """
-        mask = token_mask * sample_mask.unsqueeze(-1)
-        ratios, clipped = self._ratios(logprobs, prev, token_mask)
-        losses = self._surrogate(logprobs, advantages, ratios, clipped)
-        weights, outside = self._importance_weights(prev, generation, token_mask, mask)
-        if self.use_importance_sampling_correction:
-            losses = weights * losses
-        actor_loss = pg.reduce_tokens(losses, token_mask, sample_mask, self.loss_type, *counts)
+    def _ratios(self, *tensors: Any) -> tuple[Tensor, Tensor]:
+        return Parts.of(Settings.of(self)).ratios(*tensors)
 
-        kl = nll = torch.zeros((), device=mask.device)
-        if self.reference_policy_kl_penalty != 0:
-            policy = logprobs if unfiltered is None else unfiltered
-            estimate = self._kl_estimate(policy, generation, reference)
-            kl = pg.reduce_tokens(estimate, token_mask, sample_mask, self.loss_type, *counts)
-        if self.positive_example_nll_weight > 0 and rewards is not None:
-            nll = pg.positive_nll(logprobs, rewards, mask)
+    def _surrogate(self, *tensors: Any) -> Tensor:
+        return Parts.of(Settings.of(self)).surrogate(*tensors)
 
-        loss = (
-            actor_loss
-            + self.reference_policy_kl_penalty * kl
-            + self.positive_example_nll_weight * nll
-        )
-        tokens = counts[1]
-        return {
-            "loss": loss,
-            **pg.ratio_metrics("probs_ratio", ratios, mask, tokens),
-            **pg.ratio_metrics("probs_ratio_clamped", clipped, mask, tokens),
-            "kl_penalty": kl,
-            **pg.mismatch_metrics(prev, generation, mask, self.reference_policy_kl_type, tokens),
-            **self._importance_metrics(weights, outside, mask, sample_mask, *counts),
-            "num_valid_samples": sample_mask.sum(),
-            "approx_entropy": pg.entropy_estimate(logprobs, generation, mask, tokens),
-            "positive_nll_loss": nll,
-        }
+    def _importance_weights(self, *tensors: Any) -> tuple[Tensor, Tensor | None]:
+        return Parts.of(Settings.of(self)).importance_weights(*tensors)
 
-    def _ratios(
-        self, logprobs: Tensor, prev_logprobs: Tensor, token_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Ratios and clipped ratios; the same tensor twice where nothing is clipped."""
-        if self.force_on_policy_ratio:
-            ratios = pg.on_policy_ratios(logprobs)
-            return ratios, ratios
-        if self.disable_ppo_ratio:
-            return logprobs, logprobs
-        if self.sequence_level_importance_ratios:
-            ratios = pg.sequence_ratios(logprobs, prev_logprobs, token_mask)
-        else:
-            ratios = pg.token_ratios(logprobs, prev_logprobs)
-        return ratios, pg.clip_ratios(ratios, self.ratio_clip_min, self.ratio_clip_max)
+    def _kl_estimate(self, *tensors: Any) -> Tensor:
+        return Parts.of(Settings.of(self)).kl_estimate(*tensors)
 
-    def _surrogate(
-        self, logprobs: Tensor, advantages: Tensor, ratios: Tensor, clipped: Tensor
-    ) -> Tensor:
-        """The policy-gradient loss of each token."""
-        if self.use_cispo:
-            return pg.cispo_surrogate(advantages, clipped, logprobs)
-        losses = pg.clipped_surrogate(advantages, ratios, clipped)
-        if self.ratio_clip_c is not None:
-            losses = pg.dual_clip(losses, advantages, self.ratio_clip_c)
-        return losses
+    def _importance_metrics(self, *tensors: Any) -> dict[str, Tensor]:
+        return Parts.of(Settings.of(self)).importance_metrics(*tensors)
 
-    def _importance_weights(
-        self, prev_logprobs: Tensor, generation_logprobs: Tensor, token_mask: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """π_old/π_gen, (B, T) or (B, 1), and what the truncation found outside its bounds."""
-        if self.sequence_level_importance_ratios:
-            weights = pg.sequence_importance_weights(prev_logprobs, generation_logprobs, mask)
-        else:
-            weights = pg.importance_weights(prev_logprobs, generation_logprobs)
-        kind = self.truncated_importance_sampling_type
-        low = self.truncated_importance_sampling_ratio_min
-        high = self.truncated_importance_sampling_ratio
-        if kind == "tis":
-            return pg.truncate_weights(weights, 0.0 if low is None else low, high)
-        if kind == "icepop":
-            return pg.zero_outside_weights(weights, low, high)
-        if kind == "seq-mask-tis":
-            return pg.zero_outside_sequences(
-                weights, prev_logprobs, generation_logprobs, token_mask, low, high
-            )
-        return weights, None
-
-    def _kl_estimate(self, logprobs: Tensor, generation: Tensor, reference: Tensor) -> Tensor:
-        """The KL estimate at each token, nats."""
-        return pg.kl_term(
-            logprobs,
-            reference,
-            self.reference_policy_kl_type,
-            self.kl_input_clamp_value,
-            self.kl_output_clamp_value,
-            sampled_logprobs=generation if self.use_on_policy_kl_approximation else None,
-        )
-
-    def _importance_metrics(
-        self,
-        weights: Tensor,
-        outside: Tensor | None,
-        mask: Tensor,
-        sample_mask: Tensor,
-        global_valid_seqs: Tensor,
-        global_valid_toks: Tensor,
-    ) -> dict[str, Tensor]:
-        """Mean weight and share outside the bounds: of responses or of tokens."""
-        over_tokens, over_responses = (mask, global_valid_toks), (sample_mask, global_valid_seqs)
-
-        def mean(values: Tensor, over: tuple[Tensor, Tensor]) -> Tensor:
-            return masked_mean(values, over[0], global_normalization_factor=over[1])
-
-        # (B, 1) weights against a (B,) mask make a (B, B) product, as in NeMo RL.
-        level = over_responses if self.sequence_level_importance_ratios else over_tokens
-        metrics = {"sampling_importance_ratio": mean(weights, level)}
-        if outside is not None:
-            whole = self.truncated_importance_sampling_type == "seq-mask-tis"
-            metrics["is_oob_ratio"] = mean(outside, over_responses if whole else over_tokens)
-        return metrics
+    def _has_own_parts(self) -> bool:
+        names = ("_terms", *(f"_{name}" for name in Parts._fields))
+        return any(getattr(type(self), n) is not getattr(ClippedPGLossFn, n) for n in names)
 
     def _normalizations(self) -> dict[str, MetricNormalizer]:
         tokens, sequences = MetricNormalizer.TOKENS, MetricNormalizer.SEQUENCES
