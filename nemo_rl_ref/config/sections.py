@@ -55,7 +55,10 @@ class MilestonesConfig(Section):
 
 
 def _entry_kind(entry: Any) -> str:
-    return "milestones" if isinstance(entry, dict) and "milestones" in entry else "scheduler"
+    """Which of the two an entry is, before it is read and after."""
+    is_last = isinstance(entry, MilestonesConfig)
+    is_last |= isinstance(entry, dict) and "milestones" in entry
+    return "milestones" if is_last else "scheduler"
 
 
 #: A scheduler, or several in turn.

@@ -208,7 +208,7 @@ class Run:
         info = self.manager.load_training_info(checkpoint)
         if not allow_config_changes:
             section = tuple(f"{self.name}.{key}" for key in _SECTION_MAY_CHANGE)
-            check_same_config(checkpoint, self.trainer.config, may_change=(*_MAY_CHANGE, *section))
+            check_same_config(checkpoint, self.settings, may_change=(*_MAY_CHANGE, *section))
             if info.get("data_sha256") != self.trainer.digest:
                 raise ValueError(
                     f"data.train: the data have changed since {checkpoint} was written; put them "

@@ -65,6 +65,8 @@ def test_nemo_rls_configurations_are_read(name, files):
         return
     settings = read_settings(config, kind)
     assert settings.section is getattr(settings, kind.algorithm)
+    dumped = settings.model_dump(mode="json", exclude_unset=True)
+    assert dumped.keys() == config.keys() and read_settings(dumped, kind) == settings
     for key in used_keys(kind):
         node, value = config, settings
         for part in key.split("."):
