@@ -35,8 +35,8 @@ html: venv ## execute what changed, build the site into _build/html; a warning i
 	@$(PY) -c 'from pathlib import Path; page = Path("_build/html/index.html").resolve(); \
 		print("The site: %s\n          %s" % (page, page.as_uri()))'
 
-test: venv ## run the tests
-	@$(PY) -m pytest $(PYTESTARGS)
+test: venv ## run the tests, on all cores
+	@$(PY) -m pytest -n auto --dist loadfile $(PYTESTARGS)
 
 serve: venv ## build the site, serve it on localhost, rebuild it after each change
 	@$(PY) -m sphinx_autobuild --port $(PORT) --ignore _build --re-ignore '__pycache__|[.]pyc$$' \

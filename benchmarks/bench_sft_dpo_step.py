@@ -33,7 +33,8 @@ from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)  # the paths in the configurations are relative to it
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -41,9 +42,9 @@ from _clock import ClockBetween  # noqa: E402
 from _record import device_name, write_result  # noqa: E402
 from _trl import TrlDpo  # noqa: E402
 from rich.progress import track  # noqa: E402
-from trainer_runs import RUNNERS, make_config  # noqa: E402
 
-from nemo_rl_ref import tiny  # noqa: E402
+from nemo_rl_ref import run_dpo, run_sft, tiny  # noqa: E402
+from nemo_rl_ref.config.read import read_config  # noqa: E402
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
 from nemo_rl_ref.files.metrics import read_metrics  # noqa: E402
 from nemo_rl_ref.config.sections import DPOSettings, OptimizerConfig, SFTSettings  # noqa: E402
@@ -52,6 +53,7 @@ from nemo_rl_ref.training.optimizers import make_optimizer  # noqa: E402
 from nemo_rl_ref.training.processes import make_accelerator  # noqa: E402
 from nemo_rl_ref.training.samples import Plan, preference_samples, supervised_samples  # noqa: E402
 
+RUNNERS = {"sft": run_sft, "dpo": run_dpo}
 SAMPLES = {"sft": 64, "dpo": 32}  # a step has 64 rows in both
 ROUND = 24  # steps a contender takes before the other one's turn
 WARM_UP = 4  # steps of each turn that are not counted
@@ -59,20 +61,28 @@ OPTIMIZER = {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-4, "weight_decay":
 
 
 def configuration(section, folder, name):
-    batch = SAMPLES[section]
-    changes = {
-        f"{section}__max_num_epochs": 1,
-        f"{section}__max_num_steps": ROUND,
-        f"{section}__val_period": 0,
-        f"{section}__val_at_start": False,
-        "policy__train_global_batch_size": batch,
-        "policy__train_micro_batch_size": batch,
-        "policy__optimizer": {**OPTIMIZER, "kwargs": {**OPTIMIZER["kwargs"], "fused": True}},
-        "policy__scheduler": None,
-        "checkpointing__enabled": False,
-        "checkpointing__metric_name": None,
+    batch, lines = SAMPLES[section], tiny.TRAIN_PAIRS.read_text().splitlines(keepends=True)
+    data = folder / f"{section}.jsonl"
+    data.write_text("".join(lines[: batch * ROUND]))
+    overrides = {
+        f"{section}.max_num_epochs": 1,
+        f"{section}.max_num_steps": ROUND,
+        f"{section}.val_period": 0,
+        f"{section}.val_at_start": "false",
+        f"{section}.val_at_end": "false",
+        "policy.train_global_batch_size": batch,
+        "policy.train_micro_batch_size": batch,
+        "policy.max_total_sequence_length": 32,
+        "policy.optimizer.kwargs.lr": OPTIMIZER["kwargs"]["lr"],
+        "policy.optimizer.kwargs.betas": "[0.9,0.999]",
+        "policy.optimizer.kwargs.fused": "true",
+        "policy.scheduler": "null",
+        "checkpointing.enabled": "false",
+        "data.train.data_path": data,
+        "logger.log_dir": folder / f"{name}-logs",
     }
-    return make_config(section, folder, samples=batch * ROUND, name=name, **changes)
+    lines = [f"{key}={value}" for key, value in overrides.items()]
+    return read_config(ROOT / f"configs/{section}.yaml", lines, RUNNERS[section].USED)[0]
 
 
 def runner_turn(section, config, floor):

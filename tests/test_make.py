@@ -376,7 +376,7 @@ def test_html_test_and_serve_run_in_the_environment(fake_tools):
         f"          {page.as_uri()}",
     ]
     output = fake_tools.succeed("test", "PYTESTARGS=-k 'a or b'")
-    assert output == f"pytest|{prefix}|-k|a or b\n"
+    assert output == f"pytest|{prefix}|-n|auto|--dist|loadfile|-k|a or b\n"
     output = fake_tools.succeed("serve", "PORT=8123")
     assert output.startswith(f"sphinx_autobuild|{prefix}|--port|8123|--ignore|_build|")
     assert output.endswith("|-j|auto|.|_build/html\n")

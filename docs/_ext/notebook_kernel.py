@@ -240,7 +240,7 @@ def store_values(
         NotebookFailure: an expression raises, a format does not fit, the text is empty or has
             several lines, or it is a number that was not formatted.
     """
-    from jupyter_core.utils import run_sync
+    from nbclient.util import run_sync
     from nbformat.v4 import new_output
 
     if not nums:

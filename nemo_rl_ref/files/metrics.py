@@ -15,8 +15,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-
 
 class JsonlLogger:
     """A JSON Lines file, with the methods of NeMo RL's loggers.
@@ -83,9 +81,12 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def number_of(value: Any) -> int | float | None:
-    """A Python number, or None for what is not a single number."""
-    if isinstance(value, torch.Tensor):
-        return value.item() if value.numel() == 1 else None
+    """Return a Python number, or None for what is not a single number.
+
+    Args:
+        value: A number, or a tensor or an array of one.
+    """
     if isinstance(value, (int, float)):
         return value
-    return value.item() if hasattr(value, "item") and getattr(value, "size", 0) == 1 else None
+    size = value.numel() if hasattr(value, "numel") else getattr(value, "size", 0)
+    return value.item() if hasattr(value, "item") and size == 1 else None

@@ -1,190 +1,155 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes that published pages made, typed into the equations and into the code.
+"""Mistakes that published pages made, put into the equations and into the code.
 
-Each is planted in a copy of the package, and the check of the equations has to name the equation
-that no longer agrees with the code.
+The check of the equations has to name the equation that no longer agrees with the code.
 """
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+import sympy
+import torch
+from torch.nn.functional import logsigmoid
 
-PACKAGE = Path(__file__).parents[2] / "nemo_rl_ref"
+from nemo_rl_ref.algorithms.loss import PreferenceLossFn, _nll, _preference
+from nemo_rl_ref.algorithms.loss import _policy_gradient as pg
+from nemo_rl_ref.algorithms.utils import masked_mean
+from nemo_rl_ref.equations import EquationError, all_equations, kl_estimators, verify
+from nemo_rl_ref.equations import grpo as g
+from nemo_rl_ref.equations import kl_estimators as k
+from nemo_rl_ref.equations import ppo as p
+from nemo_rl_ref.equations import preferences as dpo
+from nemo_rl_ref.equations import reductions as r
+from nemo_rl_ref.equations.world import expect
 
-#: The mistake, the file, what stands there, what was typed, and the equation that it concerns.
-IN_EQUATIONS = [
-    (
-        "1: the DPO gradient weighted by the wrong side of the sigmoid",
-        "equations/preferences.py",
-        "right=-beta * sigma(-m) * (grad_w - grad_l)",
-        "right=-beta * sigma(m) * (grad_w - grad_l)",
-        "dpo-gradient",
-    ),
-    (
-        "2: a DPO loss with the logarithm around the difference",
-        "equations/preferences.py",
-        """                logsigma(
-                    beta * log(chosen[n] / ref_chosen[n])
-                    - beta * log(rejected[n] / ref_rejected[n])
+EQUATIONS = all_equations()
+
+
+def right_sides(label):
+    """The right-hand sides of an equation as they are printed."""
+    return EQUATIONS[label].steps
+
+
+# A mistake's name: the equation, and the wrong right-hand side.
+with sympy.evaluate(False):
+    _per_answer = g.sum_over(g.mask[g.i, g.t] * g._surrogate, g.t, g.T)
+    _tokens = g.sum_over(g.mask[g.i, g.t], g.t, g.T)
+    _losses = r.sum_over(r.counted[r.b, r.t] * r.token_losses[r.b, r.t], r.t, r.T)
+    _counts = r.sum_over(r.counted[r.b, r.t], r.t, r.T)
+    IN_EQUATIONS = {
+        "1: the DPO gradient weighted by the wrong side of the sigmoid": (
+            "dpo-gradient",
+            -dpo.beta * dpo.sigma(dpo.m) * (dpo.grad_w - dpo.grad_l),
+        ),
+        "2: a DPO loss with the logarithm around the difference": (
+            "dpo-loss",
+            -dpo.mean(
+                dpo.logsigma(
+                    dpo.beta
+                    * sympy.log(
+                        dpo.chosen[dpo.n] / dpo.ref_chosen[dpo.n]
+                        - dpo.rejected[dpo.n] / dpo.ref_rejected[dpo.n]
+                    )
                 ),
-                n,
-                N,
-                PAIRS,
+                dpo.n,
+                dpo.N,
+                dpo.PAIRS,
             ),
-            implementation=DPO,
-            check=_dpo_loss""",
-        """                logsigma(
-                    beta * log(chosen[n] / ref_chosen[n] - rejected[n] / ref_rejected[n])
-                ),
-                n,
-                N,
-                PAIRS,
+        ),
+        "3: GRPO as DPO with groups": (
+            "grpo-objective",
+            sympy.log(1 + sympy.exp(-g.beta * (g.advantages[1] - g.advantages[2]))),
+        ),
+        "3: GRPO with a value loss": (
+            "grpo-published",
+            -g.average((_per_answer - g.advantages[g.i] ** 2 / 2) / _tokens, g.i, g.G),
+        ),
+        "4: the ratio after a step is said to be inside the clipping range": (
+            "ppo-step-ratio",
+            p.clip(1 + p.rate * p.A, 1 - p.eps, 1 + p.eps) + 0 * right_sides("ppo-step-ratio")[0],
+        ),
+        "5: KL of the policy as an expectation under the other policy": (
+            "kl-definition",
+            k.expectation(k.log_ratio, k.y, k.Y, k.ref[k.y], k.UNDER_POLICY),
+        ),
+        "5: k3 called unbiased for samples from the other policy": (
+            "k3-mean",
+            (
+                k.expectation(k.k3_of_answer, k.y, k.Y, k.ref[k.y], k.UNDER_POLICY),
+                *right_sides("k3-mean")[1:],
             ),
-            implementation=DPO,
-            check=_dpo_loss""",
-        "dpo-loss",
-    ),
-    (
-        "3: GRPO as DPO with groups",
-        "equations/grpo.py",
-        "sum_over(mask[i, t] * bracket(beta * kl_k[i, t] - _surrogate), t, T)",
-        "log(1 + exp(-beta * (advantages[1] - advantages[2])))",
-        "grpo-objective",
-    ),
-    (
-        "3: GRPO with a value loss",
-        "equations/grpo.py",
-        "sum_over(mask[i, t] * _surrogate, t, T) / sum_over(mask[i, t], t, T),",
-        "(sum_over(mask[i, t] * _surrogate, t, T) - advantages[i] ** 2 / 2)"
-        " / sum_over(mask[i, t], t, T),",
-        "grpo-published",
-    ),
-    (
-        "4: the ratio after a step is said to be inside the clipping range",
-        "equations/ppo.py",
-        "            right=exp(rate * A * (1 - token_probability[sampled]))",
-        "            right=clip(1 + rate * A, 1 - eps, 1 + eps) + 0 * exp(rate)",
-        "ppo-step-ratio",
-    ),
-    (
-        "5: KL of the policy as an expectation under the other policy",
-        "equations/kl_estimators.py",
-        "right=expectation(log_ratio, y, Y, pi[y], UNDER_POLICY)",
-        "right=expectation(log_ratio, y, Y, ref[y], UNDER_POLICY)",
-        "kl-definition",
-    ),
-    (
-        "5: k3 called unbiased for samples from the other policy",
-        "equations/kl_estimators.py",
-        "expectation(k3_of_answer, y, Y, pi[y], UNDER_POLICY),\n                sum_over",
-        "expectation(k3_of_answer, y, Y, ref[y], UNDER_POLICY),\n                sum_over",
-        "k3-mean",
-    ),
-    (
-        "6: the mean of the micro-batches' means",
-        "equations/reductions.py",
-        "sum_over(sum_over(counted[b, t] * token_losses[b, t], t, T) / _all, b, B),",
-        "average(sum_over(counted[b, t] * token_losses[b, t], t, T)"
-        " / sum_over(counted[b, t], t, T), b, B),",
-        "global-mean",
-    ),
-]
+        ),
+        "6: the mean of the micro-batches' means": (
+            "global-mean",
+            (right_sides("global-mean")[0], r.average(_losses / _counts, r.b, r.B)),
+        ),
+    }
 
-LOSS = "algorithms/loss/_preference.py"
-DPO = "loss = -logsigmoid(beta * (chosen - rejected)) * chosen_mask"
-IN_CODE = [
-    ("1", LOSS, DPO, DPO.replace("(beta", "(-beta"), "dpo-gradient"),
-    (
-        "2",
-        LOSS,
-        DPO,
-        "loss = -(beta * (chosen.exp() - rejected.exp()).log()).sigmoid().log() * chosen_mask",
-        "dpo-loss",
-    ),
-    (
-        "3: as DPO with groups",
-        "algorithms/loss/_policy_gradient.py",
-        "return torch.maximum(-advantages * ratios, -advantages * clipped_ratios)",
-        "return -torch.nn.functional.logsigmoid(advantages * ratios.log()) + 0 * clipped_ratios",
+
+#: Symbols of the right equation that the wrong one does not print, but its check needs.
+ALSO = {"grpo-objective": (g.ratios, g.mask, g.eps)}
+
+
+@pytest.mark.parametrize(("label", "wrong"), IN_EQUATIONS.values(), ids=IN_EQUATIONS)
+def test_a_mistake_in_an_equation_is_named(label, wrong):
+    equation = EQUATIONS[label]
+    verify(equation)
+
+    mistaken = replace(equation, right=wrong, also=(*equation.also, *ALSO.get(label, ())))
+    with pytest.raises(EquationError, match=rf"equation '{label}' \(.*is not what nemo_rl_ref\."):
+        verify(mistaken)
+
+
+def log_around_the_difference(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
+    """`PreferenceLossFn._preference_loss` with the logarithm in the wrong place."""
+    chosen, rejected = self.split_output_tensor(rewards)
+    loss = -(beta * (chosen.exp() - rejected.exp()).log()).sigmoid().log()
+    parts = (loss, chosen > rejected, chosen, rejected)
+    pairs = global_valid_seqs / 2
+    return tuple(masked_mean(x, sample_mask[::2], global_normalization_factor=pairs) for x in parts)
+
+
+def with_a_value_loss(advantages, ratios, clipped_ratios):
+    """The clipped surrogate, and half the square of the advantage."""
+    surrogate = torch.maximum(-advantages * ratios, -advantages * clipped_ratios)
+    return surrogate + advantages.square() / 2
+
+
+# A mistake's name: the equation, where the function stands, and what takes its place.
+IN_CODE = {
+    "1": ("dpo-gradient", _preference, "logsigmoid", lambda x: logsigmoid(-x)),
+    "2": ("dpo-loss", PreferenceLossFn, "_preference_loss", log_around_the_difference),
+    "3: as DPO with groups": (
         "grpo-objective",
+        pg,
+        "clipped_surrogate",
+        lambda advantages, ratios, clipped: -logsigmoid(advantages * ratios.log()) + 0 * clipped,
     ),
-    (
-        "3: with a value loss",
-        "algorithms/loss/_clipped_pg_terms.py",
-        "    loss = (\n        actor_loss",
-        "    loss = (\n        advantages.square().mean() / 2 + actor_loss",
-        "grpo-objective",
-    ),
-    (
-        "4: the ratio is forced into the range",
-        "algorithms/loss/_policy_gradient.py",
-        "return torch.maximum(-advantages * ratios, -advantages * clipped_ratios)",
-        "return -advantages * clipped_ratios",
+    "3: with a value loss": ("grpo-objective", pg, "clipped_surrogate", with_a_value_loss),
+    "4: the ratio is forced into the range": (
         "ppo-gradient",
+        pg,
+        "clipped_surrogate",
+        lambda advantages, ratios, clipped_ratios: -advantages * clipped_ratios,
     ),
-    (
-        "5: the divergence averaged under its second argument",
-        "equations/world.py",
-        "return expect(log_p, log_p - log_q)",
-        "return expect(log_q, log_p - log_q)",
+    "5: the divergence averaged under its second argument": (
         "kl-definition",
+        kl_estimators,
+        "exact_kl",
+        lambda log_p, log_q: expect(log_q, log_p - log_q),
     ),
-    (
-        "6: every micro-batch divides by its own count",
-        "algorithms/utils.py",
-        "    count = global_normalization_factor\n    if count is None:",
-        "    count = global_normalization_factor\n    if True:",
+    "6: every micro-batch divides by its own count": (
         "global-mean",
+        _nll,
+        "masked_mean",
+        lambda values, mask, global_normalization_factor=None: masked_mean(values, mask),
     ),
-]
+}
 
 
-@pytest.fixture
-def plant(tmp_path):
-    """Return what copies the package, types something else into files, and checks equations."""
-    top = tmp_path / "copy"
-    ignored = shutil.ignore_patterns("__pycache__", "assets", "*.json")
-    shutil.copytree(PACKAGE, top / "nemo_rl_ref", ignore=ignored)
-
-    def check(mistakes, labels):
-        for _, file, right, wrong, _ in mistakes:
-            path = top / "nemo_rl_ref" / file
-            text = path.read_text(encoding="utf-8")
-            assert text.count(right) == 1, f"{file} does not hold once: {right}"
-            path.write_text(text.replace(right, wrong), encoding="utf-8")
-        return subprocess.run(
-            [sys.executable, "-m", "nemo_rl_ref.equations", *labels],
-            cwd=top,
-            env=os.environ | {"PYTHONPATH": str(top)},
-            capture_output=True,
-            text=True,
-        )
-
-    return check
-
-
-def test_the_right_equations_pass(plant):
-    labels = sorted({label for *_, label in IN_EQUATIONS + IN_CODE})
-    done = plant([], labels)
-    assert done.returncode == 0, done.stderr
-
-
-def test_mistakes_in_equations_are_named(plant):
-    labels = [label for *_, label in IN_EQUATIONS]
-    done = plant(IN_EQUATIONS, labels)
-    assert done.returncode == 1, done.stdout
-    for label in labels:
-        assert f"equation '{label}' (" in done.stderr, (label, done.stderr)
-
-
-@pytest.mark.parametrize("mistake", IN_CODE, ids=[name for name, *_ in IN_CODE])
-def test_a_mistake_in_the_code_is_named(plant, mistake):
-    label = mistake[-1]
-    done = plant([mistake], [label])
-    assert done.returncode == 1, done.stdout
-    assert f"equation '{label}' (" in done.stderr, done.stderr
-    assert "is not what nemo_rl_ref." in done.stderr
+@pytest.mark.parametrize(("label", "where", "name", "wrong"), IN_CODE.values(), ids=IN_CODE)
+def test_a_mistake_in_the_code_is_named(label, where, name, wrong, monkeypatch):
+    verify(EQUATIONS[label])
+    monkeypatch.setattr(where, name, wrong)
+    with pytest.raises(EquationError, match=rf"equation '{label}' \(.*is not what nemo_rl_ref\."):
+        verify(EQUATIONS[label])
