@@ -198,6 +198,7 @@ def test_an_optimizer_is_tried_before_a_model_is_loaded(section, key, value, mes
         ("ppo", "value_loss_fn.cliprange", -0.2, "value_loss_fn.cliprange is -0.2, expected 0"),
         ("ppo", "value.optimizer.name", "Adam", "value.optimizer.name: got 'Adam'"),
         ("grpo", "grpo.adv_estimator", {"name": "opd"}, "on_policy_distillation: grpo.adv_est"),
+        ("ppo", "ppo.adv_estimator", {"name": "gae"}, "ppo.adv_estimator: estimator_config has no"),
     ],
 )
 def test_a_loss_and_an_estimator_are_made_before_a_model(section, key, value, message, tmp_path):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """PPO's settings. The training loop is in :mod:`nemo_rl_ref.rl.trainer`."""
 
-from typing import NotRequired, Optional
+from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
-from typing_extensions import TypedDict  # pydantic takes the standard library's from 3.12 on
 
 from nemo_rl_ref.algorithms.grpo import RewardScalingConfig
 from nemo_rl_ref.algorithms.reward_functions import RewardShapingConfig
@@ -38,16 +37,9 @@ class AsyncPPOConfig(BaseModel, extra="allow"):
         return self.max_trajectory_age_steps if lead is None else lead
 
 
-class AdvEstimatorConfig(TypedDict):
-    """``ppo.adv_estimator``: ``name``, "gae" or "raw_reward", with the settings of its class."""
-
-    name: str
-    gae_lambda: NotRequired[float]
-    gae_gamma: NotRequired[float]
-    normalize_advantages: NotRequired[bool]
-    gae_lambda_value: NotRequired[Optional[float]]
-    gae_lambda_policy: NotRequired[Optional[float]]
-    length_adaptive_alpha: NotRequired[float]
+#: ``ppo.adv_estimator``: ``name``, "gae" or "raw_reward", with the settings of its class. NeMo RL's
+#: is a TypedDict, which pydantic does not take from the standard library below Python 3.12.
+AdvEstimatorConfig = dict[str, Any]
 
 
 class PPOConfig(BaseModel, extra="allow"):

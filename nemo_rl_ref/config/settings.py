@@ -20,7 +20,6 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from typing_extensions import get_type_hints, is_typeddict
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -138,8 +137,6 @@ def _field(annotation: Any, part: str | int) -> tuple[Any, Any]:
         return arguments[0], ()
     if get_origin(annotation) is dict:
         return arguments[1], ()
-    if is_typeddict(annotation):
-        return get_type_hints(annotation).get(str(part), Any), ()
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get(str(part))
         return (field.annotation, field.metadata) if field else (Any, ())

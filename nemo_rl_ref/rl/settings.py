@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
+
 from nemo_rl_ref.algorithms import advantage_estimator as estimators
 from nemo_rl_ref.algorithms.grpo import GRPOConfig
 from nemo_rl_ref.algorithms.logits_sampling_utils import TrainingSamplingParams
@@ -20,7 +22,7 @@ from nemo_rl_ref.config.sections import (
     SampledPolicyConfig,
     ValueConfig,
 )
-from nemo_rl_ref.config.settings import read_settings
+from nemo_rl_ref.config.settings import Section, read_settings
 from nemo_rl_ref.training.optimizers import check_optimizer
 
 
@@ -35,6 +37,26 @@ class GRPOSettings(RunSettings):
     grpo: GRPOConfig
 
 
+class ValueEstimatorConfig(Section):
+    """``ppo.adv_estimator``, which is a dict in `PPOConfig`; what is not given stays out of it."""
+
+    name: str
+    gae_lambda: float = 0.95
+    gae_gamma: float = 1.0
+    normalize_advantages: bool = True
+    gae_lambda_value: float | None = None
+    gae_lambda_policy: float | None = None
+    length_adaptive_alpha: float = 0.0
+
+
+class TypedPPOConfig(PPOConfig):
+    """``ppo``."""
+
+    adv_estimator: ValueEstimatorConfig = Field(
+        default_factory=lambda: ValueEstimatorConfig(**PPOConfig().adv_estimator)
+    )
+
+
 class PPOSettings(RunSettings):
     """The settings of PPO."""
 
@@ -44,7 +66,7 @@ class PPOSettings(RunSettings):
     loss_fn: ClippedPGLossConfig
     value: ValueConfig
     value_loss_fn: MseValueLossConfig
-    ppo: PPOConfig
+    ppo: TypedPPOConfig
 
 
 #: As for every trainer, but with on-policy distillation from one teacher.
@@ -224,16 +246,21 @@ def make_estimator(settings: GRPOSettings | PPOSettings) -> Any:
     """Make the advantage estimator that ``adv_estimator.name`` asks for.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none of that name, or it needs another setting.
     """
     section, chosen = settings.algorithm, settings.section.adv_estimator
-    name = chosen["name"] if isinstance(settings, PPOSettings) else chosen.name
+    name = chosen.name
     if name not in ESTIMATORS[section]:
         raise ValueError(
             f"{section}.adv_estimator.name: got {name!r}, expected "
             f"{' or '.join(ESTIMATORS[section])}"
         )
-    return ESTIMATORS[section][name](chosen, settings.loss_fn)
+    # NeMo RL's PPO has these settings as a dict.
+    given = chosen.given() if isinstance(settings, PPOSettings) else chosen
+    try:
+        return ESTIMATORS[section][name](given, settings.loss_fn)
+    except KeyError as error:
+        raise ValueError(f"{section}.adv_estimator: {error.args[0]}") from error
 
 
 def sampling_params(
