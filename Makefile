@@ -4,7 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help html test serve notebooks bench studies gpu clean distclean venv
+.PHONY: help html test lint serve notebooks bench studies gpu clean distclean venv
 
 # Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
 #   PYTHON        the interpreter that makes .venv
@@ -37,6 +37,14 @@ html: venv ## execute what changed, build the site into _build/html; a warning i
 
 test: venv ## run the tests, on all cores
 	@$(PY) -m pytest -n auto --dist loadfile $(PYTESTARGS)
+
+# Needs no network: the wheels in .venv hold pyright and the Node.js that runs it.
+lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+lint: export PYRIGHT_PYTHON_GLOBAL_NODE := 0
+lint: venv ## check style, formatting and types; ruff check --fix and ruff format mend much of it
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m pyright
 
 serve: venv ## build the site, serve it on localhost, rebuild it after each change
 	@$(PY) -m sphinx_autobuild --port $(PORT) --ignore _build --re-ignore '__pycache__|[.]pyc$$' \

@@ -86,7 +86,8 @@ def make(requirements: Path, lock: int) -> None:
 
     # The repository itself, importable from any working directory: notebooks run in their own.
     where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(where, check=True, text=True, capture_output=True).stdout.strip())
+    found = subprocess.run(where, check=True, text=True, capture_output=True)
+    packages = Path(found.stdout.strip())
     up = os.path.relpath(Path.cwd(), packages.resolve())
     (packages / "nemo_rl_ref.pth").write_text(up + "\n", encoding="utf-8")
 
@@ -124,7 +125,7 @@ if __name__ == "__main__":
         main()
     except subprocess.CalledProcessError as error:
         name = error.cmd[2] if error.cmd[1] == "-m" else error.cmd[0]
-        sys.exit(f"error: {name} failed, see above; .venv is unfinished and the next make redoes it")
+        sys.exit(f"error: {name} failed, see above; .venv is unfinished, the next make redoes it")
     except OSError as error:
         sys.exit(f"error: .venv cannot be made: {error}")
     except KeyboardInterrupt:

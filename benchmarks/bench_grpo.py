@@ -24,6 +24,7 @@ TRL             a step of GRPOTrainer with its defaults, except for float32, no 
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import statistics
@@ -45,13 +46,13 @@ from rich.progress import track  # noqa: E402
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from nemo_rl_ref import tiny  # noqa: E402
+from nemo_rl_ref.config.read import read_config  # noqa: E402
+from nemo_rl_ref.config.settings import used_keys  # noqa: E402
 from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
 from nemo_rl_ref.rl.rollouts import prompt_batches  # noqa: E402
 from nemo_rl_ref.rl.settings import GRPOSettings  # noqa: E402
 from nemo_rl_ref.rl.trainer import RLTrainer  # noqa: E402
 from nemo_rl_ref.training.step import next_token_logprobs  # noqa: E402
-from nemo_rl_ref.config.read import read_config  # noqa: E402
-from nemo_rl_ref.config.settings import used_keys  # noqa: E402
 
 CONFIG = ROOT / "configs/grpo_tiny.yaml"
 PROMPTS, COPIES, LONGEST = 64, 8, 5  # the sizes of the tuned example
@@ -97,8 +98,7 @@ def tick():
 
 def steps_of(ticks):
     """Seconds between ticks, by both clocks, the first ones of a turn left out."""
-    pairs = zip(ticks, ticks[1:], strict=False)
-    return [(b[0] - a[0], b[1] - a[1]) for a, b in pairs][WARM_UP:]
+    return [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(ticks)][WARM_UP:]
 
 
 class Ours:

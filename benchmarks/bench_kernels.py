@@ -15,8 +15,9 @@ of them is found there. Memory is what the allocator had in use at most, above w
 before the call, which is inputs.
 
 Floors are those of nemo_rl_ref.kernels.floors: bytes over the bandwidth of a copy of 1 GiB that is
-measured in between; for the linear one also the time of its four matrix products in cuBLAS. ``requirements-gpu.txt`` pins the peers; one that is not installed is reported as absent, one
-that fails with its error, and how far its results are from ours is written down.
+measured in between; for the linear one also the time of its four matrix products in cuBLAS.
+``requirements-gpu.txt`` pins the peers; one that is not installed is reported as absent, one that
+fails with its error, and how far its results are from ours is written down.
 
 Asked on an H100 or H200: see `ASKS`. The script fails there if one is not met.
 """

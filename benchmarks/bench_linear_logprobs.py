@@ -6,9 +6,9 @@
 
 2048 tokens, hidden size 256, vocabulary 32,000, float32. A call is forward and backward, with
 gradients for the hidden states and the weight. The contenders take turns, each round in another
-order, TRL in every third; times are medians. "gather over ours" in time is the median over the rounds of the ratio within
-a round, with a 95 % confidence interval. Memory is the largest sum of PyTorch's allocations during a
-call, the two gradients included.
+order, TRL in every third; times are medians. "gather over ours" in time is the median over the
+rounds of the ratio within a round, with a 95 % confidence interval. Memory is the largest sum of
+PyTorch's allocations during a call, the two gradients included.
 
 gather  logits = hidden @ weight.T, log_softmax, gather
 TRL     trl.kernels.ChunkedLogProbFunction, at the chunk size of TRL's trainers

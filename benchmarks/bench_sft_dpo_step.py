@@ -45,10 +45,10 @@ from rich.progress import track  # noqa: E402
 
 from nemo_rl_ref import run_dpo, run_sft, tiny  # noqa: E402
 from nemo_rl_ref.config.read import read_config  # noqa: E402
-from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
-from nemo_rl_ref.files.metrics import read_metrics  # noqa: E402
 from nemo_rl_ref.config.sections import DPOSettings, OptimizerConfig, SFTSettings  # noqa: E402
 from nemo_rl_ref.config.settings import read_settings  # noqa: E402
+from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
+from nemo_rl_ref.files.metrics import read_metrics  # noqa: E402
 from nemo_rl_ref.training.optimizers import make_optimizer  # noqa: E402
 from nemo_rl_ref.training.processes import make_accelerator  # noqa: E402
 from nemo_rl_ref.training.samples import Plan, preference_samples, supervised_samples  # noqa: E402

@@ -27,17 +27,18 @@ MLP                    gate, its SiLU, up and their product: `4bF`
 =====================  ==========================================================================
 
 each times `T`. After the layers comes one more norm. With activation checkpointing NeMo RL wraps
-both norms, the attention and the MLP one by one and keeps the inputs of the four, `4bTH`, and backward
-builds the parts of one of them again.
+both norms, the attention and the MLP one by one and keeps the inputs of the four, `4bTH`, and
+backward builds the parts of one of them again.
 
-**Log-probabilities.** `log_softmax` and `gather` hold three float32 numbers for every logit, `12TV`:
-in forward the logits, their contiguous copy without the last column and the result; in backward the
-result and the gradients of ``gather`` and of ``log_softmax``. `token_logprobs` holds the logits and
-their gradient, `8TV`. `linear_token_logprobs` never holds the logits: at most ``max_extra_bytes``.
+**Log-probabilities.** `log_softmax` and `gather` hold three float32 numbers for every logit,
+`12TV`: in forward the logits, their contiguous copy without the last column and the result; in
+backward the result and the gradients of ``gather`` and of ``log_softmax``. `token_logprobs` holds
+the logits and their gradient, `8TV`. `linear_token_logprobs` never holds the logits: at most
+``max_extra_bytes``.
 
 Not counted: what the allocator loses to fragmentation, the context of CUDA (about half a gigabyte),
-communication buffers, and the generation engine where it shares the GPU. Mixtures of experts, tensor,
-context and pipeline parallelism, LoRA and other attention kernels are not modelled.
+communication buffers, and the generation engine where it shares the GPU. Mixtures of experts,
+tensor, context and pipeline parallelism, LoRA and other attention kernels are not modelled.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ OPTIMIZER_NUMBERS = {
 
 #: What is modelled, by ``model_type``: whether queries and keys have norms, and projections biases.
 MODELS = {"llama": (), "mistral": (), "qwen2": ("qkv_bias",), "qwen3": ("qk_norm",)}
-
 
 
 class _Parallel(Section):
@@ -295,7 +295,6 @@ class Step:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Step:
         """Read the keys of a NeMo RL configuration that decide about memory.
-
         Rows are those of ``policy.train_micro_batch_size``, doubled where the configuration has a
         section ``dpo`` or ``rm``, of ``policy.max_total_sequence_length`` tokens: the longest batch
         that can come. With sequence packing or dynamic batching it is one row of
@@ -393,8 +392,8 @@ def estimate(model: Model, step: Step) -> Estimate:
     - backward, last layer: activations of the layers; with checkpointing what is built again; the
       gradients of gate, up and their product less the product itself, `2 b T F`, of the layer's
       output and of one weight. FSDP2 holds the layer's weights in ``precision``;
-    - backward, a layer below: the same with one layer less, and, under FSDP2, the float32 gradient of
-      the layer above on its way to the other GPUs;
+    - backward, a layer below: the same with one layer less, and, under FSDP2, the float32 gradient
+      of the layer above on its way to the other GPUs;
     - backward, a layer is done: under FSDP2 its gradients in both precisions and the next weights;
     - backward, first layer: the activations of one layer;
     - backward, embedding: the new gradients of embedding and head; where they are one parameter,
@@ -634,7 +633,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("policy.model_name: missing; give --model PATH")
         if not options.model and not Path(name).exists():
             raise ValueError(
-                f"policy.model_name: {name} is no local folder; give --model PATH with its config.json"
+                f"policy.model_name: {name} is no local folder; give --model PATH, a folder with "
+                "a config.json"
             )
         model = Model.from_config(name)
     except (OverridesError, OSError, ValueError) as error:

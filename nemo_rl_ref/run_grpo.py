@@ -56,7 +56,8 @@ def train(
     settings = read_rl_settings(config)
     loss_fn = None
     if loss:
-        loss_fn = checked_loss(loss, settings.loss_fn.model_dump(exclude_unset=True), "loss_fn", pairs=False, strict=strict)
+        section = settings.loss_fn.model_dump(exclude_unset=True)
+        loss_fn = checked_loss(loss, section, "loss_fn", pairs=False, strict=strict)
     environment = load_object(env, "--env") if env else None
     trainer = RLTrainer(config, environment=environment, loss_fn=loss_fn, load=False)
     check_prompts(trainer.cfg, trainer.train_prompts, trainer.val_prompts)

@@ -24,7 +24,6 @@ from nemo_rl_ref.training.supervised import Task, fit, read_supervised_settings
 from nemo_rl_ref.training.user_code import checked_loss
 
 
-
 def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = False, **options: Any):
     """Fine-tune as a configuration says.
 
@@ -45,8 +44,8 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
     training, validation = supervised_samples(settings, tokenizer)
     if not validation and settings.sft.val_period > 0:
         raise ValueError(
-            f"sft.val_period: got {settings.sft.val_period} without data.validation; set it to 0, or "
-            "data.train.split_validation_size above 0"
+            f"sft.val_period: got {settings.sft.val_period} without data.validation; set it to 0, "
+            "or data.train.split_validation_size above 0"
         )
     names = {"loss": "val_loss"}
     task = Task(training, validation, load_policy, loss_fn, names, pairs=False)

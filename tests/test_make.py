@@ -382,8 +382,13 @@ def test_html_test_and_serve_run_in_the_environment(fake_tools):
     assert output.endswith("|-j|auto|.|_build/html\n")
     for module in ("sphinx", "pytest"):
         (fake_tools.folder / f"{module}.py").write_text("raise SystemExit(3)\n")
+    # Of pages read in a failed build Sphinx would remember the pages and not the warnings.
+    pages_read = fake_tools.folder / "_build" / "html" / ".doctrees" / "environment.pickle"
+    pages_read.parent.mkdir(parents=True)
+    pages_read.touch()
     status, output = fake_tools.make("html")
     assert status != 0 and "The site" not in output
+    assert not pages_read.exists()
     assert fake_tools.make("test")[0] != 0
 
 
@@ -541,7 +546,7 @@ def test_workflow():
     steps = {name: job["steps"] for name, job in jobs.items()}
     run = {name: [s["run"] for s in job if "run" in s] for name, job in steps.items()}
     targets = {name: make_commands("\n".join(lines)) for name, lines in run.items()}
-    assert targets == {"test": ["test"], "html": ["html"], "publish": []}
+    assert targets == {"test": ["test"], "html": ["lint", "html"], "publish": []}
     assert set().union(*targets.values()) <= TARGETS
     assert jobs["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
 

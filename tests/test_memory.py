@@ -81,7 +81,7 @@ def build(config, step, mesh):
 
 
 def measure(config, step, mesh):
-    """Bytes beside weights, optimizer state and earlier gradients: of a micro-batch, of an update."""
+    """Bytes of a micro-batch and of an update, beside weights, optimizer state and gradients."""
     model = build(config, step, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     ids = torch.randint(0, config.vocab_size, (step.rows, step.sequence_length))
@@ -202,9 +202,15 @@ def test_numbers_of_an_optimizer(kind, numbers):
 
 
 REAL = {
-    "Qwen3-0.6B": (config_of(Qwen3Config, 151936, 1024, 3072, 28, 16, 8, 128, tie=True), 596_049_920),
+    "Qwen3-0.6B": (
+        config_of(Qwen3Config, 151936, 1024, 3072, 28, 16, 8, 128, tie=True),
+        596_049_920,
+    ),
     "Qwen3-8B": (config_of(Qwen3Config, 151936, 4096, 12288, 36, 32, 8, 128), 8_190_735_360),
-    "Llama-3.2-1B": (config_of(LlamaConfig, 128256, 2048, 8192, 16, 32, 8, 64, tie=True), 1_235_814_400),
+    "Llama-3.2-1B": (
+        config_of(LlamaConfig, 128256, 2048, 8192, 16, 32, 8, 64, tie=True),
+        1_235_814_400,
+    ),
     "Llama-3.1-8B": (config_of(LlamaConfig, 128256, 4096, 14336, 32, 32, 8), 8_030_261_248),
     "Llama-3.1-70B": (config_of(LlamaConfig, 128256, 8192, 28672, 80, 64, 8), 70_553_706_496),
     "Qwen2.5-7B": (config_of(Qwen2Config, 152064, 3584, 18944, 28, 28, 4), 7_615_616_512),

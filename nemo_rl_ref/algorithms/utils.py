@@ -334,8 +334,9 @@ def get_tokenizer(tokenizer_config: Mapping[str, Any], get_processor: bool = Fal
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         raise ValueError(
-            f"policy.tokenizer.chat_template: not set, and the tokenizer {tokenizer_config['name']} "
-            "has none of its own; expected a Jinja template, or null to join the contents"
+            "policy.tokenizer.chat_template: not set, and the tokenizer "
+            f"{tokenizer_config['name']} has none of its own; expected a Jinja template, "
+            "or null to join the contents"
         )
     settings = tokenizer_config.get("chat_template_kwargs")
     if settings is not None:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's configuration: read from YAML with overrides, every key accounted for. ::
+"""A run's configuration: read from YAML with overrides, every key accounted for.
+
+For example::
 
     config, report = read_config(path, overrides, used=["policy.model_name", "policy.optimizer"])
     print(report)
@@ -51,8 +53,8 @@ def read_config(
         The configuration in plain dictionaries and lists, and the report on its keys.
 
     Raises:
-        ConfigKeyError: As `nemo_rl_ref.config.keys.check_keys`, or if a used key has no value (``???``), or if an
-            interpolation cannot be resolved.
+        ConfigKeyError: As `nemo_rl_ref.config.keys.check_keys`, or if a used key has no value
+            (``???``), or if an interpolation cannot be resolved.
         OverridesError: As `apply_overrides`.
         FileNotFoundError: As `nemo_rl_ref.utils.config.load_config`.
         ValueError: As `nemo_rl_ref.utils.config.load_config`.

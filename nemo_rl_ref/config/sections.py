@@ -230,9 +230,7 @@ def _listed(value: Any) -> Any:
 
 
 #: One dataset or a list of them, read as a list.
-Datasets = Annotated[
-    list[DatasetConfig], BeforeValidator(_listed), "a dataset or a list of them"
-]
+Datasets = Annotated[list[DatasetConfig], BeforeValidator(_listed), "a dataset or a list of them"]
 
 
 class DataConfig(Section):

@@ -43,7 +43,7 @@ def read_settings(config: Mapping[str, Any], *kinds: type[Settings]) -> Settings
 
     Args:
         config: The whole configuration, a plain mapping with all interpolations resolved.
-        *kinds: The classes it may be: the first whose ``algorithm`` is a section of it, or the last.
+        *kinds: The classes it may be: the first whose ``algorithm`` is a section, or the last.
 
     Returns:
         The settings. `config` is not changed.
@@ -57,7 +57,7 @@ def read_settings(config: Mapping[str, Any], *kinds: type[Settings]) -> Settings
     try:
         settings = kind.model_validate(config)
     except ValidationError as error:
-        problems |= {key: text for key, text in _problems(kind, config, error) if key not in problems}
+        problems = dict(_problems(kind, config, error)) | problems
     if problems:
         raise ValueError("\n".join(f"{key}: {text}" for key, text in problems.items()))
     return settings
@@ -86,7 +86,8 @@ def used_keys(*kinds: type[BaseModel]) -> tuple[str, ...]:
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     """The model that a field holds; None for a list of models, or if there is none."""
-    choices = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    is_union = get_origin(annotation) in (Union, UnionType)
+    choices = get_args(annotation) if is_union else (annotation,)
     found = [c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)]
     return found[0] if found and len(found) == len(set(choices) - {type(None)}) else None
 

@@ -118,7 +118,7 @@ def run_case(case: GoldenCase) -> dict[str, Any]:
 
 
 def largest_difference(actual: Any, expected: Any) -> float:
-    """The largest ``|a - b| / max(1, |b|)`` over everything in two results of the same structure."""
+    """Return the largest ``|a - b| / max(1, |b|)`` in two results of the same structure."""
     if isinstance(expected, dict):
         if actual.keys() != expected.keys():
             raise ValueError(f"actual has {sorted(actual)}, expected {sorted(expected)}")

@@ -33,7 +33,7 @@ def response_sums(logprobs: Tensor, data: Mapping[str, Any], average: bool) -> T
 
 
 def response_log_ratios(logprobs: Tensor, data: Mapping[str, Any], average: bool) -> Tensor:
-    """h of each response from the policy's log-probabilities (B, S-1): (B,), nats."""
+    """Return h of each response from the policy's log-probabilities (B, S-1): (B,), nats."""
     return response_sums(logprobs - data["reference_policy_logprobs"][:, :-1], data, average)
 
 

@@ -122,7 +122,7 @@ class TokenPGLossFn(ClippedPGLossFn):
         return masked_mean(losses, mask, global_normalization_factor=counts[1])
 
     def log_ratios(self, logprobs: Tensor, prev_logprobs: Tensor, mask: Tensor) -> Tensor:
-        """log ρ (B, S-1), or log s of the response at each of its tokens; nats, clamped."""
+        """Return log ρ (B, S-1), or log s of the response at each of its tokens; nats, clamped."""
         log_ratios = (logprobs - prev_logprobs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
         if self.sequence_level_importance_ratios:
             log_ratios = masked_mean(log_ratios, mask, dim=-1).unsqueeze(-1).expand_as(mask)
@@ -353,7 +353,7 @@ class VESPOLossFn(TokenPGLossFn):
     def log_sequence_ratios(
         self, logprobs: Tensor, prev_logprobs: Tensor, generation: Tensor, mask: Tensor
     ) -> Tensor:
-        """log W of each response: (B, 1), nats, clamped."""
+        """Return log W of each response: (B, 1), nats, clamped."""
         lowest = math.log(1e-8)
         logs = self.log_ratios(logprobs, prev_logprobs, mask)
         if self.use_importance_sampling_correction:

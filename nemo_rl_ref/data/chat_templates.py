@@ -2,7 +2,7 @@
 """Chat templates that a configuration can ask for without writing them out."""
 
 
-class COMMON_CHAT_TEMPLATES:  # noqa: N801, NeMo RL's name
+class COMMON_CHAT_TEMPLATES:  # NeMo RL's name
     """Jinja templates. NeMo RL's ``simple_role_header`` is left out: no configuration uses it."""
 
     #: The contents, joined.

@@ -55,7 +55,7 @@ def format_messages(
             add_generation_prompt=add_generation_prompt and message["role"] in ("user", "tool"),
             **options,
         )
-        text = after[len(os.path.commonprefix([before, after])) :]
+        text = after[len(os.path.commonprefix([before, after])) :]  # noqa: RUF071, of strings
         if (
             add_bos
             and index == 0

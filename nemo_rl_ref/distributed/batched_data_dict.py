@@ -103,10 +103,10 @@ class BatchedDataDict(UserDict, Generic[DictT]):
         return part
 
     def reorder_data(self, reorded_indices: list[int]):
-        """Sorts the rows, in place, by one number a row: row i goes to place ``reorded_indices[i]``.
+        """Sort the rows, in place, by one number a row.
 
-        It undoes a selection: if ``b = a.select_indices(order)`` then ``b.reorder_data(order)``
-        restores a's order.
+        Row i goes to place ``reorded_indices[i]``. It undoes a selection: if
+        ``b = a.select_indices(order)`` then ``b.reorder_data(order)`` restores a's order.
 
         Args:
             reorded_indices: B numbers; equal ones keep their order.

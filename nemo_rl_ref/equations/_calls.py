@@ -17,8 +17,8 @@ def count(value: float) -> Tensor:
     return torch.tensor(float(value) - ADDED, dtype=torch.float64)
 
 
-#: How the log-probability of a chosen and of a rejected answer is spread over its tokens. The chosen
-#: one has two, then padding. Powers of two, so that the sum is exact.
+#: How the log-probability of a chosen and of a rejected answer is spread over its tokens. The
+#: chosen one has two, then padding. Powers of two, so that the sum is exact.
 SHARES = torch.tensor([[0.75, 0.25, 0.0], [0.5, 0.25, 0.25]], dtype=torch.float64)
 REFERENCE_SHARES = torch.tensor([[0.25, 0.75, 0.0], [0.25, 0.25, 0.5]], dtype=torch.float64)
 
@@ -28,8 +28,9 @@ def pair_batch(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Make NeMo RL's batch of pairs.
 
-    Two prompt tokens come first. A chosen answer has two tokens and one of padding, a rejected answer
-    three. What does not count has a log-probability that would change the loss if it were read.
+    Two prompt tokens come first. A chosen answer has two tokens and one of padding, a rejected
+    answer three. What does not count has a log-probability that would change the loss if it were
+    read.
 
     Args:
         policy_w: log-probabilities of the chosen answers under the policy, `(P,)`, nats.

@@ -73,12 +73,12 @@ def _stack(results: list[Any]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found.
+    r"""What a check found.
 
     Attributes:
         label: the equation's label.
         inputs: number of random inputs.
-        difference: the largest difference, \\|a - b\\| / max(1, \\|a\\|, \\|b\\|).
+        difference: the largest difference, \|a - b\| / max(1, \|a\|, \|b\|).
         printed: the value of the printed expression where the difference is largest.
         implemented: the value of the implementation there.
         at: that input, numbers by name.
@@ -223,7 +223,7 @@ def _draw(s: Symbol, rng: np.random.Generator, shape: tuple[int, ...]) -> np.nda
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return \\|a - b\\| / max(1, \\|a\\|, \\|b\\|); infinite where either is not a number.
+    r"""Return \|a - b\| / max(1, \|a\|, \|b\|); infinite where either is not a number.
 
     Equal infinities differ by zero.
     """

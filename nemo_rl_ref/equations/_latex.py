@@ -220,6 +220,7 @@ def _applied(name: str, argument: sympy.Basic, *, always: bool = False) -> tuple
 def _print_cases(e: sympy.Piecewise) -> str:
     lines = []
     for value, condition in e.args:
-        when = r"\text{otherwise}" if condition == True else rf"\text{{if }} {to_latex(condition)}"
+        always = condition == True  # noqa: E712, SymPy's own
+        when = r"\text{otherwise}" if always else rf"\text{{if }} {to_latex(condition)}"
         lines.append(rf"{to_latex(value)} & {when}")
     return r"\begin{cases} " + r" \\ ".join(lines) + r" \end{cases}"

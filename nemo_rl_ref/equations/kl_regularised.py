@@ -48,8 +48,8 @@ def best_logprob(inputs: Inputs) -> Tensor:
     """Return log π* as one natural-gradient step of length 1/β finds it.
 
     From the uniform policy the natural gradient is Y times the gradient by the logits. The
-    objective is such that one step of this length arrives: `kl-optimum` asserts that the gradient is
-    zero there. Autograd goes through the step.
+    objective is such that one step of this length arrives: `kl-optimum` asserts that the gradient
+    is zero there. Autograd goes through the step.
     """
     world = _world(inputs.Y)
     logits = torch.zeros(1, inputs.Y, dtype=torch.float64, requires_grad=True)
@@ -162,8 +162,9 @@ with evaluate(False):
             prepare=_moderate_beta,
             source="rafailov2023",
             at="Eq. 4",
-            note="One natural-gradient step of length 1/β on the objective, from the uniform policy, "
-            "arrives at this policy. The check asserts that the objective's gradient is zero there.",
+            note="One natural-gradient step of length 1/β on the objective, from the uniform "
+            "policy, arrives at this policy. The check asserts that the objective's gradient is "
+            "zero there.",
         ),
         Equation(
             label="kl-value",
@@ -192,8 +193,8 @@ with evaluate(False):
             ),
             check=_objective,
             prepare=_with_best,
-            note="The best policy is found by a natural-gradient step on the objective, and its value "
-            "there stands for $\\beta \\log Z(x)$.",
+            note="The best policy is found by a natural-gradient step on the objective, and its "
+            "value there stands for $\\beta \\log Z(x)$.",
         ),
         Equation(
             label="kl-envelope",
@@ -253,7 +254,7 @@ with evaluate(False):
             source="rafailov2023",
             at="Eq. 5",
             note="The best policy is found by a natural-gradient step on the objective. What it "
-            "states, its value standing for $\\beta \\log Z(x)$, is compared with the reward that the "
-            "objective had.",
+            "states, its value standing for $\\beta \\log Z(x)$, is compared with the reward that "
+            "the objective had.",
         ),
     ]

@@ -295,8 +295,8 @@ with evaluate(False):
             implementation="nemo_rl_ref.equations.world.expect",
             check=_value_recursion,
             prepare=_last_rewards,
-            note="The mean return over all ways in which two tokens can follow, each with rewards of "
-            "its own. The next values are means over the second token.",
+            note="The mean return over all ways in which two tokens can follow, each with rewards "
+            "of its own. The next values are means over the second token.",
         ),
         Equation(
             label="sft-loss",

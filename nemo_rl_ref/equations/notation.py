@@ -91,7 +91,8 @@ beta = symbol("beta", r"\beta", "strength of the KL penalty, in units of reward 
 m = symbol(
     "m",
     "m",
-    "margin of a pair: how much more the policy prefers the chosen answer than the reference does, times $\\beta$",
+    "margin of a pair: how much more the policy prefers the chosen answer than the reference does, "
+    "times $\\beta$",
     REAL,
 )
 h_w = symbol("h_w", "h_w", "log-ratio of the chosen answer to the reference, in nats", REAL)
@@ -100,7 +101,8 @@ rewards = indexed("rewards", "r_{#1}", "reward of answer $i$ of a group", MODERA
 rho = symbol(
     "rho",
     r"\rho",
-    "importance ratio of a token: its probability under the policy over that under the policy that the update began from",
+    "importance ratio of a token: its probability under the policy over that under the policy that "
+    "the update began from",
     RATIO,
 )
 A = symbol("A", "A", "advantage: how much better than expected, in units of reward", REAL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The softmax of a row that is read once: running maximum, sum and weighted sum, and the gradient."""
+"""The softmax of a row that is read once: running maximum, sums, and the gradient."""
 
 from __future__ import annotations
 
@@ -197,7 +197,8 @@ with evaluate(False):
         Equation(
             label="os-gradient",
             title="Gradient of a logit",
-            left=r"\frac{\partial}{\partial z_v} \big[ g_\ell \log \pi_{y_t} + g_H \mathcal{H} \big]",
+            left=r"\frac{\partial}{\partial z_v} "
+            r"\big[ g_\ell \log \pi_{y_t} + g_H \mathcal{H} \big]",
             right=(
                 to_logprob * bracket(indicator(Eq(v, token_y)) - prob[v])
                 - to_entropy * prob[v] * bracket(log(prob[v]) + entropy)

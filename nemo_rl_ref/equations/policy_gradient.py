@@ -395,8 +395,8 @@ with evaluate(False):
             implementation="nemo_rl_ref.algorithms.loss.ClippedPGLossFn",
             check=_importance_sampling,
             source="precup2000",
-            note="Minus the loss of answers weighted by $\\pi_{\\mathrm{old}}$, with a clipping range "
-            "that never binds.",
+            note="Minus the loss of answers weighted by $\\pi_{\\mathrm{old}}$, with a clipping "
+            "range that never binds.",
         ),
         Equation(
             label="off-policy-gradient",

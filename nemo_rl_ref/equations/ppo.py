@@ -391,7 +391,8 @@ with evaluate(False):
             implementation=CLIPPED,
             check=_step_ratio,
             prepare=_short_steps,
-            note="The step is made with autograd's gradient; the ratio is the metric `probs_ratio`.",
+            note="The step is made with autograd's gradient; the ratio is the metric "
+            "`probs_ratio`.",
         ),
         Equation(
             label="dual-clip",

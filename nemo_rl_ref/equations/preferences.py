@@ -487,8 +487,8 @@ with evaluate(False):
             right=-prefer * logsigma(m) - (1 - prefer) * logsigma(-m),
             implementation=DPO,
             check=_dpo_population,
-            note="A definition, written with σ. Compared with it is the loss of the pair and of the "
-            "pair in reverse, each as often as it is labelled so.",
+            note="A definition, written with σ. Compared with it is the loss of the pair and of "
+            "the pair in reverse, each as often as it is labelled so.",
         ),
         Equation(
             label="dpo-population-slope",

@@ -409,10 +409,17 @@ def backward(
     grads: tuple[Tensor | None, Tensor | None],
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, weight and bias; empty where they are not needed.
+    """Compute the gradients of hidden states, weight and bias; empty where not needed.
 
     Args:
-        hidden: As the rest up to ``kernels``, from :func:`forward`.
+        hidden: Of :func:`forward`.
+        weight: Of :func:`forward`.
+        targets: Of :func:`forward`.
+        bias: Of :func:`forward`.
+        temperature: Of :func:`forward`.
+        softcap: Of :func:`forward`.
+        max_extra_bytes: Of :func:`forward`.
+        kernels: Of :func:`forward`.
         results: What forward returned: ``state``, and the entropies if their gradient is given.
         grads: Gradients of log-probabilities and entropies.
         needs: Which of the three are needed.

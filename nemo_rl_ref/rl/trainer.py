@@ -102,9 +102,7 @@ class RLTrainer:
         if isinstance(self.estimator, estimators.OPDAdvantageEstimator):
             self.teacher_name = teacher_name(settings.on_policy_distillation)
         if isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
-            self.value_loss_fn = make_loss(
-                MseValueLossFn, settings.value_loss_fn, "value_loss_fn"
-            )
+            self.value_loss_fn = make_loss(MseValueLossFn, settings.value_loss_fn, "value_loss_fn")
         self.tokenizer = get_tokenizer(policy.tokenizer.given())
         self.train_prompts, self.val_prompts = load_prompts(
             settings.data, self.tokenizer, environment
@@ -144,7 +142,9 @@ class RLTrainer:
         if self.value_loss_fn is not None:
             weights, _ = CheckpointManager.get_resume_paths(checkpoint, model_component="value")
             model = load_value_model(weights or self.settings.value.model_name)
-            self.models["value"] = make_trained(self.accelerator, model, self.settings.value, "value")
+            self.models["value"] = make_trained(
+                self.accelerator, model, self.settings.value, "value"
+            )
         if checkpoint:
             load_checkpoint(checkpoint, accelerator=self.accelerator, models=self.models)
 

@@ -86,9 +86,7 @@ def make_optimizer(
         ValueError: If the name is not in the list, or an argument is unknown or has a bad value.
             The message names the key.
     """
-    kwargs = {
-        name: _dtype(value, f"{key}.kwargs.{name}") for name, value in config.kwargs.items()
-    }
+    kwargs = {name: _dtype(value, f"{key}.kwargs.{name}") for name, value in config.kwargs.items()}
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     return _build(config, OPTIMIZERS, key, (trainable,), kwargs)
 
@@ -123,8 +121,7 @@ def make_scheduler(
             f"{wanted} increasing step number{'s' * (wanted != 1)} for {len(named)} schedulers"
         )
     schedulers = [
-        _build(entry, SCHEDULERS, f"{key}.{i}", (optimizer,), entry.kwargs)
-        for i, entry in named
+        _build(entry, SCHEDULERS, f"{key}.{i}", (optimizer,), entry.kwargs) for i, entry in named
     ]
     return lr_scheduler.SequentialLR(optimizer, schedulers, milestones[0])
 

@@ -214,9 +214,7 @@ def _filled(entry: DatasetConfig, default: DatasetConfig | None) -> DatasetConfi
     return DatasetConfig(**given)
 
 
-def supervised_samples(
-    settings: SFTSettings, tokenizer: Any
-) -> tuple[Samples, dict[str, Samples]]:
+def supervised_samples(settings: SFTSettings, tokenizer: Any) -> tuple[Samples, dict[str, Samples]]:
     """The training conversations, and the validation ones, if any, under ``default``.
 
     Args:

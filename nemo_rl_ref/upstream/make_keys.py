@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes ``keys.json`` and ``places.json`` from a checkout of NeMo RL at the pinned commit. ::
+"""The making of ``keys.json`` and ``places.json`` from a checkout of NeMo RL.
+
+The checkout is at the pinned commit::
 
     python -m nemo_rl_ref.upstream.make_keys path/to/RL
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads NeMo RL's YAML files: inheritance, interpolation, overrides on the command line. ::
+"""NeMo RL's YAML files: inheritance, interpolation, overrides on the command line.
+
+For example::
 
     register_omegaconf_resolvers()
     config = parse_hydra_overrides(load_config("dpo.yaml"), ["dpo.sft_loss_weight=0.1"])

@@ -570,8 +570,7 @@ class TestGAE:
         ("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.9999, 0.9999), (0.5, 0.01), (1.0, 0.0)]
     )
     def test_long_rows_against_the_loop(self, gamma, lam):
-        """Length 2048, holes in the mask, against the loop in float64, whose own float32 result
-        is wrong by up to 1e-4."""
+        """Length 2048, holes in the mask; the loop's own float32 result is wrong by up to 1e-4."""
         batch = make_episodes(rows=4, length=2048)
         rewards = torch.where(batch["mask"] > 0, 0.01 * batch["values"].roll(1), 0)
         arguments = (rewards, batch["values"], batch["mask"])

@@ -59,8 +59,8 @@ def test_table():
     assert max(map(len, lines)) <= 100
     # The brackets are text and no styles.
     assert "huge: [bold]nothing[/bold]" in text and "logits = [[inf]]" in text
-    console = Console(record=True, width=80, file=open(os.devnull, "w"))
-    with console.file:
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=80, file=nowhere)
         console.print(REPORT)
     assert "BROKEN: nan" in console.export_text()
 

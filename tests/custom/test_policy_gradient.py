@@ -92,17 +92,27 @@ def trl_loss(logprobs, data, loss_type, entropies=None, trainer_settings=None, *
         _metrics={"train": defaultdict(list)},
         args=SimpleNamespace(
             **{
-                **{"use_bias_correction_kl": True, "delta": None, "steps_per_generation": 1},
-                **{"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05},
-                **{"vespo_k_pos": 2.0, "vespo_lambda_pos": 3.0},
-                **{"vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0, **args},
+                "use_bias_correction_kl": True,
+                "delta": None,
+                "steps_per_generation": 1,
+                "sapo_temperature_pos": 1.0,
+                "sapo_temperature_neg": 1.05,
+                "vespo_k_pos": 2.0,
+                "vespo_lambda_pos": 3.0,
+                "vespo_k_neg": 3.0,
+                "vespo_lambda_neg": 2.0,
+                **args,
             }
         ),
         **{
-            **{"importance_sampling_level": "token", "beta": 0.0},
-            **{"epsilon_low": 0.2, "epsilon_high": 0.2},
-            **{"use_vllm": False, "vllm_importance_sampling_correction": False},
-            **{"_entropy_bonus_enabled": False, **(trainer_settings or {})},
+            "importance_sampling_level": "token",
+            "beta": 0.0,
+            "epsilon_low": 0.2,
+            "epsilon_high": 0.2,
+            "use_vllm": False,
+            "vllm_importance_sampling_correction": False,
+            "_entropy_bonus_enabled": False,
+            **(trainer_settings or {}),
         },
     )
     ids = torch.zeros(mask.shape, dtype=torch.int64)

@@ -103,11 +103,11 @@ def test_what_is_refused(site):
         "one",
         "#| label: dpo-curve\nprint(1)",
         "#| label: twice\nprint(1)",
-        "#| num: loss-gap = {0.1}\n1",
+        "#| num: loss-gap = {0.1}\n#| num: gap = {1}\n1",
     )
     site.notebook(
         "two",
-        "#| label: twice\nprint(2)",
+        "#| label: twice\n#| num: gap = {2}\nprint(2)",
         "from IPython.display import SVG\nSVG('<svg xmlns=\"http://www.w3.org/2000/svg\"/>')",
     )
     site.write(
@@ -154,11 +154,13 @@ def test_what_is_refused(site):
     assert ambiguous in result.text
     duplicate = "notebooks/two.py:2: WARNING: duplicate label 'twice', which stands at"
     assert f"{duplicate} notebooks/one.py:6 already" in result.text
+    value = "notebooks/two.py:2: WARNING: duplicate value 'gap', which stands at"
+    assert f"{value} notebooks/one.py:10 already" in result.text
     assert f"{page}:12: WARNING: remove-input and remove-output together" in result.text
     assert re.search(f"{page}:18: .*should be empty, 'true' or 'false', got 'maybe'", result.text)
     missing = f"{page}:21: WARNING: no value is named 'los-gap'; did you mean 'loss-gap'?"
     assert missing in result.text
-    image = f"{site.top}/notebooks/two.py:6: WARNING: a cell that shows an image needs a line"
+    image = f"{site.top}/notebooks/two.py:7: WARNING: a cell that shows an image needs a line"
     assert f"{image} '#| alt: what the image shows'" in result.text
     assert result.code != 0
 
@@ -176,8 +178,8 @@ def test_warnings_in_a_notebook_name_its_line(site):
     assert f"{notebook}:7: WARNING: no cell is labelled 'none'" in result.text
 
 
-@pytest.mark.parametrize("builder", ["text", "latex"])
-def test_other_builders(built, builder):
-    result = built.site.build("-q", builder=builder)
-    assert result.code == 0, result.text
+def test_other_builders(built):
+    for builder in ("text", "latex"):  # one after the other: they share what was read
+        result = built.site.build("-q", builder=builder)
+        assert result.code == 0, result.text
     assert sorted(built.site.executions()) == ["first", "second"]

@@ -4,6 +4,7 @@
 import re
 
 import pytest
+from small_site import make_site
 
 LOSS = {
     "title": "A loss",
@@ -21,8 +22,8 @@ BIBLIOGRAPHY = """
 """
 
 
-@pytest.fixture
-def site(site):
+def fill(site):
+    """Write pages that show an equation, repeat it, list it, and use words of the glossary."""
     site.equations({"loss": LOSS})
     site.write("docs/references.bib", BIBLIOGRAPHY)
     site.write(
@@ -75,13 +76,55 @@ def site(site):
         "docs/reference/glossary.md",
         "# Glossary\n\n```{glossary}\nmargin\n  A margin.\n\nlog-ratio\n  A log-ratio.\n```\n",
     )
+
+
+@pytest.fixture
+def site(site):
+    fill(site)
     return site
 
 
-def test_an_equation_is_numbered_and_says_how_it_was_checked(site):
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """The site above and a page more for each thing below, built once; do not change it."""
+    site = make_site(tmp_path_factory.mktemp("equations"))
+    fill(site)
+    site.equations(
+        {"loss": LOSS, "margin": LOSS | {"title": "A margin"}},
+        unchecked={"eq-own": "a name for a thing"},
+    )
+    formula = "#| label: f\nfrom IPython.display import Latex\nLatex('$$a$$')"
+    site.notebook("one", "# %% [markdown]\n# # Notebook", formula)
+    index = site.top / "docs/index.md"
+    index.write_text(
+        index.read_text().replace("other\n", "other\nchapter\nterms\nunchecked\nnotebooks/one\n")
+    )
+    conf = site.top / "conf.py"
+    conf.write_text(conf.read_text() + '\nequation_chapters = {"chapter": "3"}\n')
+    site.write(
+        "docs/chapter.md", "# Chapter\n\n```{equation} margin\n```\n\nAs {eq}`eq-margin` says.\n"
+    )
+    site.write(
+        "docs/unchecked.md",
+        "# Unchecked\n\nOf {eq}`eq-margin`.\n\n$$\na\n$$ (eq-own)\n\n```{embed} #f\n```\n",
+    )
+    site.write(
+        "docs/terms.md",
+        """
+        # The margin
+
+        `margin`, [a margin](index.md), $margin$. Margins of log-ratios, and a margin again.
+
+        The log-ratio; marginal.
+        """,
+    )
     result = site.build()
     assert result.code == 0, result.text
-    page = result.page("index.html")
+    return result.page
+
+
+def test_an_equation_is_numbered_and_says_how_it_was_checked(pages):
+    page = pages("index.html")
     math = page.select_one("div.math")
     assert math["id"] == "equation-eq-loss"
     assert r"L = -\log \sigma(m) \mid x" in math.get_text()
@@ -99,22 +142,43 @@ def test_an_equation_is_numbered_and_says_how_it_was_checked(site):
     assert "As (1) and A loss say." in text
 
 
-def test_repeated_it_has_no_number_and_links_to_the_numbered_one(site):
-    page = site.build().page("other.html")
+def test_repeated_it_has_no_number_and_links_to_the_numbered_one(pages):
+    page = pages("other.html")
     assert page.select("span.eqno") == []
     note = page.select_one(".equation-note")
     assert note.get_text().strip() == "Checked, with its symbols, as (1)."
     assert note.a["href"] == "index.html#equation-eq-loss"
 
 
-def test_the_tables_list_equations_and_symbols_and_the_api_links_back(site):
-    page = site.build().page("table.html")
-    assert "1 displayed equations are checked." in page.get_text()
-    assert "No displayed equation is left unchecked." in page.get_text()
+def test_a_page_with_a_chapter_numbers_its_equations_by_it(pages):
+    page = pages("chapter.html")
+    assert page.select_one("span.eqno").get_text().startswith("(3.1)")
+    assert "As (3.1) says." in page.get_text()
+    assert "Of (3.1)." in pages("unchecked.html").get_text()
+
+
+def test_the_tables_list_equations_and_symbols_and_the_api_links_back(pages):
+    page = pages("table.html")
+    assert "2 displayed equations are checked." in page.get_text()
     cells = [td.get_text() for td in page.find_all("table")[0].select("td")]
-    assert cells == ["(1)", "A loss", "double", "1,200", "3e-16", "One [2020], Eq. 7"]
+    assert cells[:6] == ["(1)", "A loss", "double", "1,200", "3e-16", "One [2020], Eq. 7"]
     back = page.select_one("dd").find("a", string="A loss")
     assert back["href"] == "index.html#equation-eq-loss"
+
+
+def test_a_reason_allows_an_unchecked_equation_and_is_shown(pages):
+    """And a formula that a cell prints is no displayed equation: the page embeds one."""
+    text = pages("table.html").get_text()
+    assert "1 are not" in text
+    assert "a name for a thing" in text
+
+
+def test_a_term_is_linked_where_a_page_uses_it_first(pages):
+    linked = [(a.get_text(), a["href"]) for a in pages("terms.html").select("article a.term")]
+    assert linked == [
+        ("Margins", "reference/glossary.html#term-margin"),
+        ("log-ratios", "reference/glossary.html#term-log-ratio"),
+    ]
 
 
 def test_a_failed_check_ends_the_build_with_its_message(site):
@@ -135,21 +199,22 @@ def test_a_new_result_rewrites_the_pages_that_show_it(site):
     assert re.search(r"0 added, 0 changed, 0 removed", again.text)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("```{equation} lost\n```", "no equation is labelled 'lost'; did you mean 'loss'?"),
-        ("$$\na\n$$", "docs/other.md:3: WARNING: a displayed equation without a label"),
-        ("$$\na\n$$ (eq-own)", "the equation 'eq-own' is not checked"),
-        ("```{math}\na\n```", "a displayed equation without a label"),
-        ("```{equation} loss\n```", "duplicate label of equation eq-loss"),
-    ],
-)
-def test_what_nobody_checked_is_refused(site, content, message):
-    site.write("docs/other.md", f"# Other\n\n{content}\n")
+def test_what_nobody_checked_is_refused(site):
+    refused = {
+        "lost": ("```{equation} lost\n```", "no equation is labelled 'lost'; did you mean 'loss'?"),
+        "bare": ("$$\na\n$$", "docs/bare.md:3: WARNING: a displayed equation without a label"),
+        "own": ("$$\na\n$$ (eq-own)", "the equation 'eq-own' is not checked"),
+        "math": ("```{math}\na\n```", "docs/math.md:3: WARNING: a displayed equation without a"),
+        "twice": ("```{equation} loss\n```", "duplicate label of equation eq-loss"),
+    }
+    index = site.top / "docs/index.md"
+    index.write_text(index.read_text().replace("other\n", "\n".join(["other", *refused, ""])))
+    for name, (content, _) in refused.items():
+        site.write(f"docs/{name}.md", f"# Page\n\n{content}\n")
     result = site.build(builder="dummy")
     assert result.code != 0
-    assert message in result.text
+    for _, message in refused.values():
+        assert message in result.text
 
 
 def test_an_equation_that_no_page_shows_is_refused(site):
@@ -157,52 +222,3 @@ def test_an_equation_that_no_page_shows_is_refused(site):
     result = site.build(builder="dummy")
     assert result.code != 0
     assert "eq-other" in result.text
-
-
-def test_a_reason_allows_an_unchecked_equation_and_is_shown(site):
-    site.equations({"loss": LOSS}, unchecked={"eq-own": "a name for a thing"})
-    site.write(
-        "docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n\n$$\na\n$$ (eq-own)\n"
-    )
-    result = site.build()
-    assert result.code == 0, result.text
-    assert "1 are not" in result.page("table.html").get_text()
-    assert "a name for a thing" in result.page("table.html").get_text()
-
-
-def test_a_formula_that_a_cell_prints_is_no_displayed_equation(site):
-    site.notebook("one", "#| label: f\nfrom IPython.display import Latex\nLatex('$$a$$')")
-    site.write(
-        "docs/other.md", "# Other\n\n```{equation} loss\n:repeat:\n```\n\n```{embed} #f\n```\n"
-    )
-    result = site.build(builder="dummy")
-    assert "not checked" not in result.text
-
-
-def test_a_term_is_linked_where_a_page_uses_it_first(site):
-    site.write(
-        "docs/other.md",
-        """
-        # The margin
-
-        `margin`, [a margin](index.md), $margin$. Margins of log-ratios, and a margin again.
-
-        The log-ratio; marginal.
-        """,
-    )
-    page = site.build().page("other.html")
-    linked = [(a.get_text(), a["href"]) for a in page.select("article a.term")]
-    assert linked == [
-        ("Margins", "reference/glossary.html#term-margin"),
-        ("log-ratios", "reference/glossary.html#term-log-ratio"),
-    ]
-
-
-def test_a_page_with_a_chapter_numbers_its_equations_by_it(site):
-    conf = site.top / "conf.py"
-    conf.write_text(conf.read_text() + '\nequation_chapters = {"index": "3"}\n')
-    result = site.build()
-    page = result.page("index.html")
-    assert page.select_one("span.eqno").get_text().startswith("(3.1)")
-    assert "As (3.1) and A loss say." in page.get_text()
-    assert "as (3.1)" in result.page("other.html").get_text()

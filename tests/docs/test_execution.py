@@ -9,7 +9,7 @@ import sys
 import execution
 import pytest
 from execution import ensure_executed, environment_key, find_notebooks
-from notebook_kernel import NotebookFailure, read_notebook
+from notebook_kernel import NotebookFailure, execute, read_notebook
 from small_site import make_site
 
 SCRIPT = "docs/_ext/execution.py"
@@ -271,28 +271,27 @@ def test_a_kernel_ends_with_its_notebook(site):
     assert "ProcessLookupError" in copy.read_text("utf-8")
 
 
-@pytest.mark.parametrize("call", ["title('a')", "plot([2, 1])", "legend(['a'])", "subplots()"])
-def test_what_matplotlib_returns_is_not_a_result(site, call):
-    site.notebook("one", f"import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.{call}")
-    done = site.run(SCRIPT, "--root", ".", "--copy-to", "notebooks")
-    assert done.returncode == 0, done.stderr
-    notebook = json.loads((site.top / "notebooks/one.ipynb").read_text("utf-8"))
-    outputs = notebook["cells"][0]["outputs"]
-    assert outputs and all("image/png" in output["data"] for output in outputs)
+def test_what_matplotlib_returns_is_not_a_result(site):
+    calls = ["title('a')", "plot([2, 1])", "legend(['a'])", "subplots()"]
+    cell = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt."
+    site.notebook("one", *(cell + call for call in calls))
+    (notebook,) = find_notebooks(site.top)
+    for cell in json.loads(execute(notebook, print))["cells"]:
+        outputs = cell["outputs"]
+        assert outputs and all("image/png" in output["data"] for output in outputs)
 
 
-def failure(site, *cells):
-    """Run a notebook that fails; return the message on stderr."""
-    site.notebook("bad", *cells)
-    done = site.run(SCRIPT, "--root", ".")
-    assert done.returncode == 1
-    assert not list((site.top / "_build").rglob("*.ipynb"))
-    return done.stderr
+def refused(site):
+    """Execute the site's notebook, which fails; return the message."""
+    (notebook,) = find_notebooks(site.top)
+    with pytest.raises(NotebookFailure) as failure:
+        execute(notebook, print)
+    return str(failure.value)
 
 
-def test_a_failing_cell_is_named(site):
-    message = failure(
-        site,
+def test_a_failing_cell_is_named_and_leaves_no_copy(site):
+    site.notebook(
+        "bad",
         "x = 1",
         """
         #| label: ratio
@@ -302,6 +301,10 @@ def test_a_failing_cell_is_named(site):
         x / y
         """,
     )
+    done = site.run(SCRIPT, "--root", ".")
+    assert done.returncode == 1
+    assert not list((site.top / "_build").rglob("*.ipynb"))
+    message = done.stderr
     assert "notebooks/bad.py:5: cell 2 (label ratio) raised ZeroDivisionError: " in message
     assert "at notebooks/bad.py:9" in message
     assert ">     9 | x / y" in message
@@ -310,12 +313,14 @@ def test_a_failing_cell_is_named(site):
 
 
 def test_an_error_that_does_not_come_is_named(site):
-    message = failure(site, '# %% tags=["raises-exception"]\nx = 1')
+    site.notebook("bad", '# %% tags=["raises-exception"]\nx = 1')
+    message = refused(site)
     assert "notebooks/bad.py:2: cell 1 is tagged 'raises-exception' but raised nothing" in message
 
 
 def test_a_dead_kernel_is_named(site):
-    message = failure(site, "import os\nos._exit(3)")
+    site.notebook("bad", "import os\nos._exit(3)")
+    message = refused(site)
     assert "notebooks/bad.py:2: cell 1 ended the kernel" in message
 
 
@@ -326,12 +331,21 @@ def test_a_malformed_option_is_named_before_anything_runs(project):
         read_notebook(two)
 
 
-def test_a_failing_cell_fails_the_build(site):
-    site.notebook("bad", "#| label: boom\nraise RuntimeError('not today')")
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            "#| label: boom\nraise RuntimeError('not today')",
+            "2: cell 1 (label boom) raised Runtime",
+        ),
+        ("#| num: gap = {gapp:.1f}\ngap = 1", "2: cell 1: value 'gap' = '{gapp:.1f}': NameError: "),
+    ],
+)
+def test_a_cell_or_value_that_fails_fails_the_build(site, cell, message):
+    site.notebook("bad", cell)
     result = site.build(builder="dummy")
     assert result.code != 0
-    message = "notebooks/bad.py:2: cell 1 (label boom) raised RuntimeError: not today"
-    assert f"Notebook error: {message}" in result.text
+    assert f"Notebook error: notebooks/bad.py:{message}" in result.text
 
 
 def test_copies_can_be_put_elsewhere(site):

@@ -35,6 +35,7 @@ def test_built_addresses(built):
     ours = {"index.html", "deep/index.html", "deep/down/losses.html"}
     assert ours | {"notebooks/first.html", "notebooks/second.html"} <= pages
     assert not [page for page in pages if page.startswith("docs/")]
+    assert not {"README.html", "venv/pkg/readme.html"} & pages  # beside the sources, not read
 
 
 def test_links_between_folders(built):
@@ -88,12 +89,3 @@ def test_two_files_for_one_page_are_refused(site):
     result = site.build(builder="dummy")
     assert result.code != 0
     assert "docs/notebooks/same.md and notebooks/same.py are both the page" in result.text
-
-
-def test_folders_beside_the_sources_are_not_read(site):
-    site.write(".venv/docs/index.md", "no title\n")
-    site.write("venv/pkg/readme.md", "no title\n")
-    site.write("README.md", "no title\n")
-    result = site.build(builder="dummy")
-    assert result.code == 0, result.text
-    assert "1 added" in result.text

@@ -27,16 +27,6 @@ def test_a_page_that_embeds_the_cell_does_not_repeat_the_values(built):
     assert "the-number" not in stored.get_text()
 
 
-def test_a_name_stored_by_two_notebooks_is_refused(site):
-    site.notebook("one", "#| num: gap = {1}\n1")
-    site.notebook("two", "#| num: gap = {1}\n1")
-    site.write("docs/index.md", "# Home\n\n```{toctree}\nnotebooks/one\nnotebooks/two\n```\n")
-    result = site.build(builder="dummy")
-    assert result.code != 0
-    message = "notebooks/two.py:2: WARNING: duplicate value 'gap', which stands at notebooks/one"
-    assert message in result.text
-
-
 @pytest.mark.parametrize(
     ("option", "message"),
     [

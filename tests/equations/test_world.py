@@ -24,7 +24,10 @@ def test_every_answer_is_listed_once(vocab, horizon):
 
 def test_an_end_token_ends_an_answer():
     world = World(2, 3, end=1)
-    listed = [answer[: int(n)].tolist() for answer, n in zip(world.answers, world.mask.sum(1))]
+    listed = [
+        answer[: int(n)].tolist()
+        for answer, n in zip(world.answers, world.mask.sum(1), strict=True)
+    ]
     assert sorted(listed) == [[0, 0, 0], [0, 0, 1], [0, 1], [1]]
     assert world.states == 3  # the empty prefix, 0, 00
 
@@ -43,7 +46,10 @@ def test_an_answers_probability_is_the_product_of_its_tokens():
     probabilities = dict(
         zip(map(tuple, world.answers.tolist()), world.logprob(logits).exp(), strict=True)
     )
-    rows = {tuple(a[:1]): r[1] for a, r in zip(world.answers.tolist(), world.prefixes.tolist())}
+    rows = {
+        tuple(a[:1]): r[1]
+        for a, r in zip(world.answers.tolist(), world.prefixes.tolist(), strict=True)
+    }
     first = doubles([0.25, 0.75])[0]
     for answer, probability in probabilities.items():
         table = torch.softmax(logits, -1)

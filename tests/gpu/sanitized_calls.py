@@ -3,8 +3,9 @@
 
     compute-sanitizer --tool racecheck python tests/gpu/sanitized_calls.py
 
-Shapes are chosen so that rows start at addresses that 16 does not divide, end in a partial vector, and
-hold ignored targets. The results are looked at too, so that a kernel that does nothing is noticed.
+Shapes are chosen so that rows start at addresses that 16 does not divide, end in a partial vector,
+and hold ignored targets. The results are looked at too, so that a kernel that does nothing is
+noticed.
 """
 
 import sys
@@ -12,15 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch  # noqa: E402
+import torch
 
-from nemo_rl_ref.algorithms._recurrence import gae  # noqa: E402
-from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn  # noqa: E402
-from nemo_rl_ref.algorithms.loss._clipped_pg_terms import (  # noqa: E402
+from nemo_rl_ref.algorithms._recurrence import gae
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+from nemo_rl_ref.algorithms.loss._clipped_pg_terms import (
     Settings,
     clipped_pg_terms,
 )
-from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs  # noqa: E402
+from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
 
 DEVICE = torch.device("cuda")
 BACKENDS = ("cuda", "torch")

@@ -162,7 +162,9 @@ def gradients(device):
         for backend in ("cuda", "torch"):
             inputs = [x.detach().requires_grad_() for x in (rewards, values)]
             results = gae(*inputs, mask, gamma=0.97, lam=lam, backend=backend)
-            total = sum((x * x.detach().cos()).sum() * w for x, w in zip(results, (1, 2)))
+            total = sum(
+                (x * x.detach().cos()).sum() * w for x, w in zip(results, (1, 2), strict=True)
+            )
             grads.append(torch.autograd.grad(total, inputs))
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

@@ -51,7 +51,8 @@ def settings(folder, changes=None, *, ppo=False):
         "policy": {
             "model_name": str(MODEL), "tokenizer": {"name": str(MODEL)}, **sizes,
             "logprob_batch_size": 16, "generation_batch_size": 64, "precision": "float32",
-            "max_total_sequence_length": 16, "make_sequence_length_divisible_by": 1, "max_grad_norm": 1.0, "optimizer": OPTIMIZER,
+            "max_total_sequence_length": 16,
+            "make_sequence_length_divisible_by": 1, "max_grad_norm": 1.0, "optimizer": OPTIMIZER,
             "generation": GENERATION,
         },
         "data": {

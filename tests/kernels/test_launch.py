@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a launch reaches CUDA's driver, through cuda-core, with a driver that only takes notes."""
+"""What of a launch reaches CUDA's driver, through cuda-core; the driver here only takes notes."""
 
 import os
 import shutil

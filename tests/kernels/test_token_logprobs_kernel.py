@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels of ``token_logprobs.cu``, executed on the CPU, against float64 references."""
 
-
 import pytest
 import token_logprobs_cases as cases
 import torch
@@ -137,8 +136,8 @@ FAULTS = {
     "tail of the backward kernel one too long": (
         "i < scalars; i += BLOCK) {\n    const long long column = i < head ? i : i + vectors * W;\n"
         "    g[",
-        "i <= scalars; i += BLOCK) {\n    const long long column = i < head ? i : i + vectors * W;\n"
-        "    g[",
+        "i <= scalars; i += BLOCK) {\n    const long long column = i < head ? i : i + vectors "
+        "* W;\n    g[",
     ),
     "vectors beyond the end counted": (
         "INSIDE || start + u * BLOCK < vectors ? cap(x[j]) : minus_infinity<A>()",

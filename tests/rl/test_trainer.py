@@ -12,9 +12,9 @@ from rl_runs import GAE, settings
 
 from nemo_rl_ref import run_grpo, tiny
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+from nemo_rl_ref.config.sections import OnPolicyDistillationConfig
 from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.rl.rollouts import prompt_batches
-from nemo_rl_ref.config.sections import OnPolicyDistillationConfig
 from nemo_rl_ref.rl.settings import check_processes, read_rl_settings, teacher_name
 from nemo_rl_ref.rl.trainer import RLTrainer
 from nemo_rl_ref.run_grpo import train
@@ -536,7 +536,7 @@ def test_env_and_loss_of_ones_own(tmp_path, capsys):
     )
     train(settings(tmp_path, {"grpo.max_num_steps": 1}), env=f"{code}:reward", loss=f"{code}:Mine")
     assert logged(tmp_path)[1]["train/reward"] == 0.25
-    # As its parent, it multiplies by masks: what it warns of is tests/contract/test_contract.py's matter.
+    # As its parent, it multiplies by masks; tests/contract/test_contract.py has what it warns of.
     assert "Mine: 7 of 9 promises kept" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--strict: .*Mine breaks NeMo RL's promises"):
         train(settings(tmp_path), loss=f"{code}:Mine", strict=True)

@@ -121,7 +121,10 @@ def test_bad_optimizers(config, message):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "torch.optim.lr_scheduler.LambdaLR", "kwargs": {}}, r"policy\.scheduler\.name: got "),
+        (
+            {"name": "torch.optim.lr_scheduler.LambdaLR", "kwargs": {}},
+            r"policy\.scheduler\.name: got ",
+        ),
         (
             [LINEAR, CONSTANT],
             r"got milestones \[\], expected one entry milestones: .* with 1 increasing",

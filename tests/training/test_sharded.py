@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that processes share: FSDP with two processes on the CPU, and what DeepSpeed would be told.
+"""Models that processes share: FSDP with two processes on the CPU, and what DeepSpeed is told.
 
 `accelerate` switches FSDP on for accelerators only. The script that these tests start says that its
 two CPU processes have some; the sharding, the collectives and the state dictionaries are PyTorch's.
@@ -21,11 +21,11 @@ from trainer_runs import curve, make_config
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import NLLLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
+from nemo_rl_ref.config.sections import SFTSettings
+from nemo_rl_ref.config.settings import read_settings
 from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.training.checkpoints import Trained
 from nemo_rl_ref.training.processes import make_accelerator, prepare_deepspeed
-from nemo_rl_ref.config.sections import SFTSettings
-from nemo_rl_ref.config.settings import read_settings
 from nemo_rl_ref.training.samples import supervised_samples
 from nemo_rl_ref.training.step import NotFinite, update
 

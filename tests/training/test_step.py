@@ -155,7 +155,8 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(batches):
     poisoned["reference_policy_logprobs"][0, 8] = float("nan")
     model = tiny.load_policy()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(FloatingPointError, match=r"step 1: loss nan, gradient norm nan; it starts in the loss function"):
+    message = "step 1: loss nan, gradient norm nan; it starts in the loss function"
+    with pytest.raises(FloatingPointError, match=message):
         run([batches[0], poisoned], dpo(), learning_rate=0.0, model=model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -246,7 +246,8 @@ def test_prompt_file_and_chat_template(tmp_path):
         "plain": {},
         "prompt": {"data__train": {**entry, "prompt_file": str(tmp_path / "prompt.txt")}},
         "template": {
-            "policy__tokenizer__chat_template": "{% for m in messages %}+{{ m.content }}{% endfor %}"
+            "policy__tokenizer__chat_template": "{% for m in messages %}+{{ m.content }}"
+            "{% endfor %}"
         },
     }.items():
         _, metrics = run("sft", tmp_path, name=name, sft__max_num_steps=1, **changes)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """NeMo RL's GRPO with a reward, an advantage estimator and a loss of one's own.
 
-Goes into the examples/ folder of a NeMo RL checkout, custom_grpo.py and custom_environment.py beside
-it:
+Goes into the examples/ folder of a NeMo RL checkout, custom_grpo.py and custom_environment.py
+beside it:
 
     uv run examples/run_custom_grpo.py --config examples/configs/grpo_math_1B.yaml \
         data.default.env_name=partial_credit ++env.partial_credit.num_workers=1 \

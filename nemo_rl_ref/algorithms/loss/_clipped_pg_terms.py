@@ -139,7 +139,8 @@ def clipped_pg_terms(
 
     Raises:
         TypeError: if log-probabilities are not floating.
-        ValueError: if a shape does not fit, a tensor is missing that the flags need, or the backend is unknown or not to be had.
+        ValueError: if a shape does not fit, a tensor is missing that the flags need, or the
+            backend is unknown or not to be had.
     """
     with_kl = settings.reference_policy_kl_penalty != 0
     others = {

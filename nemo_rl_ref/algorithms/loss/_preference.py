@@ -67,7 +67,7 @@ class PreferenceLossFn(LossFunction):
         pairs = global_valid_seqs / 2
 
         # logsigmoid(x) is log(sigmoid(x)) that does not underflow for very negative x.
-        # The mask comes in here and in masked_mean: no difference for 0 and 1, a square for weights.
+        # The mask comes in here and in masked_mean: weights are squared, 0 and 1 stay the same.
         loss = -logsigmoid(beta * (chosen - rejected)) * chosen_mask
         return (
             masked_mean(loss, chosen_mask, global_normalization_factor=pairs),

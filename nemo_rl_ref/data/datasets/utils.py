@@ -60,7 +60,8 @@ def build_dataset(data_config: Mapping[str, Any], registry: Mapping[str, Any]) -
         raise ValueError(
             f"dataset_name: got {name!r}; {hint}Here it can be {' or '.join(registry)}, with "
             "data_path, a file (.jsonl, .parquet, .arrow, .csv), a folder, or the name of a "
-            "Hugging Face dataset. NeMo RL's other datasets, and dotted names of classes, are left out"
+            "Hugging Face dataset. NeMo RL's other datasets, and dotted names of classes, are left "
+            "out"
         )
     if not data_config.get("data_path"):
         raise ValueError(f"data_path: not set, expected the data file of the {name}")
