@@ -295,6 +295,7 @@ class Step:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **changes: Any) -> Step:
         """Read the keys of a NeMo RL configuration that decide about memory.
+
         Rows are those of ``policy.train_micro_batch_size``, doubled where the configuration has a
         section ``dpo`` or ``rm``, of ``policy.max_total_sequence_length`` tokens: the longest batch
         that can come. With sequence packing or dynamic batching it is one row of
@@ -308,7 +309,6 @@ class Step:
             ValueError: If a key that is needed is missing, a value is of a wrong type or not
                 modelled, or tensor or context parallelism or the Megatron backend is on.
         """
-
         settings = read_settings(config, MemorySettings)
         policy, pairs = settings.policy, bool({"dpo", "rm"} & config.keys())
         if policy.megatron_cfg.enabled:

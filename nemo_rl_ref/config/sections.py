@@ -104,7 +104,7 @@ class TrainedConfig(Section):
     model_name: str
     train_global_batch_size: Count
     train_micro_batch_size: Count
-    max_grad_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
     optimizer: OptimizerConfig
     scheduler: Scheduler | None = None
 
@@ -212,7 +212,7 @@ class DatasetConfig(OpenSection):
     data_path: str | None = None
     split: str | None = None
     subset: str | None = None
-    split_validation_size: float = Field(0.0, ge=0)
+    split_validation_size: float = Field(default=0.0, ge=0)
     seed: int = 42
     env_name: str | None = None
     processor: str | None = None
@@ -248,7 +248,7 @@ class DataConfig(Section):
 
     max_input_seq_length: Length | None
     shuffle: bool
-    num_workers: int = Field(1, ge=0)
+    num_workers: int = Field(default=1, ge=0)
     train: Datasets = Field(min_length=1)
     validation: Datasets | None = None
     default: DatasetConfig | None = None
@@ -321,9 +321,9 @@ class CheckpointingConfig(Section):
     metric_name: Annotated[str | None, AfterValidator(_metric_name)]
     higher_is_better: bool
     save_period: Count
-    keep_top_k: int | None = Field(None, ge=0)
+    keep_top_k: int | None = Field(default=None, ge=0)
     ft_save_period: Count | None = None
-    ft_keep_latest_k: int | None = Field(None, ge=0)
+    ft_keep_latest_k: int | None = Field(default=None, ge=0)
     checkpoint_must_save_by: Annotated[str | None, AfterValidator(_time)] = None
     save_optimizer: bool = True
 
@@ -359,7 +359,7 @@ class TrainingConfig(Section):
     val_micro_batch_size: Count = 1
     val_at_start: bool
     val_at_end: bool = False
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
 
 
 class SFTConfig(TrainingConfig):
@@ -370,8 +370,8 @@ class SFTConfig(TrainingConfig):
     """
 
     max_num_steps: Count = 60
-    val_period: int = Field(10, ge=-1)
-    val_batches: int = Field(8, ge=-1)
+    val_period: int = Field(default=10, ge=-1)
+    val_batches: int = Field(default=8, ge=-1)
     val_global_batch_size: Count = 32
     val_at_start: bool = True
     only_unmask_final: bool = False
@@ -381,8 +381,8 @@ class DPOConfig(TrainingConfig):
     """``dpo``; the weights are `nemo_rl_ref.algorithms.loss.DPOLossConfig`'s."""
 
     max_num_steps: Count = 150
-    val_period: int = Field(25, ge=-1)
-    val_batches: int = Field(8, ge=-1)
+    val_period: int = Field(default=25, ge=-1)
+    val_batches: int = Field(default=8, ge=-1)
     val_global_batch_size: Count = 8
     val_at_start: bool = True
     reference_policy_kl_penalty: float = 0.05
@@ -395,9 +395,9 @@ class DPOConfig(TrainingConfig):
 class RMConfig(TrainingConfig):
     """``rm``; ``max_num_steps`` -1 is for no limit."""
 
-    max_num_steps: int = Field(-1, ge=-1)
-    val_period: int = Field(16, ge=-1)
-    val_batches: int = Field(-1, ge=-1)
+    max_num_steps: int = Field(default=-1, ge=-1)
+    val_period: int = Field(default=16, ge=-1)
+    val_batches: int = Field(default=-1, ge=-1)
     val_global_batch_size: Count = 32
     val_at_start: bool = False
 

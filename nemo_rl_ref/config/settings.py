@@ -52,13 +52,14 @@ def read_settings(config: Mapping[str, Any], *kinds: type[Settings]) -> Settings
         ValueError: If a value is missing, of a wrong type or out of range. The message has a line
             for each of them, with the key, what it got and what it should be.
     """
-    kind = next((kind for kind in kinds[:-1] if kind.algorithm in config), kinds[-1])
+    named = (kind for kind in kinds[:-1] if getattr(kind, "algorithm", None) in config)
+    kind, settings = next(named, kinds[-1]), None
     problems = dict(_switches_for_numbers(kind, config))
     try:
         settings = kind.model_validate(config)
     except ValidationError as error:
         problems = dict(_problems(kind, config, error)) | problems
-    if problems:
+    if settings is None or problems:
         raise ValueError("\n".join(f"{key}: {text}" for key, text in problems.items()))
     return settings
 
@@ -111,17 +112,17 @@ def _problems(
 ) -> Iterator[tuple[str, str]]:
     """Key and problem of each entry of a pydantic error."""
     for entry in error.errors():
-        key, annotation, metadata, node = [], kind, (), config
+        key, annotation, metadata = [], kind, ()
+        node: Any = config
         for part in entry["loc"]:
-            inside = isinstance(node, Mapping) and part in node
-            inside |= isinstance(node, (list, tuple)) and isinstance(part, int)
+            inside = _is_in(part, node)
             if not inside and (entry["type"] != "missing" or part != entry["loc"][-1]):
                 continue  # not a key: pydantic's name for one of several types
             key.append(str(part))
             node = node[part] if inside else None
             annotation, metadata = _field(annotation, part)
         if entry["type"] == "value_error":
-            text = str(entry["ctx"]["error"])
+            text = str(entry.get("ctx", {}).get("error"))
         elif entry["type"] == "extra_forbidden":
             text = f"got {entry['input']!r}, expected no such key"
         elif entry["type"] == "missing":
@@ -129,6 +130,13 @@ def _problems(
         else:
             text = f"got {entry['input']!r}, expected {_expected(annotation, metadata)}"
         yield ".".join(key) or "configuration", text
+
+
+def _is_in(part: str | int, node: Any) -> bool:
+    """Whether a part of a pydantic location is a key of a section or an index of a list."""
+    if isinstance(node, Mapping):
+        return part in node
+    return isinstance(node, (list, tuple)) and isinstance(part, int)
 
 
 def _field(annotation: Any, part: str | int) -> tuple[Any, Any]:

@@ -42,6 +42,7 @@ from nemo_rl_ref.rl.generate import left_pad, response_logprobs
 from nemo_rl_ref.rl.rewards import Environment
 from nemo_rl_ref.rl.rollouts import Prompt, PromptPlan, batch_metrics, load_prompts, roll_out
 from nemo_rl_ref.rl.settings import (
+    GRPOSettings,
     PPOSettings,
     check_processes,
     make_estimator,
@@ -98,10 +99,14 @@ class RLTrainer:
         self.updates, self.loss_config = updates_per_step(settings), settings.loss_fn
         self.loss_fn = loss_fn or make_loss(ClippedPGLossFn, self.loss_config, "loss_fn")
         self.estimator = make_estimator(settings)
-        self.value_loss_fn = self.teacher_name = None
-        if isinstance(self.estimator, estimators.OPDAdvantageEstimator):
-            self.teacher_name = teacher_name(settings.on_policy_distillation)
-        if isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
+        self.value_config: Any = None
+        self.value_loss_fn: Any = None
+        self.teacher_name = None
+        if isinstance(settings, GRPOSettings):
+            if isinstance(self.estimator, estimators.OPDAdvantageEstimator):
+                self.teacher_name = teacher_name(settings.on_policy_distillation)
+        elif isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
+            self.value_config = settings.value
             self.value_loss_fn = make_loss(MseValueLossFn, settings.value_loss_fn, "value_loss_fn")
         self.tokenizer = get_tokenizer(policy.tokenizer.given())
         self.train_prompts, self.val_prompts = load_prompts(
@@ -139,12 +144,10 @@ class RLTrainer:
         kl = self.loss_config.reference_policy_kl_penalty
         self.reference = self._frozen(policy.model_name, kl)
         self.teacher = self._frozen(self.teacher_name, self.teacher_name)
-        if self.value_loss_fn is not None:
+        if self.value_config is not None:
             weights, _ = CheckpointManager.get_resume_paths(checkpoint, model_component="value")
-            model = load_value_model(weights or self.settings.value.model_name)
-            self.models["value"] = make_trained(
-                self.accelerator, model, self.settings.value, "value"
-            )
+            model = load_value_model(weights or self.value_config.model_name)
+            self.models["value"] = make_trained(self.accelerator, model, self.value_config, "value")
         if checkpoint:
             load_checkpoint(checkpoint, accelerator=self.accelerator, models=self.models)
 
@@ -411,7 +414,7 @@ class RLTrainer:
                 global_valid_toks=toks,
             )
 
-        section = self.settings.value
+        section = self.value_config
         found = self._update(self.models["value"], section, data, loss)
         names = ("returns_mean", "values_mean", "returns_sq_mean", "residual_sq_mean")
         returns, values, returns_sq, residual_sq = (
