@@ -46,11 +46,12 @@ from optuna.distributions import (  # noqa: E402
 )
 
 from nemo_rl_ref import run_dpo, run_grpo, tiny  # noqa: E402
-from nemo_rl_ref.generation import answer_kl, sample_answers  # noqa: E402
 from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
+from nemo_rl_ref.rl.generate import response_kl, sample_responses  # noqa: E402
 from nemo_rl_ref.rl.settings import GRPOSettings  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
-from nemo_rl_ref.training import reference  # noqa: E402
+from nemo_rl_ref.training.processes import make_accelerator  # noqa: E402
+from nemo_rl_ref.training.reference import add_reference_logprobs  # noqa: E402
 from nemo_rl_ref.config.read import read_config  # noqa: E402
 from nemo_rl_ref.config.sections import DPOSettings  # noqa: E402
 from nemo_rl_ref.config.settings import used_keys  # noqa: E402
@@ -213,25 +214,19 @@ class Trainings:
         self.loaded = []
         for module in (run_dpo, rl_trainer):
             module.load_policy = self._keep(module.load_policy)
-        tokenized, logprobs = {}, {}
-        samples, compute = run_dpo.preference_samples, reference._compute
+        loaded, load_samples = {}, run_dpo.preference_samples
 
-        def tokenized_once(settings, *args, **options):
-            train, validation = samples(settings, *args, **options)
+        def samples_once(settings, *args, **options):
+            """All pairs of a data set, tokenized and with the reference's column."""
             paths = settings.data.model_dump_json(include={"train", "validation"})
-            train._samples = tokenized.setdefault((paths, "train"), {})
-            for name, held_out in validation.items():
-                held_out._samples = tokenized.setdefault((paths, name), {})
-            return train, validation
+            if paths not in loaded:
+                train, validation = loaded[paths] = load_samples(settings, *args, **options)
+                sets = [train, *validation.values()]
+                add_reference_logprobs(self.reference, sets, make_accelerator("float32"))
+            return loaded[paths]
 
-        def computed_once(policy, load_model, chunks, accelerator):
-            key = reference._fingerprint(policy, chunks)
-            if key not in logprobs:
-                logprobs[key] = compute(policy, load_model, chunks, accelerator)
-            return logprobs[key]
-
-        run_dpo.preference_samples = tokenized_once
-        reference._compute = computed_once
+        run_dpo.preference_samples = samples_once
+        run_dpo.keep_reference_logprobs = lambda *_: None  # they are there
 
     def _keep(self, load):
         def kept(*args, **options):
@@ -302,8 +297,8 @@ class Trainings:
         """KL of the policy to the reference in nats an answer, over sums of the task."""
         policy = self.loaded[-1 if task is DPO else 0].eval()  # the other is the reference
         asked = self.prompts if task is DPO else self.sums * 2
-        samples = sample_answers(policy, self.tokenizer, asked, max_new_tokens=4, seed=5)
-        return answer_kl(policy, self.reference, samples)
+        responses = sample_responses(policy, self.tokenizer, asked, max_new_tokens=4, seed=5)
+        return response_kl(policy, self.reference, responses)
 
 
 class Store:

@@ -8,7 +8,7 @@ All contenders have the same model, pairs, batch size and optimizer, and take tu
 so that a slow moment of the machine hits all of them. Numbers are medians.
 
 floor           forward, backward from the sum of the logits, optimizer step
-ours            a step of nemo_rl_ref.training.step.train, reference log-probabilities known
+ours            a step of nemo_rl_ref.training.step.update, reference log-probabilities known
 ours, all in    the same, with collation and the reference forward in every step
 TRL             a step of DPOTrainer with its defaults, except for float32 and no activation
                 checkpointing: it runs the reference in every step
@@ -39,8 +39,9 @@ from rich.progress import track  # noqa: E402
 from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn  # noqa: E402
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
-from nemo_rl_ref.preferences import load_preferences, preference_batches  # noqa: E402
-from nemo_rl_ref.training.step import add_reference_logprobs, train  # noqa: E402
+from nemo_rl_ref.training.reference import add_reference_logprobs  # noqa: E402
+from nemo_rl_ref.training.samples import Batches, preference_pairs  # noqa: E402
+from nemo_rl_ref.training.step import next_token_logprobs, update  # noqa: E402
 
 PAIRS = 32
 ROUND = 24  # steps a contender takes before the next one's turn
@@ -60,19 +61,20 @@ class Ours:
     """Contenders that are a loop over batches."""
 
     def __init__(self, kind, data, tokenizer):
-        self.kind, self.tokenizer = kind, tokenizer
+        self.kind = kind
         self.accelerator = Accelerator()
         self.model = tiny.load_policy()
         self.reference = tiny.load_policy().eval().to(self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(
             self.model, make_optimizer(self.model)
         )
-        self.pairs = load_preferences(data, tokenizer, max_seq_length=16)[: ROUND * PAIRS]
-        self.batches = add_reference_logprobs(self.reference, self.collated())
+        self.pairs = preference_pairs(data, tokenizer, max_seq_length=16)
+        self.pairs.tokenize(range(ROUND * PAIRS))
+        self.order = Batches(ROUND * PAIRS, PAIRS, seed=0, shuffle=False)
         self.loss_fn = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=0.1))
-
-    def collated(self):
-        return preference_batches(self.pairs, self.tokenizer, batch_size=PAIRS)
+        if kind != "ours, all in":
+            add_reference_logprobs(self.reference, [self.pairs], self.accelerator)
+        self.batches = [self.pairs.batch(numbers) for numbers in self.order]
 
     def floor(self):
         for batch in self.batches:
@@ -82,15 +84,28 @@ class Ours:
             yield
 
     def all_in(self):
-        for batch in self.collated():
-            yield from add_reference_logprobs(self.reference, [batch])
+        for numbers in self.order:
+            batch = self.pairs.batch(numbers).to(self.accelerator.device)
+            with torch.no_grad():
+                logprobs = next_token_logprobs(self.reference, batch)
+            batch["reference_policy_logprobs"] = torch.nn.functional.pad(logprobs, (0, 1))
+            yield batch
+
+    def steps(self):
+        for batch in self.batches if self.kind == "ours" else self.all_in():
+            yield update(
+                self.model,
+                self.optimizer,
+                self.loss_fn,
+                batch,
+                self.accelerator,
+                micro_rows=batch.size,
+                max_grad_norm=1.0,
+                rows=2,
+            )
 
     def turn(self):
-        if self.kind == "floor":
-            steps = self.floor()
-        else:
-            batches = self.batches if self.kind == "ours" else self.all_in()
-            steps = train(self.model, self.loss_fn, batches, self.optimizer, self.accelerator)
+        steps = self.floor() if self.kind == "floor" else self.steps()
         ticks = [time.perf_counter()]
         for _ in steps:
             ticks.append(time.perf_counter())

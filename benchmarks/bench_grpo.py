@@ -49,9 +49,9 @@ from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.config.read import read_config  # noqa: E402
 from nemo_rl_ref.config.settings import used_keys  # noqa: E402
 from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
-from nemo_rl_ref.rl.rollouts import prompt_batches  # noqa: E402
 from nemo_rl_ref.rl.settings import GRPOSettings  # noqa: E402
 from nemo_rl_ref.rl.trainer import RLTrainer  # noqa: E402
+from nemo_rl_ref.training.samples import Batches  # noqa: E402
 from nemo_rl_ref.training.step import next_token_logprobs  # noqa: E402
 
 CONFIG = ROOT / "configs/grpo_tiny.yaml"
@@ -67,17 +67,10 @@ def configuration(*overrides):
 
 
 def batches_of(trainer):
-    """Batches of prompts without end."""
-    cfg, epoch = trainer.cfg, 0
-    while True:
-        yield from prompt_batches(
-            trainer.train_prompts,
-            cfg.num_prompts_per_step,
-            shuffle=True,
-            seed=cfg.seed,
-            epoch=epoch,
-        )
-        epoch += 1
+    """Batches of prompts, more than any contender takes."""
+    prompts, cfg = trainer.train_prompts, trainer.cfg
+    order = Batches(len(prompts), cfg.num_prompts_per_step, cfg.seed, max_epochs=10_000)
+    return ([prompts[number] for number in numbers] for numbers in order)
 
 
 def learn(seed, seconds):

@@ -51,7 +51,7 @@ from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDatase
 from nemo_rl_ref.files.metrics import read_metrics  # noqa: E402
 from nemo_rl_ref.training.optimizers import make_optimizer  # noqa: E402
 from nemo_rl_ref.training.processes import make_accelerator  # noqa: E402
-from nemo_rl_ref.training.samples import Plan, preference_samples, supervised_samples  # noqa: E402
+from nemo_rl_ref.training.samples import Batches, preference_samples, supervised_samples  # noqa: E402
 
 RUNNERS = {"sft": run_sft, "dpo": run_dpo}
 SAMPLES = {"sft": 64, "dpo": 32}  # a step has 64 rows in both
@@ -103,8 +103,8 @@ def batches_of(section, config):
     else:
         settings = read_settings(config, DPOSettings)
         samples, _ = preference_samples(settings, tokenizer, add_loss_mask=True)
-    plan = Plan(len(samples), SAMPLES[section], 1, ROUND, True, config[section]["seed"])
-    return [samples.batch(plan.numbers(step)) for step in range(plan.steps)]
+    order = Batches(len(samples), SAMPLES[section], config[section]["seed"], max_steps=ROUND)
+    return [samples.batch(numbers) for numbers in order]
 
 
 class Floor:

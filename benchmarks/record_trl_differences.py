@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far each preference loss is from TRL's own code, recorded for the site.
 
-    python benchmarks/record_trl_differences.py    # some seconds; writes results/trl-differences.json
+    python benchmarks/record_trl_differences.py  # seconds; writes results/trl-differences.json
 
 The comparison is the tests': `tests/help/trl_cases.py` drives the loss methods of TRL's trainers.
 `tests/custom/test_against_trl.py` computes the numbers again and compares them with the record.

@@ -21,7 +21,7 @@ from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.config.sections import DPOSettings
 from nemo_rl_ref.training.command_line import run
 from nemo_rl_ref.training.models import load_policy
-from nemo_rl_ref.training.reference import add_reference_logprobs
+from nemo_rl_ref.training.reference import keep_reference_logprobs
 from nemo_rl_ref.training.samples import preference_samples
 from nemo_rl_ref.training.supervised import Task, fit, read_supervised_settings
 from nemo_rl_ref.training.user_code import checked_loss
@@ -58,7 +58,7 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
         loss_fn,
         validation_metrics=None if loss else {name: name for name in METRICS},
     )
-    task.prepare = lambda accelerator, sets, folder: add_reference_logprobs(
+    task.prepare = lambda accelerator, sets, folder: keep_reference_logprobs(
         settings.policy, sets, load_policy, accelerator, folder
     )
     return fit(task, settings, tokenizer, config, **options)

@@ -24,7 +24,6 @@
 #| label: dpo-setup
 #| num: policy-parameters = {reference.num_parameters():,}
 #| num: dpo-rate = {LEARNING_RATE:g}
-import functools
 import statistics
 import warnings
 
@@ -54,12 +53,12 @@ print(f"{reference.num_parameters():,} parameters on {accelerator.device}")
 #| label: dpo-data
 #| num: pairs-held-out = {len(held_out_pairs)}
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.preferences import load_preferences, preference_batches
+from nemo_rl_ref.training.samples import preference_pairs
 
 train_data = BinaryPreferenceDataset(str(tiny.TRAIN_PAIRS))
 held_out_data = BinaryPreferenceDataset(str(tiny.VALIDATION_PAIRS))
-train_pairs = load_preferences(train_data, tokenizer, max_seq_length=16)
-held_out_pairs = load_preferences(held_out_data, tokenizer, max_seq_length=16)
+train_pairs = preference_pairs(train_data, tokenizer, max_seq_length=16)
+held_out_pairs = preference_pairs(held_out_data, tokenizer, max_seq_length=16)
 print(f"{len(train_pairs):,} pairs to train on, {len(held_out_pairs)} held out. The first:")
 print(tiny.TRAIN_PAIRS.read_text().splitlines()[0])
 
@@ -76,7 +75,7 @@ same_length = sum(len(chosen) == len(rejected) for chosen, rejected in answers) 
 
 # %%
 #| label: dpo-batch
-batch = next(preference_batches(train_pairs, tokenizer, batch_size=2))
+batch = train_pairs.batch([0, 1])
 for name, tensor in batch.items():
     print(f"{name:14} {str(tensor.dtype):14} {tuple(tensor.shape)}")
 
@@ -247,43 +246,47 @@ assert split_error < 1e-15
 
 # %%
 #| label: dpo-run
-from nemo_rl_ref.generation import answer_kl, sample_answers
+from nemo_rl_ref.rl.generate import response_kl, sample_responses
 from nemo_rl_ref.tiny.addition import is_correct, problems, prompt
-from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
+from nemo_rl_ref.training.reference import add_reference_logprobs
+from nemo_rl_ref.training.samples import Batches
+from nemo_rl_ref.training.step import run_batch, update
 
 _, never_seen = problems()
 prompts = [prompt(problem) for problem in never_seen[:500]]
-held_out = add_reference_logprobs(
-    reference, preference_batches(held_out_pairs, tokenizer, batch_size=256, drop_last=False)
-)
-
-
-@functools.cache
-def shuffled(seed):
-    """Global batches for a whole run, reference log-probabilities included."""
-    epochs = -(-STEPS * PAIRS // len(train_pairs))
-    batches = [
-        batch
-        for epoch in range(epochs)
-        for batch in preference_batches(
-            train_pairs, tokenizer, batch_size=PAIRS, seed=1000 * seed + epoch
-        )
-    ]
-    return add_reference_logprobs(reference, batches[:STEPS])
+add_reference_logprobs(reference, [train_pairs, held_out_pairs], accelerator)
+held_out = held_out_pairs.batch(range(len(held_out_pairs)))
 
 
 def measure(policy, loss_fn):
     """What the policy does on pairs and problems it was not trained on."""
-    pairs = evaluate(policy, loss_fn, held_out)
-    samples = sample_answers(policy, tokenizer, prompts, max_new_tokens=5, seed=5)
-    right = map(is_correct, prompts, samples.texts(tokenizer))
+    pairs = run_batch(
+        policy, loss_fn, held_out, accelerator, micro_rows=held_out.size, backward=False
+    )
+    responses = sample_responses(policy, tokenizer, prompts, max_new_tokens=5, seed=5)
+    right = map(is_correct, prompts, responses.texts(tokenizer))
     return {
         "preference accuracy": pairs["accuracy"],
         "reward margin": BETA * (pairs["rewards_chosen_mean"] - pairs["rewards_rejected_mean"]),
         "chosen log-ratio": pairs["rewards_chosen_mean"],
         "exact match": sum(right) / len(prompts),
-        "KL to reference": answer_kl(policy, reference, samples),
+        "KL to reference": response_kl(policy, reference, responses),
     }
+
+
+def take_step(policy, optimizer, loss_fn, numbers):
+    """Update the policy on the pairs with these numbers. Return NeMo RL's metrics."""
+    batch = train_pairs.batch(numbers)
+    return update(
+        policy,
+        optimizer,
+        loss_fn,
+        batch,
+        accelerator,
+        micro_rows=batch.size,
+        max_grad_norm=1.0,
+        rows=2,  # a pair is two rows
+    )
 
 
 def run(loss_fn, learning_rate, seed):
@@ -294,8 +297,9 @@ def run(loss_fn, learning_rate, seed):
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     measured = {0: before}
-    steps = train(policy, loss_fn, shuffled(seed), optimizer, accelerator, max_grad_norm=1.0)
-    for step, _ in enumerate(steps, start=1):
+    epochs = [Batches(len(train_pairs), PAIRS, 1000 * seed + epoch) for epoch in range(10)]
+    for step, numbers in enumerate(sum(map(list, epochs), [])[:STEPS], start=1):
+        take_step(policy, optimizer, loss_fn, numbers)
         if step % (STEPS // 3) == 0:
             measured[step] = measure(policy, loss_fn)
     return measured
@@ -337,7 +341,7 @@ table = [
     "| --- " * (len(runs) + 2) + "|",
 ]
 for quantity in quantities:
-    cells = [f"{before[quantity]:.3f}" if quantity in before else "–"]
+    cells = [f"{before[quantity]:z.3f}" if quantity in before else "–"]
     cells += ["{:.3f}\u00a0±\u00a0{:.3f}".format(*at_end(name, quantity)) for name in runs]
     table.append(f"| {quantity} | " + " | ".join(cells) + " |")
 Markdown("\n".join(table))
@@ -516,12 +520,9 @@ optimizer = torch.optim.AdamW(
     policy.parameters(), lr=TRL_LEARNING_RATE, weight_decay=0.0, fused=True
 )
 policy, optimizer = accelerator.prepare(policy, optimizer)
-batches = add_reference_logprobs(
-    reference, preference_batches([train_pairs[i] for i in order], tokenizer, batch_size=TRL_PAIRS)
-)
 ours = [
-    metrics["loss"]
-    for metrics in train(policy, contenders["DPO"][0], batches, optimizer, accelerator)
+    take_step(policy, optimizer, contenders["DPO"][0], order[low : low + TRL_PAIRS])["loss"]
+    for low in range(0, len(order), TRL_PAIRS)
 ]
 differences = [abs(a - b) for a, b in zip(ours, trainer.losses, strict=True)]
 assert max(differences) < 1e-4

@@ -35,8 +35,8 @@ from omegaconf import OmegaConf
 
 from nemo_rl_ref import tiny
 from nemo_rl_ref.rl.rewards import exact_match
-from nemo_rl_ref.rl.rollouts import prompt_batches
 from nemo_rl_ref.rl.trainer import RLTrainer
+from nemo_rl_ref.training.samples import Batches
 from nemo_rl_ref.utils.config import load_config, parse_hydra_overrides
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
@@ -88,7 +88,7 @@ SMALL = [
     "policy.optimizer.kwargs.lr=5e-5",
 ]
 trainer = RLTrainer(settings(*SMALL), environment=exact_match)
-prompts = next(prompt_batches(trainer.train_prompts, size=4, shuffle=True, seed=0, epoch=0))
+prompts = [trainer.train_prompts[number] for number in Batches(PROBLEMS, 4, seed=0)[0]]
 for prompt in prompts:
     print(f"{prompt.text!r:16} truth {prompt.truth:4} ids {prompt.ids.tolist()}")
 
@@ -140,7 +140,8 @@ grouped(("answers", batch["content"]), ("rewards", [f"{r:.0f}" for r in rewards]
 #| num: grpo-groups = {len(prompts)}
 #| num: grpo-group-size = {GROUP}
 #| num: grpo-silent = {(spread == 0).sum().item()}
-data, _ = trainer.training_data(batch)
+data, _ = trainer.add_logprobs(batch)
+trainer.add_advantages(batch, data)
 groups = rewards.view(-1, GROUP)
 deviation = groups - groups.mean(1, keepdim=True)
 spread = groups.std(1, keepdim=True)
@@ -266,14 +267,12 @@ def run(seed, *overrides, environment=exact_match, loss_fn=None, estimator=None)
     if estimator is not None:
         trainer.estimator = estimator
     size, model = trainer.cfg.num_prompts_per_step, trainer.policy.model
-    batches = itertools.chain.from_iterable(
-        prompt_batches(trainer.train_prompts, size, shuffle=True, seed=seed, epoch=epoch)
-        for epoch in itertools.count()
-    )
+    order = Batches(PROBLEMS, size, seed, max_epochs=STEPS)
+    prompts = ([trainer.train_prompts[number] for number in numbers] for numbers in order)
     found = {name: {} for name in ("reward", "length", "mixed")}
     found["accuracy"] = {0: accuracy(model, trainer.train_prompts, trainer)}
     for step in range(1, STEPS + 1):
-        metrics = trainer.step(batches, step - 1)
+        metrics = trainer.step(prompts, step - 1)
         found["reward"][step] = metrics["reward"]
         found["length"][step] = metrics["mean_gen_tokens_per_sample"]
         found["mixed"][step] = metrics["baseline_reward/pct_mixed"]

@@ -32,8 +32,9 @@ from accelerate import Accelerator
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.preferences import load_preferences, preference_batches
-from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
+from nemo_rl_ref.training.reference import add_reference_logprobs
+from nemo_rl_ref.training.samples import Batches, preference_pairs
+from nemo_rl_ref.training.step import run_batch, update
 
 STEPS, PAIRS, SEEDS = 16, 32, 6
 LEARNING_RATES = (1e-4, 1.3e-4, 3e-4)
@@ -45,22 +46,12 @@ loss_fn = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=0.1, sft_loss_weig
 
 
 def load(path):
-    return load_preferences(BinaryPreferenceDataset(str(path)), tokenizer, max_seq_length=16)
+    return preference_pairs(BinaryPreferenceDataset(str(path)), tokenizer, max_seq_length=16)
 
 
 train_pairs, held_out_pairs = load(tiny.TRAIN_PAIRS), load(tiny.VALIDATION_PAIRS)
-held_out = add_reference_logprobs(
-    reference, preference_batches(held_out_pairs, tokenizer, batch_size=256)
-)
-orders = [
-    add_reference_logprobs(
-        reference,
-        itertools.islice(
-            preference_batches(train_pairs, tokenizer, batch_size=PAIRS, seed=seed), STEPS
-        ),
-    )
-    for seed in range(SEEDS)
-]
+add_reference_logprobs(reference, [train_pairs, held_out_pairs], accelerator)
+held_out = held_out_pairs.batch(range(len(held_out_pairs)))
 
 
 def run(learning_rate, seed):
@@ -70,9 +61,20 @@ def run(learning_rate, seed):
         policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    for _ in train(policy, loss_fn, orders[seed], optimizer, accelerator):
-        pass
-    return evaluate(policy, loss_fn, held_out)["loss"]
+    for numbers in Batches(len(train_pairs), PAIRS, seed, max_steps=STEPS):
+        update(
+            policy,
+            optimizer,
+            loss_fn,
+            train_pairs.batch(numbers),
+            accelerator,
+            micro_rows=2 * PAIRS,
+            max_grad_norm=1.0,
+            rows=2,  # a pair is two rows
+        )
+    return run_batch(
+        policy, loss_fn, held_out, accelerator, micro_rows=held_out.size, backward=False
+    )["loss"]
 
 
 losses = {rate: [run(rate, seed) for seed in range(SEEDS)] for rate in LEARNING_RATES}
@@ -94,6 +96,7 @@ axis.set_xticks(range(len(losses)), [f"{rate:g}" for rate in losses])
 axis.set_xlim(-0.5, len(losses) - 0.5)
 axis.set_xlabel("policy.optimizer.kwargs.lr")
 axis.set_title("Held-out loss (nats), one dot a seed")
+
 # %%
 #| label: noise-numbers
 #| num: noise-sd = {statistics.stdev(base):.4f}
@@ -286,6 +289,7 @@ axis.set_ylim(0)
 axis.set_xlabel("seeds of each of the two settings")
 axis.set_title("Half the interval of a difference (percentage points)")
 axis.legend()
+
 # %% [markdown]
 # ## Which keys matter
 
@@ -359,6 +363,7 @@ for axis, task in zip(axes, POOL, strict=True):
     axis.set_xlim(0, 1.7 * most)
     axis.set_title(f"Importance, {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
+
 # %%
 #| label: importance-numbers
 #| num: importance-shuffles = {SHUFFLES}
@@ -427,6 +432,7 @@ for axis, task in zip(axes, POOL, strict=True):
     rank = stats.spearmanr([run["values"][RATE] for run in lower], [final(run) for run in lower])
     RANK[task] = rank[0]
 axes[-1].set_xlabel(RATE)
+
 # %%
 #| label: fig-other-slices
 #| alt: The objective over the ratio of SFT weight and β, and over β, for DPO, and over the group
@@ -533,6 +539,7 @@ for axis, table, levels, title in (
     axis.set_ylabel("β")
     axis.set_title(title)
 axes[-1].set_xlabel(RATE)
+
 # %%
 #| label: rate-beta-numbers
 #| num: surface-fitted = {MODELLED["fitted_to"]}
@@ -713,20 +720,25 @@ for axis, task in zip(axes, POOL, strict=True):
     axis.set_title(f"Rank correlation with the end, {NAMES[task]}")
 axes[0].legend(fontsize=8, loc="lower right")
 axes[-1].set_xlabel("fraction of the run")
+
 # %%
 #| label: early-numbers
 #| num: early-dpo-spread = {percent(UPPER_SPREAD['dpo'])}
 #| num: early-dpo-first = {100 * min(EARLY['dpo', 'all']):.0f}
 #| num: early-dpo-all = {first_rank('dpo', 'all')[0]:.2f}
-#| num: early-dpo-all-interval = {'{:.2f} to {:.2f}'.format(*first_rank('dpo', 'all')[1:])}
+#| num: early-dpo-all-interval = {first_rank('dpo', 'all')[1]:.2f} to
+#|   {first_rank('dpo', 'all')[2]:.2f}
 #| num: early-dpo-half = {first_rank('dpo', 'better half')[0]:.2f}
-#| num: early-dpo-half-interval = {'{:.2f} to {:.2f}'.format(*first_rank('dpo', 'better half')[1:])}
+#| num: early-dpo-half-interval = {first_rank('dpo', 'better half')[1]:.2f} to
+#|   {first_rank('dpo', 'better half')[2]:.2f}
 #| num: early-grpo-spread = {percent(UPPER_SPREAD['grpo'])}
 #| num: early-grpo-first = {100 * min(EARLY['grpo', 'all']):.0f}
 #| num: early-grpo-all = {first_rank('grpo', 'all')[0]:.2f}
-#| num: early-grpo-all-interval = {'{:.2f} to {:.2f}'.format(*first_rank('grpo', 'all')[1:])}
+#| num: early-grpo-all-interval = {first_rank('grpo', 'all')[1]:.2f} to
+#|   {first_rank('grpo', 'all')[2]:.2f}
 #| num: early-grpo-half = {first_rank('grpo', 'better half')[0]:.2f}
-#| num: early-grpo-half-interval = {'{:.2f} to {:.2f}'.format(*first_rank('grpo', 'better half')[1:])}
+#| num: early-grpo-half-interval = {first_rank('grpo', 'better half')[1]:.2f} to
+#|   {first_rank('grpo', 'better half')[2]:.2f}
 # How far apart the better half's ends are, to be read beside the seed's deviation.
 UPPER_SPREAD = {}
 for task in POOL:
@@ -887,6 +899,7 @@ for line, (method, runs) in enumerate(searches.items()):
 axis.set_xlabel("trials")
 axis.set_title("True accuracy of what would be taken (%)")
 axis.legend(fontsize=8, loc="lower right")
+
 # %%
 #| label: claim
 #| num: claim-dpo-share = {SHOWN['dpo']}
@@ -1034,6 +1047,7 @@ kl, value = np.array(front_of(random_points)).T
 axis.step([*kl, max(random_points)[0]], [*100 * value, 100 * value[-1]], where="post", color="k")
 axis.set_title("val:accuracy (%), GRPO")
 axis.set_xlabel("KL to the reference (nats an answer)")
+
 # %%
 #| label: front-numbers
 #| num: front-kl = {best_kl:.2f}

@@ -532,6 +532,7 @@ for strength in (10.0, 1.0, 0.3):
 axis.set_xlabel("KL(π ‖ π_ref), nats")
 axis.set_title("expected reward")
 axis.legend(loc="lower right", fontsize=9)
+
 # %%
 #| label: thm-kl-frontier
 #| num: kl-slope-error = {slope_error:.0e}
@@ -689,6 +690,7 @@ for axis, loss_fn, title in zip(
     axis.set_title(title)
 axes[0].legend(fontsize=9)
 axes[1].set_xlabel("steps of gradient descent")
+
 # %%
 #| label: thm-deterministic
 from itertools import pairwise
@@ -747,6 +749,7 @@ for style, (name, loss_fn) in zip(LINES, contenders.items(), strict=False):
 axis.set_xlabel("p, share of annotators who prefer the chosen answer")
 axis.set_title("margin β (h_w − h_l) at the minimum")
 axis.legend(fontsize=9)
+
 # %%
 #| label: thm-label-noise
 #| num: noise-kl = {noise_kl:.2f}

@@ -21,7 +21,6 @@
 
 # %%
 #| label: data-setup
-import itertools
 import json
 import math
 import random
@@ -37,11 +36,12 @@ from IPython.display import Markdown
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.generation import answer_kl, sample_answers
+from nemo_rl_ref.rl.generate import response_kl, sample_responses
 from nemo_rl_ref.show.figures import LINES, band, panels
-from nemo_rl_ref.preferences import load_preferences, preference_batches
 from nemo_rl_ref.tiny.addition import answer, is_correct, problems, prompt
-from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
+from nemo_rl_ref.training.reference import add_reference_logprobs
+from nemo_rl_ref.training.samples import Batches, preference_pairs
+from nemo_rl_ref.training.step import run_batch, update
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
 
@@ -61,28 +61,27 @@ def config(**keys):
     return DPOLossConfig(**{"reference_policy_kl_penalty": BETA, **keys})
 
 
-def load(records):
+def load(records, reference):
     """Pairs from records, by way of a file as NeMo RL reads it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "pairs.jsonl")
         file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return load_preferences(BinaryPreferenceDataset(str(file)), tokenizer, max_seq_length=32)
+        dataset = BinaryPreferenceDataset(str(file))
+    pairs = preference_pairs(dataset, tokenizer, max_seq_length=32)
+    add_reference_logprobs(reference, [pairs], accelerator)
+    return pairs
 
 
 def batches_of(records, steps, seed, reference=reference):
     """Global batches for a run: as many epochs as it takes, each in another order."""
-    pairs = load(records)
-    epochs = (
-        preference_batches(pairs, tokenizer, batch_size=PAIRS, seed=1000 * seed + epoch)
-        for epoch in itertools.count()
-    )
-    batches = itertools.islice(itertools.chain.from_iterable(epochs), steps)
-    return add_reference_logprobs(reference, batches)
+    pairs = load(records, reference)
+    epochs = [Batches(len(pairs), PAIRS, 1000 * seed + epoch) for epoch in range(steps)]
+    return [pairs.batch(numbers) for numbers in sum(map(list, epochs), [])[:steps]]
 
 
-def held_out_batches(records, reference=reference):
-    batches = preference_batches(load(records), tokenizer, batch_size=256, drop_last=False)
-    return add_reference_logprobs(reference, batches)
+def held_out_batch(records, reference=reference):
+    pairs = load(records, reference)
+    return pairs.batch(range(len(pairs)))
 
 
 def fit(loss_fn, batches, *, learning_rate=LEARNING_RATE, start=reference):
@@ -93,8 +92,17 @@ def fit(loss_fn, batches, *, learning_rate=LEARNING_RATE, start=reference):
         policy.parameters(), lr=learning_rate, weight_decay=0.0, fused=True
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    for metrics in train(policy, loss_fn, batches, optimizer, accelerator, max_grad_norm=1.0):
-        yield policy, metrics
+    for batch in batches:
+        yield policy, update(
+            policy,
+            optimizer,
+            loss_fn,
+            batch,
+            accelerator,
+            micro_rows=batch.size,
+            max_grad_norm=1.0,
+            rows=2,  # a pair is two rows
+        )
 
 
 def mean(results, quantity):
@@ -206,7 +214,7 @@ plain = DPOLossFn(config())  # its metrics are log-ratios, whatever the policy w
 
 
 def pair_metrics(policy, held_out):
-    return evaluate(policy, plain, held_out)
+    return run_batch(policy, plain, held_out, accelerator, micro_rows=512, backward=False)
 
 
 def last(run):
@@ -216,7 +224,7 @@ def last(run):
     return policy
 
 
-noise_test = held_out_batches(noisy(HELD_OUT, 99, 0.0))
+noise_test = held_out_batch(noisy(HELD_OUT, 99, 0.0))
 noise_contenders = {
     "DPO, clean labels": (DPOLossFn(config()), 0.0),
     "DPO": (DPOLossFn(config()), FLIPPED),
@@ -233,12 +241,12 @@ for seed in SEEDS:
     for name, (loss_fn, share) in noise_contenders.items():
         policy = last(fit(loss_fn, data[share]))
         pairs = pair_metrics(policy, noise_test)
-        samples = sample_answers(policy, tokenizer, prompts, max_new_tokens=5, seed=5)
+        samples = sample_responses(policy, tokenizer, prompts, max_new_tokens=5, seed=5)
         noise_runs[name].append(
             {
                 "accuracy": pairs["accuracy"],
                 "margin (nats)": pairs["rewards_chosen_mean"] - pairs["rewards_rejected_mean"],
-                "KL (nats)": answer_kl(policy, reference, samples),
+                "KL (nats)": response_kl(policy, reference, samples),
             }
         )
 table(noise_runs, ["accuracy", "margin (nats)", "KL (nats)"])
@@ -276,6 +284,7 @@ figure, (axis,) = panels(1, height=2.4)
 dots(axis, noise_runs, "accuracy")
 axis.axvline(0.5, color="#777777", linewidth=1)
 axis.set_title("Clean pairs in the right order")
+
 # %%
 #| label: data-noise-numbers
 #| num: data-steps = {STEPS}
@@ -337,13 +346,13 @@ imitate = DPOLossFn(config(preference_loss_weight=0.0, sft_loss_weight=1.0))
 fifty_fifty = last(fit(imitate, batches_of(both_forms, 64, 0), learning_rate=1e-3)).eval()
 
 length_tests = {
-    "right is longer": held_out_batches(padded(HELD_OUT, 99, 1.0), fifty_fifty),
-    "right is shorter": held_out_batches(padded(HELD_OUT, 99, 0.0), fifty_fifty),
+    "right is longer": held_out_batch(padded(HELD_OUT, 99, 1.0), fifty_fifty),
+    "right is shorter": held_out_batch(padded(HELD_OUT, 99, 0.0), fifty_fifty),
 }
 
 
 def share_with_filler(policy):
-    samples = sample_answers(policy, tokenizer, prompts, max_new_tokens=8, seed=5)
+    samples = sample_responses(policy, tokenizer, prompts, max_new_tokens=8, seed=5)
     texts = samples.texts(tokenizer)
     return sum("=" in text for text in texts) / len(texts)
 
@@ -394,6 +403,7 @@ dots(axis, length_runs, "accuracy, right is shorter", 1, "right answer is shorte
 axis.legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 1.08))
 axis.set_title("Held-out pairs in the right order")
 axis.set_xlim(-0.05, 1.05)
+
 # %%
 #| label: data-length-numbers
 #| num: length-before = {filler_before:.0%}
@@ -470,7 +480,7 @@ for seed in SEEDS:
         "all": add_rewards(batches_of(pairs, STEPS, seed)),
         "clear": batches_of(clear_pairs, STEPS, seed),
     }
-    tie_test = held_out_batches(tie_pairs)
+    tie_test = held_out_batch(tie_pairs)
     for name, (loss_fn, which) in ties_contenders.items():
         policy = last(fit(loss_fn, data[which]))
         on_ties = pair_metrics(policy, tie_test)
@@ -497,6 +507,7 @@ above.set_title("Clean pairs in the right order")
 dots(below, ties_runs, "margin on ties (nats)", 1)
 below.axvline(0.0, color="#777777", linewidth=1)
 below.set_title("Margin on trained ties (nats)")
+
 # %%
 #| label: data-ties-numbers
 #| num: ties-share = {TIES:.0%}
@@ -553,8 +564,8 @@ def record(batches, keys, rate):
     for step, (policy, metrics) in enumerate(run, start=1):
         history.append(metrics)
         if step % KL_EVERY == 0:
-            samples = sample_answers(policy, tokenizer, prompts, max_new_tokens=5, seed=5)
-            drift.append(answer_kl(policy, reference, samples))
+            samples = sample_responses(policy, tokenizer, prompts, max_new_tokens=5, seed=5)
+            drift.append(response_kl(policy, reference, samples))
     return {**{name: [step[name] for step in history] for name in history[0]}, "KL": drift}
 
 
@@ -613,6 +624,7 @@ for axis, (name, (title, quantity, labels)) in zip(axes, shown.items(), strict=T
     axis.set_title(title)
     axis.legend(fontsize=9)
 axes[-1].set_xlabel("optimizer steps")
+
 # %%
 #| label: symptoms-numbers
 #| num: symptom-first-loss = {statistics.mean(first_losses):.4f}

@@ -27,13 +27,8 @@ EXCEPTIONS = {
     "benchmarks/bench_kernels.py": {"nemo_rl_ref.algorithms.loss._clipped_pg_terms"},
     # Measures the estimator with another recurrence in its place.
     "benchmarks/bench_gae.py": {"nemo_rl_ref.algorithms._gae"},
-    # Keeps what hundreds of trainings in one process have in common.
-    "benchmarks/_search.py": {
-        "nemo_rl_ref.training.reference._compute",
-        "nemo_rl_ref.training.reference._fingerprint",
-    },
-    # The page shows what the tests compare with TRL.
-    "notebooks/loss_functions.py": {"trl_differences"},
+    # Records for the site what the tests compare with TRL.
+    "benchmarks/record_trl_differences.py": {"trl_differences"},
 }
 
 

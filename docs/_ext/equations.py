@@ -81,7 +81,8 @@ CHECKS = Checks()
 def start_checks(app: Sphinx) -> None:
     """Begin to check the equations, unless the result is there."""
     root = Path(app.srcdir)
-    CHECKS.__init__()
+    CHECKS.results, CHECKS.process = None, None
+    CHECKS.checked, CHECKS.unchecked = {}, {}
     if not (root / "nemo_rl_ref" / "equations").is_dir():
         return
     own = Path(__file__).read_bytes()

@@ -55,7 +55,7 @@ class Executed:
 
     def collect(self, copies: dict[str, Path]) -> None:
         """Read executed notebooks and list what pages can use of them."""
-        self.__init__(copies)
+        self.copies, self.contents, self.labels, self.values = copies, {}, {}, {}
         for name, path in copies.items():
             content = json.loads(path.read_text(encoding="utf-8"))
             self.contents[name] = content

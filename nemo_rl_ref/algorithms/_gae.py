@@ -56,6 +56,21 @@ class GeneralizedAdvantageEstimator:
 
     Raises:
         KeyError: if a key is missing in `estimator_config`.
+
+    Example:
+        Three tokens with reward 1 at the end, of which the critic expects 0.5 throughout:
+
+        >>> config = {"gae_lambda": 0.5, "gae_gamma": 1.0, "normalize_advantages": False}
+        >>> config |= {
+        ...     "gae_lambda_value": None,
+        ...     "gae_lambda_policy": None,
+        ...     "length_adaptive_alpha": 0.0,
+        ... }
+        >>> estimator = GeneralizedAdvantageEstimator(config, ClippedPGLossConfig())
+        >>> mask, values = torch.ones(1, 3), torch.full((1, 3), 0.5)
+        >>> advantages, returns = estimator.compute_advantage(None, torch.ones(1), mask, values)
+        >>> advantages, returns
+        (tensor([[0.1250, 0.2500, 0.5000]]), tensor([[0.6250, 0.7500, 1.0000]]))
     """
 
     def __init__(self, estimator_config: dict[str, Any], loss_config: ClippedPGLossConfig):

@@ -69,6 +69,17 @@ class GRPOAdvantageEstimator:
     Args:
         estimator_config: ``use_leave_one_out_baseline`` and ``normalize_rewards``.
         loss_config: not used.
+
+    Example:
+        Four responses of two tokens to one prompt:
+
+        >>> estimator = GRPOAdvantageEstimator(AdvEstimatorConfig(), ClippedPGLossConfig())
+        >>> rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        >>> estimator.compute_advantage(torch.ones(4, 1), rewards, torch.ones(4, 2))
+        tensor([[ 1.0000,  1.0000],
+                [-0.5773, -0.5773],
+                [-0.5773, -0.5773],
+                [-0.5773, -0.5773]])
     """
 
     def __init__(self, estimator_config: AdvEstimatorConfig, loss_config: ClippedPGLossConfig):
@@ -118,6 +129,19 @@ class GDPOAdvantageEstimator:
         estimator_config: ``use_leave_one_out_baseline``, ``normalize_rewards`` and
             ``reward_weights``.
         loss_config: not used.
+
+    Example:
+        A component with a range of 1 and one with a range of 10 count the same:
+
+        >>> config = AdvEstimatorConfig(use_leave_one_out_baseline=False)
+        >>> estimator = GDPOAdvantageEstimator(config, ClippedPGLossConfig())
+        >>> batch = {
+        ...     "reward/answer": torch.tensor([1.0, 0.0]),
+        ...     "reward/length": torch.tensor([10.0, 0.0]),
+        ... }
+        >>> estimator.compute_advantage(torch.ones(2, 1), None, torch.ones(2, 1), batch)
+        tensor([[ 0.7071],
+                [-0.7071]])
     """
 
     def __init__(self, estimator_config: AdvEstimatorConfig, loss_config: ClippedPGLossConfig):

@@ -46,6 +46,21 @@ class ReinforcePlusPlusAdvantageEstimator:
         estimator_config: ``minus_baseline``.
         loss_config: ``use_kl_in_reward``, ``reference_policy_kl_penalty`` (β) and
             ``reference_policy_kl_type``.
+
+    Example:
+        A right response of one token and a wrong one of three to the same prompt:
+
+        >>> import torch
+        >>> estimator = ReinforcePlusPlusAdvantageEstimator(
+        ...     AdvEstimatorConfig(), ClippedPGLossConfig()
+        ... )
+        >>> mask = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+        >>> advantages = estimator.compute_advantage(
+        ...     torch.ones(2, 1), torch.tensor([1.0, 0.0]), mask
+        ... )
+        >>> advantages * mask
+        tensor([[ 1.7321,  0.0000,  0.0000],
+                [-0.5774, -0.5774, -0.5774]])
     """
 
     def __init__(self, estimator_config: AdvEstimatorConfig, loss_config: ClippedPGLossConfig):
@@ -105,6 +120,18 @@ class RawRewardAdvantageEstimator:
             tokens and divide by their (biased) standard deviation, the variance being at least
             1e-8.
         loss_config: not used.
+
+    Example:
+        >>> import torch
+        >>> estimator = RawRewardAdvantageEstimator(
+        ...     {"normalize_advantages": False}, ClippedPGLossConfig()
+        ... )
+        >>> advantages, _ = estimator.compute_advantage(
+        ...     None, torch.tensor([1.0, -1.0]), torch.ones(2, 2)
+        ... )
+        >>> advantages
+        tensor([[ 1.,  1.],
+                [-1., -1.]])
     """
 
     def __init__(self, estimator_config: dict[str, Any], loss_config: ClippedPGLossConfig):
@@ -155,6 +182,15 @@ class OPDAdvantageEstimator:
     Attributes:
         last_metrics: of the last call, over its unmasked tokens: mean difference, mean and
             (bias-corrected) standard deviation of the advantages; 0 where there are too few.
+
+    Example:
+        The teacher finds the first token more likely and the second less likely:
+
+        >>> import torch
+        >>> teacher, student = torch.tensor([[-0.5, -3.0]]), torch.tensor([[-1.0, -2.0]])
+        >>> estimator = OPDAdvantageEstimator({}, None)
+        >>> estimator.compute_advantage(None, None, torch.ones(1, 2), teacher, student)
+        tensor([[ 0.5000, -1.0000]])
     """
 
     def __init__(self, estimator_config: Mapping[str, Any], loss_config: Any):

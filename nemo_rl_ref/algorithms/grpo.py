@@ -136,6 +136,12 @@ def scale_rewards(
 
     Raises:
         ValueError: If the source interval is empty.
+
+    Example:
+        >>> batch = BatchedDataDict({"total_reward": torch.tensor([0.0, 0.5, 1.0])})
+        >>> cfg = RewardScalingConfig(enabled=True, target_min=-1.0)
+        >>> scale_rewards(batch, cfg)["total_reward"]
+        tensor([-1.,  0.,  1.])
     """
     cfg = reward_scaling_cfg
     if not cfg.enabled:
@@ -193,6 +199,22 @@ def dynamic_sampling(
 
     Raises:
         ValueError: If there are not enough after ``dynamic_sampling_max_gen_batches``.
+
+    Example:
+        Of two groups of two, the second has the same reward twice and is dropped:
+
+        >>> from contextlib import nullcontext
+        >>> from types import SimpleNamespace
+        >>> grpo = GRPOConfig(num_prompts_per_step=1, num_generations_per_prompt=2)
+        >>> grpo.use_dynamic_sampling = True
+        >>> batch = BatchedDataDict({"total_reward": torch.tensor([1.0, 0.0, 1.0, 1.0])})
+        >>> std = torch.tensor([0.7, 0.7, 0.0, 0.0])
+        >>> timer = SimpleNamespace(time=nullcontext)
+        >>> kept, enough, *_ = dynamic_sampling(
+        ...     batch, std, std, 1, SimpleNamespace(grpo=grpo), timer
+        ... )
+        >>> kept["filtered_reward"], enough
+        (tensor([1., 0.]), True)
     """
     cfg = master_config.grpo
     repeated_batch["baseline"], repeated_batch["std"] = baseline, std
@@ -240,6 +262,16 @@ def compute_and_apply_seq_logprob_error_masking(
     Returns:
         ``max_``, ``mean_`` and ``min_seq_mult_prob_error``, the same three with ``_after_mask``,
         ``num_masked_seqs``, and ``masked_correct_pct``, the share of these with reward 1, 0 to 1.
+
+    Example:
+        The trainer finds the second response half as likely as the sampler did:
+
+        >>> data = BatchedDataDict({"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)})
+        >>> data["prev_logprobs"] = torch.tensor([[0.0, -1.0], [0.0, -1.7]])
+        >>> data["generation_logprobs"] = torch.tensor([[0.0, -1.0], [0.0, -1.0]])
+        >>> metrics = compute_and_apply_seq_logprob_error_masking(data, torch.ones(2), 1.5)
+        >>> data["sample_mask"], round(metrics["max_seq_mult_prob_error"], 2)
+        (tensor([1., 0.]), 2.01)
     """
     sample_mask = train_data["sample_mask"]
     mask = train_data["token_mask"][:, 1:] * sample_mask.unsqueeze(-1)

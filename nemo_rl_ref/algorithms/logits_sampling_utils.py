@@ -20,6 +20,10 @@ class TrainingSamplingParams:
         top_k: Number of most likely tokens that can be drawn; None or -1 for all.
         top_p: The most likely tokens whose probabilities add up to this can be drawn; 1 for all.
         temperature: Divides the logits.
+
+    Example:
+        >>> TrainingSamplingParams(top_p=0.9)
+        TrainingSamplingParams(top_k=None, top_p=0.9, temperature=1.0)
     """
 
     top_k: int | None = None
@@ -34,6 +38,12 @@ def need_top_k_or_top_p_filtering(
 
     Args:
         sampling_params: None counts as no filter.
+
+    Example:
+        >>> need_top_k_or_top_p_filtering(TrainingSamplingParams(temperature=0.7))
+        False
+        >>> need_top_k_or_top_p_filtering(TrainingSamplingParams(top_k=50))
+        True
     """
     if sampling_params is None:
         return False
@@ -60,6 +70,16 @@ def apply_top_k_top_p(
     Returns:
         The logits, (..., V), whose gradient is 0 where they are -inf, and a boolean mask of what
         stays, (..., V), or None if nothing is asked for.
+
+    Example:
+        Probabilities 0.6, 0.3 and 0.1; the first two are needed for 0.8:
+
+        >>> logits = torch.tensor([0.6, 0.3, 0.1]).log()
+        >>> filtered, kept = apply_top_k_top_p(logits, top_k=None, top_p=0.8)
+        >>> kept
+        tensor([ True,  True, False])
+        >>> filtered.softmax(-1)
+        tensor([0.6667, 0.3333, 0.0000])
     """
     params = TrainingSamplingParams(top_k=top_k, top_p=top_p)
     if not need_top_k_or_top_p_filtering(params):

@@ -55,6 +55,18 @@ def apply_reward_shaping(batch: BatchedDataDict, cfg: RewardShapingConfig) -> Ba
 
     Raises:
         ValueError: If a setting is missing or out of range, or what it needs is not in `batch`.
+
+    Example:
+        Half of the buffer of 10 tokens before a length of 100 is used up:
+
+        >>> cfg = RewardShapingConfig(enabled=True, max_response_length=100)
+        >>> cfg.overlong_buffer_length, cfg.overlong_buffer_penalty = 10, 1.0
+        >>> batch = {
+        ...     "total_reward": torch.ones(2),
+        ...     "response_token_lengths": torch.tensor([50, 95]),
+        ... }
+        >>> apply_reward_shaping(batch, cfg)["total_reward"]
+        tensor([1.0000, 0.5000])
     """
     if not cfg.enabled:
         return batch

@@ -60,6 +60,16 @@ def calculate_kl(
     Source:
         J. Schulman, "Approximating KL Divergence" (2020),
         http://joschu.net/blog/kl-approx.html.
+
+    Example:
+        Two tokens that the reference finds twice as likely, and half as likely:
+
+        >>> policy = torch.tensor([0.25, 0.25]).log()
+        >>> reference = torch.tensor([0.5, 0.125]).log()
+        >>> calculate_kl(policy, reference, kl_type="k1")
+        tensor([-0.6931,  0.6931])
+        >>> calculate_kl(policy, reference, kl_type="k3")
+        tensor([0.3069, 0.1931])
     """
     if logprobs_reference.shape != logprobs.shape:
         raise ValueError(
@@ -113,6 +123,18 @@ def masked_mean(
 
     Returns:
         The mean: a scalar, or `values` without dimension `dim`.
+
+    Example:
+        Two micro-batches, each divided by the three tokens of both, add up to the mean, 3:
+
+        >>> masked_mean(
+        ...     torch.tensor([3.0, 9.0]), torch.tensor([1, 0]), global_normalization_factor=3
+        ... )
+        tensor(1.)
+        >>> masked_mean(
+        ...     torch.tensor([0.0, 6.0]), torch.tensor([1, 1]), global_normalization_factor=3
+        ... )
+        tensor(2.)
     """
     count = global_normalization_factor
     if count is None:
@@ -139,6 +161,13 @@ def masked_var(
 
     Returns:
         The variance, scalar.
+
+    Example:
+        >>> values, mask = torch.tensor([1.0, 3.0, 100.0]), torch.tensor([1, 1, 0])
+        >>> masked_var(values, mask)
+        tensor(2.)
+        >>> masked_var(values, mask, unbiased=False)
+        tensor(1.)
     """
     if mean is None:
         mean = masked_mean(values, mask)
@@ -166,6 +195,11 @@ def mask_out_neg_inf_logprobs(
     Returns:
         The log-probabilities, finite wherever `logprobs` has no NaN; a new tensor. A zeroed entry
         gets no gradient.
+
+    Example:
+        >>> logprobs = torch.tensor([-1.0, -torch.inf, -2.0])
+        >>> mask_out_neg_inf_logprobs(logprobs, torch.tensor([1, 0, 1]), "prev_logprobs")
+        tensor([-1.,  0., -2.])
     """
     infinite = logprobs.isinf()
     keep = mask.bool()
@@ -186,6 +220,12 @@ def get_gdpo_reward_component_keys(batch: Mapping[Any, Any]) -> list[str]:
 
     Returns:
         The keys. Weights that are given as a list belong to them in this order.
+
+    Example:
+        >>> get_gdpo_reward_component_keys(
+        ...     {"reward/length": 0, "reward/answer": 1, "total_reward": 1}
+        ... )
+        ['reward/answer', 'reward/length']
     """
     return sorted(key for key in batch if isinstance(key, str) and key.startswith("reward/"))
 
@@ -237,6 +277,13 @@ def calculate_baseline_and_std_per_prompt(
     Source:
         Shao et al. (2024), https://arxiv.org/abs/2402.03300 (GRPO), Section 4.1; leaving one out:
         Ahmadian et al. (2024), https://arxiv.org/abs/2402.14740 (RLOO).
+
+    Example:
+        Four responses to one prompt, one of them right:
+
+        >>> rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
+        >>> calculate_baseline_and_std_per_prompt(torch.ones(4, 1), rewards, torch.ones(4))
+        (tensor([0.0000, 0.3333, 0.3333, 0.3333]), tensor([0.0000, 0.5774, 0.5774, 0.5774]))
     """
     if std_rewards is None:
         std_rewards = rewards
@@ -287,7 +334,15 @@ def _check_groups(
 
 
 def set_seed(seed: int) -> None:
-    """Seeds the generators of Python, NumPy and PyTorch, on all devices."""
+    """Seeds the generators of Python, NumPy and PyTorch, on all devices.
+
+    Example:
+        >>> set_seed(0)
+        >>> first = torch.rand(3)
+        >>> set_seed(0)
+        >>> torch.equal(first, torch.rand(3))
+        True
+    """
     import numpy
 
     random.seed(seed)
@@ -315,6 +370,14 @@ def get_tokenizer(tokenizer_config: Mapping[str, Any], get_processor: bool = Fal
         FileNotFoundError: if there is no such ``.jinja`` file.
         ValueError: if the tokenizer has no chat template and none is given, or
             ``chat_template_kwargs`` is no mapping.
+
+    Example:
+        The tokenizer that is shipped, with a template that joins the contents:
+
+        >>> from nemo_rl_ref import tiny
+        >>> tokenizer = get_tokenizer({"name": str(tiny.MODEL), "chat_template": None})
+        >>> tokenizer.apply_chat_template([{"role": "user", "content": "3+4="}], tokenize=False)
+        '3+4='
     """
     from transformers import AutoTokenizer
 
@@ -358,6 +421,16 @@ def maybe_pad_last_batch(batch: Any, dp_size: int, mbs: int) -> Any:
 
     Returns:
         The batch, its last row repeated with ``sample_mask`` 0.
+
+    Example:
+        Three rows for two ranks with micro-batches of one:
+
+        >>> from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+        >>> batch = BatchedDataDict(
+        ...     {"sample_mask": torch.ones(3), "reward": torch.tensor([5.0, 6.0, 7.0])}
+        ... )
+        >>> dict(maybe_pad_last_batch(batch, dp_size=2, mbs=1))
+        {'sample_mask': tensor([1., 1., 1., 0.]), 'reward': tensor([5., 6., 7., 7.])}
     """
     missing = -batch.size % (dp_size * mbs)
     if missing:

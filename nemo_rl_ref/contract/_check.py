@@ -148,6 +148,20 @@ def check_loss(
             else than two mappings.
         ValueError: if there are no batches for the input type, a batch's shapes or dtypes do not
             fit, or `only` has an unknown name.
+
+    Example:
+        A loss that divides by its own tokens instead of those of the global batch:
+
+        >>> from nemo_rl_ref.algorithms.loss import NLLLossFn
+        >>> class Own(NLLLossFn):
+        ...     def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        ...         own = data["token_mask"][:, 1:].sum()
+        ...         return super().__call__(next_token_logprobs, data, global_valid_seqs, own)
+        ...
+        >>> check_loss(NLLLossFn(), only=["micro-batches"])
+        <Report on NLLLossFn: ok>
+        >>> check_loss(Own(), only=["micro-batches"]).failed
+        ('micro-batches',)
     """
     if isinstance(loss_fn, type) or not callable(loss_fn):
         kind = f"the class {loss_fn.__name__}" if isinstance(loss_fn, type) else repr(loss_fn)
@@ -188,6 +202,14 @@ def check_losses(losses: Mapping[str, Callable[..., Any]]) -> dict[str, Report]:
         ImportError: if cloudpickle is not installed.
         TypeError: if a loss is a class or cannot be called.
         ValueError: if there are no batches for a loss's input type.
+
+    Example:
+        Both multiply by masks, so that a NaN under a mask makes them NaN, as in NeMo RL:
+
+        >>> from nemo_rl_ref.algorithms.loss import NLLLossFn, PreferenceLossFn
+        >>> losses = {"SFT": NLLLossFn(), "reward model": PreferenceLossFn()}
+        >>> {name: report.failed for name, report in check_losses(losses).items()}
+        {'SFT': ('masks',), 'reward model': ('masks',)}
     """
     if find_spec("cloudpickle") is None:
         raise ImportError("check_losses needs cloudpickle, which is not installed")

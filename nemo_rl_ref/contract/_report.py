@@ -60,6 +60,15 @@ class Report:
     Attributes:
         loss: name of the loss.
         entries: one entry a promise, in a fixed order.
+
+    Example:
+        >>> report = Report(
+        ...     "MyLossFn", (Entry("masks", "masked tokens get no gradient", "failed", "2e-3"),)
+        ... )
+        >>> report
+        <Report on MyLossFn: broken: masks>
+        >>> report["masks"].measured
+        '2e-3'
     """
 
     loss: str

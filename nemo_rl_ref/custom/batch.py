@@ -24,6 +24,13 @@ def response_sums(logprobs: Tensor, data: Mapping[str, Any], average: bool) -> T
     """Sums log-probabilities (B, S-1) over each response, or averages them: (B,), nats.
 
     Masked rows give 0, whatever they hold.
+
+    Example:
+        >>> data = {"token_mask": torch.tensor([[0, 1, 1, 0]]), "sample_mask": torch.ones(1)}
+        >>> response_sums(torch.tensor([[-1.0, -3.0, -9.0]]), data, average=False)
+        tensor([-4.])
+        >>> response_sums(torch.tensor([[-1.0, -3.0, -9.0]]), data, average=True)
+        tensor([-2.])
     """
     mask = data["token_mask"][:, 1:]
     sums = (logprobs * mask).sum(-1)
@@ -33,7 +40,14 @@ def response_sums(logprobs: Tensor, data: Mapping[str, Any], average: bool) -> T
 
 
 def response_log_ratios(logprobs: Tensor, data: Mapping[str, Any], average: bool) -> Tensor:
-    """Return h of each response from the policy's log-probabilities (B, S-1): (B,), nats."""
+    """Return h of each response from the policy's log-probabilities (B, S-1): (B,), nats.
+
+    Example:
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> data["reference_policy_logprobs"] = torch.tensor([[-2.0, 0.0], [-2.0, 0.0]])
+        >>> response_log_ratios(torch.tensor([[-1.0], [-3.0]]), data, average=False)
+        tensor([ 1., -1.])
+    """
     return response_sums(logprobs - data["reference_policy_logprobs"][:, :-1], data, average)
 
 
@@ -54,6 +68,16 @@ class BCOPairLossFn(DPOLossFn):
 
     Raises:
         ValueError: if ``bco_delta`` is neither "batch" nor "zero".
+
+    Example:
+        One pair with log-ratios 1 and -1, whose threshold is 0: the loss is -2 log σ(1):
+
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> data["reference_policy_logprobs"] = torch.tensor([[-2.0, 0.0], [-2.0, 0.0]])
+        >>> loss_fn = BCOPairLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss, _ = loss_fn(torch.tensor([[-1.0], [-3.0]]), data, torch.tensor(2), None)
+        >>> loss
+        tensor(0.6265)
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -93,6 +117,16 @@ class AOTUnpairedLossFn(DPOLossFn):
 
     Raises:
         ValueError: if ``label_smoothing`` is not in [0, 0.5].
+
+    Example:
+        With a single pair it is DPO, -log σ(2) here:
+
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> data["reference_policy_logprobs"] = torch.tensor([[-2.0, 0.0], [-2.0, 0.0]])
+        >>> loss_fn = AOTUnpairedLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss, _ = loss_fn(torch.tensor([[-1.0], [-3.0]]), data, torch.tensor(2), None)
+        >>> loss
+        tensor(0.1269)
     """
 
     needs_whole_batch = True
@@ -144,6 +178,16 @@ class AOTLossFn(AOTUnpairedLossFn):
     DPO, and DPO with ε = 0.
 
     Source: Melnyk et al. (2024), https://arxiv.org/abs/2406.05882; paired, logistic loss.
+
+    Example:
+        With a single pair it is DPO, -log σ(2) here:
+
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> data["reference_policy_logprobs"] = torch.tensor([[-2.0, 0.0], [-2.0, 0.0]])
+        >>> loss_fn = AOTLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss, _ = loss_fn(torch.tensor([[-1.0], [-3.0]]), data, torch.tensor(2), None)
+        >>> loss
+        tensor(0.1269)
     """
 
     def sorted_quantities(
@@ -178,6 +222,18 @@ class KTOLossFn(DPOLossFn):
 
     Raises:
         ValueError: if a weight is negative.
+
+    Example:
+        The reference point is 0.5, log-ratios are 1 and -1:
+
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> data["reference_policy_logprobs"] = torch.tensor([[-2.0, 0.0], [-2.0, 0.0]])
+        >>> data |= {"mismatched_logprobs": torch.full((2,), -1.5)}
+        >>> data |= {"mismatched_reference_logprobs": torch.full((2,), -2.0)}
+        >>> loss_fn = KTOLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss, _ = loss_fn(torch.tensor([[-1.0], [-3.0]]), data, torch.tensor(2), None)
+        >>> loss
+        tensor(0.2800)
     """
 
     needs_data = ("mismatched_logprobs", "mismatched_reference_logprobs")

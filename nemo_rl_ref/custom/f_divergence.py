@@ -42,6 +42,15 @@ def f_derivative(
         ValueError: if `divergence` is unknown.
 
     Source: Wang et al. (2023), https://arxiv.org/abs/2309.16240, Table 1.
+
+    Example:
+        Of a probability that has doubled:
+
+        >>> log_ratio = torch.tensor([2.0]).log()
+        >>> f_derivative(log_ratio, "reverse_kl", 0.5, 80.0)
+        tensor([0.6931])
+        >>> f_derivative(log_ratio, "forward_kl", 0.5, 80.0)
+        tensor([0.5000])
     """
     log_ratio = log_ratio.to(torch.promote_types(log_ratio.dtype, torch.float32))
     if divergence == "reverse_kl":
@@ -75,6 +84,16 @@ class FDivergenceDPOLossFn(DPOLossFn):
     Raises:
         ValueError: if ``f_divergence_type`` is unknown, ``f_divergence_alpha`` is not in [0.01, 1]
             or ``f_max_exponent`` is not in (0, 80].
+
+    Example:
+        One pair with log-ratios 1 and -1:
+
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> data["reference_policy_logprobs"] = torch.tensor([[-2.0, 0.0], [-2.0, 0.0]])
+        >>> cfg = DPOLossConfig(reference_policy_kl_penalty=1.0, f_divergence_type="js_divergence")
+        >>> logprobs = torch.tensor([[-1.0], [-3.0]])
+        >>> FDivergenceDPOLossFn(cfg)(logprobs, data, torch.tensor(2), None)[0]
+        tensor(0.3133)
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):

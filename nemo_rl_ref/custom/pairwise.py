@@ -26,6 +26,17 @@ class PairLossFn(DPOLossFn):
 
     Whatever log-ratios a masked pair has, NaN included, it adds nothing to the preference loss and
     its gradient.
+
+    Example:
+        A loss of one's own is one method:
+
+        >>> class SquaredLossFn(PairLossFn):
+        ...     def pair_losses(self, chosen, rejected, beta):
+        ...         return (beta * (chosen - rejected) - 1).square()
+        ...
+        >>> loss_fn = SquaredLossFn(DPOLossConfig())
+        >>> loss_fn.pair_losses(torch.tensor([20.0]), torch.tensor([10.0]), beta=0.05)
+        tensor([0.2500])
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -56,6 +67,13 @@ class IPOLossFn(PairLossFn):
 
     Raises:
         ValueError: if ``reference_policy_kl_penalty`` is not positive.
+
+    Example:
+        The margin that has no loss is 1/(2β); a larger one has:
+
+        >>> loss_fn = IPOLossFn(DPOLossConfig(reference_policy_kl_penalty=0.5))
+        >>> loss_fn.pair_losses(torch.tensor([0.0, 1.0, 2.0]), torch.zeros(3), beta=0.5)
+        tensor([1., 0., 1.])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -77,6 +95,13 @@ class HingeLossFn(PairLossFn):
     `reference_free.SLiCLossFn`.
 
     Source: Liu et al. (2023), https://arxiv.org/abs/2309.06657, the loss "hinge-norm"; γ is β.
+
+    Example:
+        Margins of 0, 1/β and more:
+
+        >>> loss_fn = HingeLossFn(DPOLossConfig(reference_policy_kl_penalty=0.5))
+        >>> loss_fn.pair_losses(torch.tensor([0.0, 2.0, 4.0]), torch.zeros(3), beta=0.5)
+        tensor([1., 0., 0.])
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -94,6 +119,13 @@ class DPOPLossFn(PairLossFn):
 
     Raises:
         ValueError: if ``dpop_penalty`` is not 0 or more.
+
+    Example:
+        The same margin, with a chosen response that has become more and less likely:
+
+        >>> loss_fn = DPOPLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss_fn.pair_losses(torch.tensor([1.0, -1.0]), torch.tensor([0.0, -2.0]), beta=1.0)
+        tensor([0.3133, 4.0181])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -118,6 +150,13 @@ class RobustDPOLossFn(PairLossFn):
 
     Raises:
         ValueError: if ``label_smoothing`` is not in [0, 0.5).
+
+    Example:
+        It falls below 0 where the margin is large:
+
+        >>> loss_fn = RobustDPOLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss_fn.pair_losses(torch.tensor([0.0, 10.0]), torch.zeros(2), beta=1.0)
+        tensor([ 0.6931, -1.2500])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -147,6 +186,13 @@ class ConservativeDPOLossFn(PairLossFn):
 
     Raises:
         ValueError: if ``label_smoothing`` is not in [0, 0.5].
+
+    Example:
+        Too large a margin costs, because a tenth of the labels may be wrong:
+
+        >>> loss_fn = ConservativeDPOLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss_fn.pair_losses(torch.tensor([0.0, 2.0, 20.0]), torch.zeros(3), beta=1.0)
+        tensor([0.6931, 0.3269, 2.0000])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -174,6 +220,13 @@ class EXOPairLossFn(PairLossFn):
 
     Raises:
         ValueError: if ``label_smoothing`` is not in (0, 0.5].
+
+    Example:
+        >>> loss_fn = EXOPairLossFn(
+        ...     DPOLossConfig(reference_policy_kl_penalty=1.0, label_smoothing=0.1)
+        ... )
+        >>> loss_fn.pair_losses(torch.tensor([-2.0, 0.0, 2.0]), torch.zeros(3), beta=1.0)
+        tensor([1.6753, 0.5108, 0.0019])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -199,6 +252,13 @@ class NCAPairLossFn(PairLossFn):
 
     Source: Chen et al. (2024), https://arxiv.org/abs/2402.05369, the loss "NCA" with K = 2
     responses, one of which has all the reward.
+
+    Example:
+        The same margin with both responses up, and with both down:
+
+        >>> loss_fn = NCAPairLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss_fn.pair_losses(torch.tensor([2.0, -1.0]), torch.tensor([1.0, -2.0]), beta=1.0)
+        tensor([1.8470, 1.5334])
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -219,6 +279,13 @@ class SPPOHardLossFn(PairLossFn):
 
     Raises:
         ValueError: if ``reference_policy_kl_penalty`` is not positive.
+
+    Example:
+        The two log-ratios are pulled to 1/(2β) and -1/(2β):
+
+        >>> loss_fn = SPPOHardLossFn(DPOLossConfig(reference_policy_kl_penalty=0.5))
+        >>> loss_fn.pair_losses(torch.tensor([1.0, 1.0]), torch.tensor([-1.0, 0.0]), beta=0.5)
+        tensor([0., 1.])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -241,6 +308,13 @@ class APOZeroLossFn(PairLossFn):
     the loss positive, as in TRL, and changes no gradient.
 
     Source: D'Oosterlinck et al. (2024), https://arxiv.org/abs/2408.06266, Eq. 7.
+
+    Example:
+        The same margin with both responses up, and with both down:
+
+        >>> loss_fn = APOZeroLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss_fn.pair_losses(torch.tensor([2.0, -1.0]), torch.tensor([1.0, -2.0]), beta=1.0)
+        tensor([0.8503, 0.8503])
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -256,6 +330,13 @@ class APODownLossFn(PairLossFn):
     `APOZeroLossFn`.
 
     Source: D'Oosterlinck et al. (2024), https://arxiv.org/abs/2408.06266, Eq. 8.
+
+    Example:
+        The same margin with both responses up, and with both down:
+
+        >>> loss_fn = APODownLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss_fn.pair_losses(torch.tensor([2.0, -1.0]), torch.tensor([1.0, -2.0]), beta=1.0)
+        tensor([1.1497, 0.5379])
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -276,6 +357,11 @@ class DiscoPOPLossFn(PairLossFn):
 
     Raises:
         ValueError: if ``discopop_tau`` is not in (0, 1].
+
+    Example:
+        >>> loss_fn = DiscoPOPLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss_fn.pair_losses(torch.tensor([-1.0, 0.0, 1.0]), torch.zeros(3), beta=1.0)
+        tensor([1.3133, 0.8466, 0.3679])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -300,6 +386,11 @@ class LengthNormalizedDPOLossFn(DPOLossFn):
     ``preference_average_log_probs``, whatever the config says. TRL calls it "sigmoid_norm".
 
     Source: Lambert et al. (2024), https://arxiv.org/abs/2411.15124, Section 5.
+
+    Example:
+        >>> loss_fn = LengthNormalizedDPOLossFn(DPOLossConfig())
+        >>> loss_fn.preference_average_log_probs
+        True
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):

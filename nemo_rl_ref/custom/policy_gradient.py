@@ -41,7 +41,16 @@ PER_TOKEN = ("advantages", "prev_logprobs", "generation_logprobs", "reference_po
 
 
 def positive_setting(cfg: ClippedPGLossConfig, key: str, default: float | None) -> float:
-    """Returns a key of the config, or says that it should be a positive number."""
+    """Returns a key of the config, or says that it should be a positive number.
+
+    Example:
+        >>> positive_setting(
+        ...     ClippedPGLossConfig(sapo_temperature_pos=2.0), "sapo_temperature_pos", 1.0
+        ... )
+        2.0
+        >>> positive_setting(ClippedPGLossConfig(), "sapo_temperature_pos", 1.0)
+        1.0
+    """
     value = getattr(cfg, key, default)
     number = isinstance(value, float | int) and not isinstance(value, bool)
     if not (number and 0 < value < math.inf):
@@ -52,7 +61,16 @@ def positive_setting(cfg: ClippedPGLossConfig, key: str, default: float | None) 
 def zero_where_masked(
     logprobs: Tensor, data: Mapping[str, Any]
 ) -> tuple[Tensor, dict[str, Any], Tensor]:
-    """Log-probabilities (B, S-1) and data with 0 at masked tokens, and the mask (B, S-1)."""
+    """Log-probabilities (B, S-1) and data with 0 at masked tokens, and the mask (B, S-1).
+
+    Example:
+        A NaN at a masked token is gone:
+
+        >>> data = {"token_mask": torch.tensor([[0, 1, 0]]), "sample_mask": torch.ones(1)}
+        >>> logprobs, _, mask = zero_where_masked(torch.tensor([[-1.0, torch.nan]]), data)
+        >>> logprobs, mask
+        (tensor([[-1.,  0.]]), tensor([[1., 0.]]))
+    """
     mask = data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)
     masked = mask == 0
     # Column 0 belongs to no log-probability.
@@ -82,6 +100,15 @@ class TokenPGLossFn(ClippedPGLossFn):
     Raises:
         TypeError: if `cfg` is no `ClippedPGLossConfig`.
         ValueError: if a flag is set that this loss has no use for, or by `ClippedPGLossFn`.
+
+    Example:
+        Four tokens of two responses, each with a loss of 1: a mean over tokens.
+
+        >>> loss_fn = TokenPGLossFn(ClippedPGLossConfig())
+        >>> losses, mask = torch.ones(2, 3), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+        >>> counts = torch.tensor(2), torch.tensor(4)
+        >>> loss_fn.reduce(losses, mask, torch.ones(2), counts)
+        tensor(1.)
     """
 
     fixed: dict[str, Any] = {"token_level_loss": True}
@@ -212,6 +239,15 @@ class DrGRPOLossFn(TokenPGLossFn):
 
     Raises:
         ValueError: if ``max_response_length`` is missing or not positive.
+
+    Example:
+        Four tokens of two responses over 2 · 8 that were allowed:
+
+        >>> loss_fn = DrGRPOLossFn(ClippedPGLossConfig(max_response_length=8))
+        >>> losses, mask = torch.ones(2, 3), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+        >>> counts = torch.tensor(2), torch.tensor(4)
+        >>> loss_fn.reduce(losses, mask, torch.ones(2), counts)
+        tensor(0.2500)
     """
 
     fixed = {"token_level_loss": False}
@@ -240,6 +276,14 @@ class BNPOLossFn(TokenPGLossFn):
     name: that is an advantage, not a loss.
 
     Source: TRL's ``loss_type="bnpo"``, https://github.com/huggingface/trl/pull/3256.
+
+    Example:
+        Half of a batch of four responses, in one micro-batch: its own mean times 2/4.
+
+        >>> loss_fn = BNPOLossFn(ClippedPGLossConfig())
+        >>> losses, mask = torch.ones(2, 3), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+        >>> loss_fn.reduce(losses, mask, torch.ones(2), (torch.tensor(4), torch.tensor(8)))
+        tensor(0.5000)
     """
 
     fixed = {"token_level_loss": False}
@@ -262,6 +306,15 @@ class LUSPOLossFn(TokenPGLossFn):
 
     Source: "Length-Unbiased Sequence Policy Optimization" (2026),
     https://arxiv.org/abs/2602.05261.
+
+    Example:
+        Responses of one and three tokens: the sum over tokens, divided by two responses.
+
+        >>> loss_fn = LUSPOLossFn(ClippedPGLossConfig())
+        >>> losses, mask = torch.ones(2, 3), torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+        >>> counts = torch.tensor(2), torch.tensor(4)
+        >>> loss_fn.reduce(losses, mask, torch.ones(2), counts)
+        tensor(2.)
     """
 
     fixed = {"token_level_loss": False, "sequence_level_importance_ratios": True}
@@ -285,6 +338,16 @@ class SAPOLossFn(TokenPGLossFn):
 
     Raises:
         ValueError: if a temperature is not positive.
+
+    Example:
+        The loss of a token with advantage 1 whose ratio is 1, 2 and 8 flattens out:
+
+        >>> loss_fn = SAPOLossFn(ClippedPGLossConfig())
+        >>> ratios = torch.tensor([[1.0, 2.0, 8.0]])
+        >>> loss_fn.token_losses(
+        ...     ratios.log(), torch.zeros(1, 3), torch.ones(1, 3), torch.ones(1, 3)
+        ... )
+        tensor([[-2.0000, -2.9242, -3.9964]])
     """
 
     fixed = {"token_level_loss": False}
@@ -327,6 +390,15 @@ class VESPOLossFn(TokenPGLossFn):
     Raises:
         ValueError: if a setting is not positive, ``vespo_reduction`` is unknown, or
             ``truncated_importance_sampling_type`` is "seq-mask-tis".
+
+    Example:
+        W of a response is the product of its tokens' ratios:
+
+        >>> loss_fn = VESPOLossFn(ClippedPGLossConfig())
+        >>> ratios = torch.tensor([[2.0, 3.0]])
+        >>> old, mask = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> loss_fn.log_sequence_ratios(ratios.log(), old, old, mask).exp()
+        tensor([[6.]])
     """
 
     unused = (*TokenPGLossFn.unused, "ratio_clip_c", "sequence_level_importance_ratios")

@@ -31,6 +31,10 @@ class DAPOLossFn(ClippedPGLossFn):
     ``reference_policy_kl_penalty=0``; these are left to the config. TRL calls the reduction "dapo".
 
     Source: Yu et al. (2025), https://arxiv.org/abs/2503.14476, the loss "DAPO".
+
+    Example:
+        >>> DAPOLossFn(ClippedPGLossConfig(token_level_loss=False)).loss_type
+        <LossType.TOKEN_LEVEL: 'token_level'>
     """
 
     def __init__(self, cfg: ClippedPGLossConfig, use_fused_linear_logprobs: bool = False):
@@ -65,6 +69,20 @@ class EntropyPGLossFn(ClippedPGLossFn):
 
     Raises:
         ValueError: if ``entropy_coefficient`` is negative or no number.
+
+    Example:
+        On policy and without advantages, the loss is -c times the mean of -log π:
+
+        >>> old = torch.tensor([[0.0, -1.0, -1.0]])
+        >>> data = {"token_mask": torch.ones(1, 3), "sample_mask": torch.ones(1)}
+        >>> data |= {
+        ...     "advantages": torch.zeros(1, 3),
+        ...     "prev_logprobs": old,
+        ...     "generation_logprobs": old,
+        ... }
+        >>> cfg = ClippedPGLossConfig(reference_policy_kl_penalty=0.0, entropy_coefficient=0.5)
+        >>> EntropyPGLossFn(cfg)(old[:, 1:], data, torch.tensor(1), torch.tensor(2))[0]
+        tensor(-0.5000)
     """
 
     def __init__(self, cfg: ClippedPGLossConfig, use_fused_linear_logprobs: bool = False):
@@ -122,6 +140,17 @@ class MaxRLLossFn(ClippedPGLossFn):
 
     Raises:
         ValueError: if ``use_kl_in_reward`` is set.
+
+    Example:
+        A success of a prompt with a success rate of 1/4 has r - r̄ = 3/4 and counts 3:
+
+        >>> old = torch.tensor([[0.0, -1.0, -1.0]])
+        >>> data = {"token_mask": torch.ones(1, 3), "sample_mask": torch.ones(1)}
+        >>> data |= {"prev_logprobs": old, "generation_logprobs": old}
+        >>> data["advantages"] = torch.full((1, 3), 0.75)
+        >>> loss_fn = MaxRLLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.0))
+        >>> loss_fn(old[:, 1:], data, torch.tensor(1), torch.tensor(2))[0]
+        tensor(-3.)
     """
 
     def __init__(self, cfg: ClippedPGLossConfig, use_fused_linear_logprobs: bool = False):

@@ -26,6 +26,15 @@ class ReferenceFreeLossFn(DPOLossFn):
 
     A subclass with another loss of a pair says which, in `pair_losses`. Whatever log-probabilities
     a masked pair has, it adds nothing to the preference loss and to its gradient.
+
+    Example:
+        One pair of one-token responses; no reference is in the data:
+
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> loss_fn = ReferenceFreeLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss, _ = loss_fn(torch.tensor([[-1.0], [-3.0]]), data, torch.tensor(2), None)
+        >>> loss
+        tensor(0.1269)
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
@@ -66,6 +75,17 @@ class CPOLossFn(ReferenceFreeLossFn):
     for each response, with ``sft_average_log_probs``.
 
     Source: Xu et al. (2024), https://arxiv.org/abs/2401.08417, Eq. 3 for the first term.
+
+    Example:
+        The preference term is -log σ(2), the chosen response's likelihood adds 1:
+
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> loss_fn = CPOLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0, sft_loss_weight=1.0))
+        >>> loss, _ = loss_fn(
+        ...     torch.tensor([[-1.0], [-3.0]]), data, torch.tensor(2), torch.tensor(2)
+        ... )
+        >>> loss
+        tensor(1.1269)
     """
 
 
@@ -82,6 +102,13 @@ class SimPOLossFn(ReferenceFreeLossFn):
 
     Raises:
         ValueError: if ``simpo_gamma`` is negative.
+
+    Example:
+        At a margin of γ/β the loss is log 2, that of a pair without one in DPO:
+
+        >>> loss_fn = SimPOLossFn(DPOLossConfig(reference_policy_kl_penalty=2.0))
+        >>> loss_fn.pair_losses(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -1.25]), beta=2.0)
+        tensor([0.9741, 0.6931])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -108,6 +135,11 @@ class SLiCLossFn(ReferenceFreeLossFn):
 
     Raises:
         ValueError: if ``slic_delta`` is not positive.
+
+    Example:
+        >>> loss_fn = SLiCLossFn(DPOLossConfig(reference_policy_kl_penalty=1.0))
+        >>> loss_fn.pair_losses(torch.tensor([-1.0, -1.0]), torch.tensor([-1.5, -3.0]), beta=1.0)
+        tensor([0.5000, 0.0000])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -138,6 +170,15 @@ class ORPOLossFn(ReferenceFreeLossFn):
 
     Raises:
         ValueError: if ``sft_loss_weight`` is not positive: alone, the odds ratio is not ORPO.
+
+    Example:
+        Probabilities of a token of 0.5 and 0.25: the odds are 1 and 1/3:
+
+        >>> loss_fn = ORPOLossFn(
+        ...     DPOLossConfig(reference_policy_kl_penalty=1.0, sft_loss_weight=1.0)
+        ... )
+        >>> loss_fn.pair_losses(torch.tensor([-0.6931]), torch.tensor([-1.3863]), beta=1.0)
+        tensor([0.2877])
     """
 
     def __init__(self, cfg: DPOLossConfig, use_fused_linear_logprobs: bool = False):
@@ -155,6 +196,11 @@ class ORPOLossFn(ReferenceFreeLossFn):
 
 
 def log_odds(log_p: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p, nats, for p up to 1 - 1e-7 and constant above."""
+    """log(p / (1 - p)) from log p, nats, for p up to 1 - 1e-7 and constant above.
+
+    Example:
+        >>> log_odds(torch.tensor([0.5, 0.25]).log())
+        tensor([ 0.0000, -1.0986])
+    """
     log_p = log_p.to(torch.promote_types(log_p.dtype, torch.float32)).clamp(max=-1e-7)
     return log_p - torch.log(-torch.expm1(log_p))

@@ -14,7 +14,13 @@ OBJECTIVES = ("rpo_sq", "rpo_fwd_kl", "rpo_bwd_kl")
 
 
 def bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL(Bernoulli(σ(a)) ‖ Bernoulli(σ(b))) from the logits a and b, nats."""
+    """KL(Bernoulli(σ(a)) ‖ Bernoulli(σ(b))) from the logits a and b, nats.
+
+    Example:
+        >>> import torch
+        >>> bernoulli_kl(torch.tensor([0.0, 2.0]), torch.tensor([0.0, 0.0]))
+        tensor([0.0000, 0.3278])
+    """
     heads = logsigmoid(a).exp() * (logsigmoid(a) - logsigmoid(b))
     return heads + logsigmoid(-a).exp() * (logsigmoid(-a) - logsigmoid(-b))
 
@@ -46,6 +52,16 @@ class RPOLossFn(DPOLossFn):
 
     Raises:
         ValueError: if ``preference_loss`` is unknown or ``gt_reward_scale`` is not positive.
+
+    Example:
+        The loss is 0 where the margin is the difference of the rewards:
+
+        >>> import torch
+        >>> loss_fn = RPOLossFn(DPOLossConfig(preference_loss="rpo_sq"))
+        >>> loss_fn.pair_losses(
+        ...     margin=torch.tensor([1.0, 3.0]), reward_margin=torch.tensor([1.0, 1.0])
+        ... )
+        tensor([0., 4.])
     """
 
     needs_data = ("gt_rewards",)

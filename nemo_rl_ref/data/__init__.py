@@ -4,5 +4,6 @@
 The path is the one NeMo RL takes: a dataset of ``context`` and ranked ``completions``
 (:mod:`nemo_rl_ref.data.datasets.preference_datasets`), a preprocessor that tokenizes one pair
 (:mod:`nemo_rl_ref.data.processors`), and a collate function that interleaves and pads
-(:mod:`nemo_rl_ref.data.collate_fn`). :mod:`nemo_rl_ref.preferences` joins the three.
+(:mod:`nemo_rl_ref.data.collate_fn`). What trains on them is
+:class:`nemo_rl_ref.training.samples.Samples`.
 """

@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.padding import pad_right
 
 
 def preference_collate_fn(
@@ -40,10 +40,15 @@ def preference_collate_fn(
         raise ValueError("data_batch: got no pairs, expected at least one")
     logs = [datum[f"message_log_{side}"] for datum in data_batch for side in ("chosen", "rejected")]
     rows = [torch.cat([message["token_ids"] for message in log]) for log in logs]
-    multiple = make_sequence_length_divisible_by
+
+    def pad(rows: list[torch.Tensor], fill: int) -> torch.Tensor:
+        padded = pad_sequence(rows, batch_first=True, padding_value=fill)
+        more = -padded.shape[1] % make_sequence_length_divisible_by
+        return torch.nn.functional.pad(padded, (0, more), value=fill)
+
     data: BatchedDataDict[Any] = BatchedDataDict(
         {
-            "input_ids": pad_right(rows, tokenizer.pad_token_id, multiple=multiple),
+            "input_ids": pad(rows, tokenizer.pad_token_id),
             "input_lengths": torch.tensor([len(row) for row in rows]),
             "sample_mask": torch.tensor(
                 [datum["loss_multiplier"] for datum in data_batch]
@@ -51,8 +56,7 @@ def preference_collate_fn(
         }
     )
     if add_loss_mask:
-        masks = [last_message_mask(log) for log in logs]
-        data["token_mask"] = pad_right(masks, multiple=multiple)
+        data["token_mask"] = pad([last_message_mask(log) for log in logs], 0)
     return data
 
 

@@ -84,7 +84,7 @@ def preference_preprocessor(
     """Tokenize one pair for DPO or reward-model training.
 
     A pair longer than ``max_seq_length`` is cut to a stub and given weight zero, with a warning,
-    as NeMo RL does. :func:`nemo_rl_ref.preferences.load_preferences` refuses it instead,
+    as NeMo RL does. :func:`nemo_rl_ref.training.samples.preference_pairs` refuses it instead,
     unless told otherwise.
 
     Args:

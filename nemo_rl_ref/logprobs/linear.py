@@ -103,6 +103,13 @@ def linear_token_logprobs(
             the tensors.
         nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
             compiles them is missing.
+
+    Example:
+        >>> hidden, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> linear_token_logprobs(hidden, weight, torch.tensor([1]))
+        tensor([-0.3133])
+        >>> torch.log_softmax(hidden @ weight.T, -1)[:, 1]
+        tensor([-0.3133])
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
@@ -129,7 +136,7 @@ def linear_token_logprobs(
 
 
 @dataclass(frozen=True)
-class Plan:
+class Tiling:
     """How large tiles may be.
 
     Attributes:
@@ -175,7 +182,7 @@ def plan(
     max_extra_bytes: int,
     return_entropy: bool,
     kernels: bool,
-) -> Plan:
+) -> Tiling:
     """Choose the sizes of tiles, for at least one row."""
     n, v = hidden.shape[0], weight.shape[0]
     forward_element = _element_bytes(hidden, return_entropy, None, kernels)
@@ -195,7 +202,7 @@ def plan(
     beside_sums = (room - sums) // (backward_element * n)
     together = beside_sums >= min(v, enough)
     alone = room // (backward_element * n)
-    return Plan(
+    return Tiling(
         (forward[0], _even(v, forward[1])),
         _even(v, min(v, wanted, beside_sums if together else alone)),
         max(1, min(n, room // (backward_element * v))),

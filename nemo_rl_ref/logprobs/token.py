@@ -76,6 +76,12 @@ def token_logprobs(
             the tensors.
         nemo_rl_ref.kernels.loader.KernelsUnavailable: if the kernels are asked for and what
             compiles them is missing.
+
+    Example:
+        Two tokens that are equally likely; the second target is left out:
+
+        >>> token_logprobs(torch.zeros(2, 2), torch.tensor([1, -100]), return_entropy=True)
+        (tensor([-0.6931,  0.0000]), tensor([0.6931, 0.0000]))
     """
     check(logits, targets, temperature)
     kernels = use_kernels(backend, logits.device)

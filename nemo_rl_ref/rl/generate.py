@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling responses, and the log-probabilities of responses that share their prompts.
+"""Sampling responses, their log-probabilities, and how far they show that a policy has moved.
 
 A group of responses has one prompt. Its keys and values are computed once and copied to the rows of
 the group, in sampling and in training alike: with G responses of n tokens to a prompt of m, the
@@ -11,6 +11,7 @@ NeMo RL leaves both to its backends; what these functions take and return is as 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -182,33 +183,18 @@ def generate(
         [tokenizer.eos_token_id] if stop_token_ids is None else stop_token_ids,
         device=data["input_ids"].device,
     )
-    was_training = model.training
+    was_training, size = model.training, batch_size or len(uniforms)
     model.eval()
     parts = []
-    for start in range(0, len(uniforms), batch_size or len(uniforms)):
-        rows = slice(start, start + (batch_size or len(uniforms)))
-        tokens, logprobs, sizes, ended = _decode(
-            model,
-            tokenizer,
-            data["input_ids"][rows],
-            data["input_lengths"][rows],
-            sampling,
-            uniforms[rows],
-            max_total_sequence_length,
-            stops,
+    for low in range(0, len(uniforms), size):
+        rows = slice(low, low + size)
+        ids, lengths = data["input_ids"][rows], data["input_lengths"][rows]
+        limits = (max_total_sequence_length - lengths).clamp(max=uniforms.shape[1])
+        drawn = _decode(
+            model, tokenizer, ids, lengths, limits, sampling, uniforms[rows], stops,
             stop_strings or [],
-        )
-        parts.append(
-            _join(
-                data["input_ids"][rows],
-                data["input_lengths"][rows],
-                tokens,
-                logprobs,
-                sizes,
-                ended,
-                tokenizer.pad_token_id,
-            )
-        )
+        )  # fmt: skip
+        parts.append(_join(ids, lengths, *drawn, tokenizer.pad_token_id))
     model.train(was_training)
     return BatchedDataDict.from_batches(parts, {"output_ids": tokenizer.pad_token_id})
 
@@ -218,15 +204,14 @@ def _decode(
     tokenizer: Any,
     ids: Tensor,
     lengths: Tensor,
+    limits: Tensor,
     sampling: TrainingSamplingParams,
     uniforms: Tensor,
-    max_length: int,
     stops: Tensor,
     stop_strings: list[str],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens (B, T), their log-probabilities (B, T), lengths (B,), and whether it ended (B,)."""
     rows = torch.arange(len(ids), device=ids.device)  # those still going on
-    limits = (max_length - lengths).clamp(max=uniforms.shape[1])
     tokens = ids.new_zeros(uniforms.shape)
     logprobs = torch.zeros(uniforms.shape, device=ids.device)
     sizes, ended = limits.clone(), torch.zeros_like(rows, dtype=torch.bool)
@@ -312,3 +297,115 @@ def _join(
             "truncated": ~ended,
         }
     )
+
+
+@dataclass(frozen=True)
+class SampledResponses:
+    """Sampled responses as tokens.
+
+    Attributes:
+        input_ids: Prompts, padded on the left, then responses, int64 ``(B, S)``.
+        attention_mask: 1 on tokens of the prompt and of the response, its end token included;
+            0 on padding, int64 ``(B, S)``.
+        start: The column at which the responses start.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    start: int
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """Decode the responses, without special tokens."""
+        return tokenizer.batch_decode(self.input_ids[:, self.start :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def sample_responses(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> SampledResponses:
+    """Sample one response to each prompt, with the model's own ``generate``.
+
+    Args:
+        model: A Hugging Face causal language model.
+        tokenizer: Its tokenizer, with a chat template and a pad token.
+        prompts: User messages.
+        max_new_tokens: Longest response, in tokens.
+        temperature: Divides the logits; 0 takes the most likely token every time.
+        seed: Seeds the sampling. PyTorch's global generators are put back afterwards.
+
+    Returns:
+        The samples, in the order of the prompts.
+
+    Raises:
+        ValueError: If ``prompts`` is empty or ``temperature`` is negative.
+    """
+    if not prompts:
+        raise ValueError("prompts: got none, expected at least one")
+    if temperature < 0:
+        raise ValueError(f"temperature: got {temperature}, expected 0 or more")
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        for text in prompts
+    ]
+    inputs = tokenizer(
+        texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    ).to(model.device)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        input_ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **(how if temperature > 0 else {"do_sample": False}),
+        )
+    model.train(was_training)
+    start = inputs["input_ids"].shape[1]
+    # A response ends with its first end token; what generate() appends after it is padding.
+    is_end = input_ids[:, start:] == tokenizer.eos_token_id
+    in_response = (is_end.cumsum(1) - is_end.long() == 0).long()
+    return SampledResponses(input_ids, torch.cat([inputs["attention_mask"], in_response], 1), start)
+
+
+@torch.no_grad()
+def response_kl(policy: Any, reference: Any, samples: SampledResponses) -> float:
+    r"""Estimate the policy's divergence from its reference, in nats a response.
+
+    At every position of a sampled response the divergence of the two next-token distributions is
+    exact, a sum over the vocabulary; only the prefixes are sampled. For prefixes drawn from the
+    policy this is an unbiased estimate of the divergence between the distributions over responses,
+    :math:`\mathrm{KL}(\pi_\theta \,\|\, \pi_{\mathrm{ref}})`, by its chain rule.
+
+    Args:
+        policy: A Hugging Face causal language model.
+        reference: Another one with the same vocabulary.
+        samples: Responses sampled from ``policy`` at temperature 1.
+
+    Returns:
+        The mean over responses, in nats.
+    """
+    position_ids = (samples.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+    def next_token_log_softmax(model: Any) -> Tensor:
+        logits = model(
+            input_ids=samples.input_ids,
+            attention_mask=samples.attention_mask,
+            position_ids=position_ids,
+        ).logits
+        return torch.log_softmax(logits[:, samples.start - 1 : -1].float(), dim=-1)
+
+    log_p, log_q = next_token_log_softmax(policy), next_token_log_softmax(reference)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    in_response = samples.attention_mask[:, samples.start :]
+    return ((divergence * in_response).sum() / len(in_response)).item()

@@ -4,22 +4,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nemo_rl_ref.algorithms.logits_sampling_utils import TrainingSamplingParams
 from nemo_rl_ref.config.sections import DataConfig, DatasetConfig, SampledPolicyConfig
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
 from nemo_rl_ref.data.processors import math_hf_data_processor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.padding import pad_right
 from nemo_rl_ref.rl.generate import generate
 from nemo_rl_ref.rl.rewards import ENVIRONMENTS, Environment, score
-from nemo_rl_ref.training.samples import load_datasets, order
+from nemo_rl_ref.training.samples import load_datasets
 
 
 @dataclass(frozen=True)
@@ -99,79 +99,6 @@ def _environment(entry: DatasetConfig, part: str) -> Environment:
     return ENVIRONMENTS[name]
 
 
-def prompt_batches(
-    prompts: list[Prompt],
-    size: int,
-    *,
-    shuffle: bool,
-    seed: int,
-    epoch: int,
-    start: int = 0,
-    num_workers: int = 1,
-) -> Iterator[list[Prompt]]:
-    """Yield the batches of an epoch, in the order of `nemo_rl_ref.training.samples.order`.
-
-    Args:
-        prompts: All prompts.
-        size: Prompts of a batch; a last, smaller batch is left out.
-        shuffle: Whether to shuffle; False keeps the order of the file.
-        seed: Of the run.
-        epoch: From 0.
-        start: The first batch to yield, to go on where a run was stopped.
-        num_workers: ``data.num_workers``.
-    """
-    numbers: Sequence[int] = range(len(prompts))
-    if shuffle:
-        numbers = order(len(prompts), seed, epoch, num_workers)
-    for first in range(start * size, len(prompts) - size + 1, size):
-        yield [prompts[number] for number in numbers[first : first + size]]
-
-
-@dataclass(frozen=True)
-class PromptPlan:
-    """Which prompts come next, by a run's counters ``current_epoch`` and ``data_position``.
-
-    Attributes:
-        prompts: All prompts.
-        batch_size: Prompts of a batch, see `prompt_batches`.
-        max_epochs: How often to go through them.
-        shuffle: Whether to shuffle.
-        seed: Of the run.
-        num_workers: ``data.num_workers``.
-    """
-
-    prompts: list[Prompt]
-    batch_size: int
-    max_epochs: int
-    shuffle: bool
-    seed: int
-    num_workers: int = 1
-
-    @property
-    def batches(self) -> int:
-        """Number of batches in all epochs."""
-        return len(self.prompts) // self.batch_size * self.max_epochs
-
-    def rest(self, state: dict[str, Any]) -> Iterator[list[Prompt]]:
-        """Yield the rest of the epoch's batches; count in ``state`` those that are taken."""
-        for batch in prompt_batches(
-            self.prompts,
-            self.batch_size,
-            shuffle=self.shuffle,
-            seed=self.seed,
-            epoch=state["current_epoch"],
-            start=state["data_position"],
-            num_workers=self.num_workers,
-        ):
-            state["data_position"] += 1
-            yield batch
-
-    def is_used_up(self, state: Mapping[str, Any]) -> bool:
-        """Whether the last epoch has no batch left."""
-        done = state["current_epoch"] * (len(self.prompts) // self.batch_size)
-        return done + state["data_position"] >= self.batches
-
-
 def roll_out(
     model: Any,
     tokenizer: Any,
@@ -214,7 +141,8 @@ def roll_out(
     rows = [prompt for prompt in prompts[low:high] for _ in range(copies)]
     parts = []
     if rows:
-        ids = pad_right([prompt.ids for prompt in rows])
+        ids = pad_sequence([prompt.ids for prompt in prompts[low:high]], batch_first=True)
+        ids = ids.repeat_interleave(copies, dim=0)
         lengths = torch.tensor([len(prompt.ids) for prompt in rows])
         inputs = BatchedDataDict({"input_ids": ids, "input_lengths": lengths})
         out = generate(

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer of GRPO and PPO: rollouts, advantages, updates.
+"""The trainer of GRPO and PPO: rollouts, rewards, a filter, log-probabilities, advantages, updates.
 
-One step:
+`RLTrainer.step` is the algorithm, and each of its lines is a method:
 
 1. sample ``num_generations_per_prompt`` responses to each of ``num_prompts_per_step`` prompts
    and score them (:mod:`nemo_rl_ref.rl.rollouts`, :mod:`nemo_rl_ref.rl.rewards`);
-2. scale and shape the rewards, drop groups that teach nothing, turn rewards into advantages;
-3. update the policy once for every ``train_global_batch_size`` responses (PPO: ``ppo_epochs``
+2. scale and shape the rewards, and compare each with its group's;
+3. drop groups that teach nothing; if too few are left, go back to the first line;
+4. run policy, reference, teacher and value model over the responses, as far as they are needed;
+5. turn rewards into advantages;
+6. update the policy once for every ``train_global_batch_size`` responses (PPO: ``ppo_epochs``
    times over, the value model before the policy).
 
 Every process has the whole batch of rollouts, samples its share of the prompts and trains on its
@@ -27,7 +30,10 @@ from torch.nn.functional import pad
 from nemo_rl_ref.algorithms import advantage_estimator as estimators
 from nemo_rl_ref.algorithms.grpo import compute_and_apply_seq_logprob_error_masking as seq_errors
 from nemo_rl_ref.algorithms.grpo import dynamic_sampling, scale_rewards
-from nemo_rl_ref.algorithms.logits_sampling_utils import need_top_k_or_top_p_filtering
+from nemo_rl_ref.algorithms.logits_sampling_utils import (
+    TrainingSamplingParams,
+    need_top_k_or_top_p_filtering,
+)
 from nemo_rl_ref.algorithms.loss import ClippedPGLossFn, MseValueLossFn
 from nemo_rl_ref.algorithms.reward_functions import apply_reward_shaping
 from nemo_rl_ref.algorithms.utils import (
@@ -40,7 +46,7 @@ from nemo_rl_ref.config.sections import TrainedConfig
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.rl.generate import left_pad, response_logprobs
 from nemo_rl_ref.rl.rewards import Environment
-from nemo_rl_ref.rl.rollouts import Prompt, PromptPlan, batch_metrics, load_prompts, roll_out
+from nemo_rl_ref.rl.rollouts import Prompt, batch_metrics, load_prompts, roll_out
 from nemo_rl_ref.rl.settings import (
     GRPOSettings,
     PPOSettings,
@@ -57,7 +63,7 @@ from nemo_rl_ref.training.loop import make_trained
 from nemo_rl_ref.training.models import load_policy, load_value_model, token_values
 from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
 from nemo_rl_ref.training.progress import Timer
-from nemo_rl_ref.training.samples import digest
+from nemo_rl_ref.training.samples import Batches, digest
 from nemo_rl_ref.training.step import NotFinite, combine_updates, update
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 
@@ -117,15 +123,15 @@ class RLTrainer:
         self.filters = need_top_k_or_top_p_filtering(self.sampling)
         self.samples, self.samples_per_step = len(self.train_prompts), cfg.num_prompts_per_step
         batch_size = int(cfg.num_prompts_per_step * cfg.batch_multiplier)
-        self.plan = PromptPlan(
-            self.train_prompts,
+        self.batches = Batches(
+            self.samples,
             batch_size,
-            cfg.max_num_epochs,
-            settings.data.shuffle,
             cfg.seed,
-            settings.data.num_workers,
+            cfg.max_num_epochs,
+            shuffle=settings.data.shuffle,
+            num_workers=settings.data.num_workers,
         )
-        self.steps, self.updates_made = min(self.plan.batches, cfg.max_num_steps), 0
+        self.steps, self.updates_made = min(len(self.batches), cfg.max_num_steps), 0
         several = getattr(cfg, "val_num_generations_per_prompt", 1) > 1
         self.metric_names = ("accuracy", "avg_length", *(("pass_k",) if several else ()))
         if load:
@@ -158,7 +164,7 @@ class RLTrainer:
     def next_step(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """A step with the prompts that follow; see `nemo_rl_ref.training.loop.Trainer`."""
         while state["current_epoch"] < self.cfg.max_num_epochs:
-            metrics = self.step(self.plan.rest(state), state["total_steps"])
+            metrics = self.step(self._prompts(state), state["total_steps"])
             if metrics is not None:
                 state["current_step"] += 1
                 return metrics
@@ -166,12 +172,20 @@ class RLTrainer:
             state["current_step"] = state["data_position"] = 0
         return None
 
+    def _prompts(self, state: dict[str, Any]) -> Iterator[list[Prompt]]:
+        """Yield the batches that are left of the epoch; count in ``state`` those that are taken."""
+        first = state["current_epoch"] * self.batches.per_epoch
+        for number in range(first + state["data_position"], first + self.batches.per_epoch):
+            state["data_position"] += 1
+            yield [self.train_prompts[prompt] for prompt in self.batches[number]]
+
     def is_last(self, state: Mapping[str, Any]) -> bool:
         """See `nemo_rl_ref.training.loop.Trainer`."""
-        return state["total_steps"] >= self.cfg.max_num_steps or self.plan.is_used_up(state)
+        taken = state["current_epoch"] * self.batches.per_epoch + state["data_position"]
+        return state["total_steps"] >= self.cfg.max_num_steps or taken >= len(self.batches)
 
     def step(self, batches: Iterator[list[Prompt]], number: int) -> dict[str, Any] | None:
-        """Rollouts, advantages, updates.
+        """Take one step of the algorithm.
 
         Args:
             batches: The prompts of the next batches of rollouts.
@@ -180,48 +194,39 @@ class RLTrainer:
         Returns:
             NeMo RL's training metrics; None if the prompts ran out before the step was full.
         """
-        cfg, cache, complete, tried = self.cfg, None, False, 0
-        self.updates_made = 0
-        while not complete:
-            prompts = next(batches, None)
-            if prompts is None:
-                return None
-            tried += 1
-            batch, rollout_metrics = self._roll_out(
-                prompts, cfg.num_generations_per_prompt, self.sampling, (number, tried)
-            )
-            with self.timer.time("reward_calculation"):
-                batch = scale_rewards(batch, cfg.reward_scaling)
-                batch = apply_reward_shaping(batch, cfg.reward_shaping)
-                raw = batch.get("unshaped_total_reward") if cfg.use_dynamic_sampling else None
-                baseline, std = calculate_baseline_and_std_per_prompt(
-                    left_pad(batch["input_ids"], batch["length"])[0],
-                    batch["total_reward"],
-                    torch.ones_like(batch["total_reward"]),
-                    leave_one_out_baseline=getattr(cfg, "use_leave_one_out_baseline", True),
-                    std_rewards=raw,
-                )
-            batch, complete, cache, sampled = dynamic_sampling(
-                batch, std, baseline, tried, SimpleNamespace(grpo=cfg), self.timer, cache
-            )
-        if cfg.use_dynamic_sampling:
-            sampled["dynamic_sampling_num_gen_batches"] = tried
-            sampled["filtered_reward"] = batch["filtered_reward"].mean().item()
-        data, metrics = self.training_data(batch)
-        for _ in range(getattr(cfg, "ppo_epochs", 1)):
-            if self.value_loss_fn is not None:
-                with self.timer.time("value_training"):
-                    metrics.update(self.update_value(data))
-            if number >= getattr(cfg, "policy_training_start_step", 0):
-                with self.timer.time("policy_training"):
-                    metrics.update(self.update_policy(data))
-        if not self._prev_logprobs_first and not self.loss_config.force_on_policy_ratio:
-            metrics.update(_seq_errors(data, batch["total_reward"], None))
-        return {**metrics, **sampled, **rollout_metrics, **batch_metrics(batch)}
+        self.updates_made, kept = 0, None
+        for tried, prompts in enumerate(batches, start=1):
+            batch, sampled = self.sample(prompts, (number, tried))
+            batch = self.reward(batch)
+            batch, is_full, kept, filtered = self.filter(batch, kept, tried)
+            if is_full:
+                break
+        else:
+            return None
+        data, metrics = self.add_logprobs(batch)
+        metrics |= self.add_advantages(batch, data)
+        metrics |= self.update_models(batch, data, number)
+        return {**metrics, **filtered, **sampled, **batch_metrics(batch)}
 
-    def _roll_out(
-        self, prompts: list[Prompt], copies: int, sampling: Any, number: tuple[int, ...]
+    def sample(
+        self,
+        prompts: list[Prompt],
+        number: tuple[int, ...],
+        sampling: TrainingSamplingParams | None = None,
+        copies: int | None = None,
     ) -> tuple[Batch, dict[str, float]]:
+        """Sample responses with the policy as it is, and score them.
+
+        Args:
+            prompts: The prompts.
+            number: Of the step and of the batch in it; with the run's seed it makes the random
+                numbers.
+            sampling: Temperature, top-k and top-p; those of training if not given.
+            copies: Responses to each prompt; ``num_generations_per_prompt`` if not given.
+
+        Returns:
+            What `nemo_rl_ref.rl.rollouts.roll_out` returns.
+        """
         seed = self.cfg.seed
         for part in number:
             seed = (seed * 1_000_003 + part) % (1 << 62)
@@ -231,37 +236,77 @@ class RLTrainer:
                 self.tokenizer,
                 prompts,
                 self.policy_config,
-                sampling,
-                copies=copies,
+                sampling or self.sampling,
+                copies=copies or self.cfg.num_generations_per_prompt,
                 seed=seed,
                 accelerator=self.accelerator,
             )
 
-    def training_data(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """Log-probabilities, values and advantages of a batch of rollouts.
+    def reward(self, batch: Batch) -> Batch:
+        """Scale and shape the rewards; add ``baseline`` and ``std`` (B,) of each response's group.
 
         Args:
-            batch: From `roll_out`, through `dynamic_sampling`.
-
-        Returns:
-            What the losses read, and metrics.
-
-        Raises:
-            ValueError: If no response counts in the loss.
+            batch: From `sample`.
         """
         cfg = self.cfg
-        rewards = batch["filtered_reward" if cfg.use_dynamic_sampling else "total_reward"]
+        with self.timer.time("reward_calculation"):
+            batch = scale_rewards(batch, cfg.reward_scaling)
+            batch = apply_reward_shaping(batch, cfg.reward_shaping)
+            raw = batch.get("unshaped_total_reward") if cfg.use_dynamic_sampling else None
+            batch["baseline"], batch["std"] = calculate_baseline_and_std_per_prompt(
+                left_pad(batch["input_ids"], batch["length"])[0],
+                batch["total_reward"],
+                torch.ones_like(batch["total_reward"]),
+                leave_one_out_baseline=getattr(cfg, "use_leave_one_out_baseline", True),
+                std_rewards=raw,
+            )
+        return batch
+
+    def filter(
+        self, batch: Batch, kept: Batch | None, tried: int
+    ) -> tuple[Batch, bool, Batch | None, dict[str, float]]:
+        """Leave out groups whose rewards are all the same, if ``use_dynamic_sampling`` asks for it.
+
+        Args:
+            batch: From `reward`.
+            kept: What was kept of the step's batches before.
+            tried: Number of the step's batches, with this one.
+
+        Returns:
+            The responses to train on, whether they are enough for the step, what is kept now, and
+            metrics.
+        """
+        batch, is_full, kept, metrics = dynamic_sampling(
+            batch, batch["std"], batch["baseline"], tried, SimpleNamespace(grpo=self.cfg),
+            self.timer, kept,
+        )  # fmt: skip
+        if is_full and self.cfg.use_dynamic_sampling:
+            metrics["dynamic_sampling_num_gen_batches"] = tried
+            metrics["filtered_reward"] = batch["filtered_reward"].mean().item()
+        return batch, is_full, kept, metrics
+
+    def add_logprobs(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        """Run the models over the responses, as far as advantages and losses need them.
+
+        Args:
+            batch: From `filter`.
+
+        Returns:
+            What the losses read, but for the advantages: ``prev_logprobs`` (unless the update finds
+            them), ``reference_policy_logprobs``, ``teacher_logprobs`` and ``values``, (B, S). And
+            metrics.
+        """
+        cfg, metrics = self.cfg, {}
         names = ("input_ids", "input_lengths", "generation_logprobs", "token_mask")
         data: Batch = BatchedDataDict({name: batch[name] for name in names})
         data["prompt_lengths"], data["sample_mask"] = batch["length"], batch["loss_multiplier"]
         if cfg.overlong_filtering:
             data["sample_mask"] = data["sample_mask"].masked_fill(batch["truncated"], 0)
         if self.is_ppo:
-            data["rewards"] = rewards
+            data["rewards"] = self._rewards(batch)
         if self.value_loss_fn is not None:
             with self.timer.time("value_inference"):
                 data["values"] = self._by_share(token_values, self.models["value"].model, data)
-        metrics: dict[str, float] = {}
         with self.timer.time("policy_and_reference_logprobs"):
             if self.reference is not None:
                 data["reference_policy_logprobs"] = self._by_share(
@@ -271,8 +316,24 @@ class RLTrainer:
                 data["teacher_logprobs"] = self._by_share(self._unfiltered, self.teacher, data)
             if self._prev_logprobs_first:
                 data["prev_logprobs"] = self._by_share(self._logprobs, self.policy.model, data)
-                metrics = _seq_errors(data, rewards, cfg.seq_logprob_error_threshold)
-        mask = data["token_mask"] * data["sample_mask"].unsqueeze(-1)
+                threshold = cfg.seq_logprob_error_threshold
+                metrics = _seq_errors(data, self._rewards(batch), threshold)
+        return data, metrics
+
+    def add_advantages(self, batch: Batch, data: Batch) -> dict[str, float]:
+        """Turn rewards into ``advantages`` (B, S), and ``returns`` where there are values.
+
+        Args:
+            batch: From `filter`.
+            data: From `add_logprobs`; gets them.
+
+        Returns:
+            Metrics.
+
+        Raises:
+            ValueError: If no response counts in the loss.
+        """
+        cfg, mask = self.cfg, data["token_mask"] * data["sample_mask"].unsqueeze(-1)
         if not mask.any():
             raise ValueError(
                 "no response counts in the loss: all prompts are longer than "
@@ -283,7 +344,7 @@ class RLTrainer:
             reference, prev = data.get("reference_policy_logprobs"), data.get("prev_logprobs")
             result = self.estimator.compute_advantage(
                 prompt_ids=left_pad(batch["input_ids"], batch["length"])[0],
-                rewards=rewards,
+                rewards=self._rewards(batch),
                 mask=mask,
                 repeated_batch=batch,
                 # One quantity under the names of several estimators.
@@ -299,9 +360,40 @@ class RLTrainer:
             advantages = advantages.clamp(low, high)
         data["advantages"] = advantages
         shown = advantages[(mask if self.is_ppo else data["token_mask"]).bool()]
-        metrics.update(getattr(self.estimator, "last_metrics", {}))
         ends = {end: getattr(shown, end)().item() for end in ("mean", "max", "min")}
-        return data, {**metrics, **{f"advantages/{end}": value for end, value in ends.items()}}
+        return {
+            **getattr(self.estimator, "last_metrics", {}),
+            **{f"advantages/{end}": value for end, value in ends.items()},
+        }
+
+    def update_models(self, batch: Batch, data: Batch, number: int) -> dict[str, float]:
+        """Train the value model, if there is one, and the policy, ``ppo_epochs`` times over.
+
+        Args:
+            batch: From `filter`.
+            data: From `add_logprobs` and `add_advantages`.
+            number: Steps done before.
+
+        Returns:
+            The metrics of the last of these times.
+
+        Raises:
+            NotFinite: If a loss or gradient is not finite. That update is not made.
+        """
+        metrics: dict[str, float] = {}
+        for _ in range(getattr(self.cfg, "ppo_epochs", 1)):
+            if self.value_loss_fn is not None:
+                with self.timer.time("value_training"):
+                    metrics |= self.update_value(data)
+            if number >= getattr(self.cfg, "policy_training_start_step", 0):
+                with self.timer.time("policy_training"):
+                    metrics |= self.update_policy(data)
+        if not self._prev_logprobs_first and not self.loss_config.force_on_policy_ratio:
+            metrics |= _seq_errors(data, batch["total_reward"], None)
+        return metrics
+
+    def _rewards(self, batch: Batch) -> Tensor:
+        return batch["filtered_reward" if self.cfg.use_dynamic_sampling else "total_reward"]
 
     @property
     def _prev_logprobs_first(self) -> bool:
@@ -374,7 +466,7 @@ class RLTrainer:
         """Train the policy on a batch of rollouts once.
 
         Args:
-            data: From `training_data`. Gets ``prev_logprobs`` if it has none.
+            data: From `add_advantages`. Gets ``prev_logprobs`` if it has none.
         """
         seen: list[Tensor] = []
 
@@ -440,7 +532,7 @@ class RLTrainer:
         for low in range(0, len(wanted), cfg.val_batch_size):
             prompts = wanted[low : low + cfg.val_batch_size]
             # Training's batches of a step are numbered from 1 on.
-            batch, metrics = self._roll_out(prompts, copies, self.val_sampling, (number, -1 - low))
+            batch, metrics = self.sample(prompts, (number, -1 - low), self.val_sampling, copies)
             rewards.append(batch["total_reward"])
             lengths.append(metrics["mean_gen_tokens_per_sample"])
         total = torch.cat(rewards)

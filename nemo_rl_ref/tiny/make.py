@@ -25,7 +25,7 @@ import torch
 from rich.progress import track
 
 from nemo_rl_ref.files.whole import write_text
-from nemo_rl_ref.generation import sample_answers
+from nemo_rl_ref.rl.generate import sample_responses
 from nemo_rl_ref.tiny import ASSETS
 from nemo_rl_ref.tiny.addition import answer, is_correct, problems, prompt
 
@@ -133,7 +133,7 @@ def make_pairs(
         RuntimeError: If the model is wrong on fewer than ``count`` of the candidates.
     """
     prompts = [prompt(problem) for problem in candidates]
-    texts = sample_answers(
+    texts = sample_responses(
         model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, seed=seed
     ).texts(tokenizer)
     pairs = [
@@ -190,7 +190,7 @@ def main() -> None:
         [ranked(pair) for pair in validation_pairs],
     )
     prompts = [prompt(problem) for problem in held_out]
-    texts = sample_answers(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, seed=4)
+    texts = sample_responses(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, seed=4)
     right = sum(map(is_correct, prompts, texts.texts(tokenizer)))
     for name, rows in (("train", train), ("validation", held_out)):
         records = [{"input": prompt(row), "output": answer(row)} for row in rows]

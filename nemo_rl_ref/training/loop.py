@@ -3,7 +3,7 @@
 
 `Run` also knows what to do when a number is not finite or the time is up. What a step computes is
 a trainer's: `nemo_rl_ref.training.supervised.Supervised` for SFT, DPO and reward models, or
-`nemo_rl_ref.rl.trainer.Trainer` for GRPO and PPO.
+`nemo_rl_ref.rl.trainer.RLTrainer` for GRPO and PPO.
 
 What a step does depends on nothing but the configuration, the files it names and the state in the
 last checkpoint. So a run that is killed and started again by the same command goes on with the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a configuration's data to batches: samples that are tokenized once, and their order."""
+"""Tokenized samples, the order they come in, and batches of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemo_rl_ref.config.sections import (
     DataConfig,
@@ -23,20 +24,27 @@ from nemo_rl_ref.data.collate_fn import last_message_mask
 from nemo_rl_ref.data.datasets.preference_datasets import load_preference_dataset
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
 from nemo_rl_ref.data.datasets.utils import update_single_dataset_config
+from nemo_rl_ref.data.llm_message_utils import (
+    add_loss_mask_to_message_log,
+    message_log_to_flat_messages,
+)
 from nemo_rl_ref.data.processors import preference_preprocessor, sft_processor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.padding import PackedRows
+from nemo_rl_ref.files.records import DataError
 
 
 class Samples:
-    """Records that are tokenized when they are first used, and batches of them.
+    """Records that are tokenized when they are first used, in named columns, and batches of them.
+
+    The tokens of a column stand in one tensor, row after row, out of which padded batches are cut.
 
     Args:
         records: The records.
         places: Where each comes from, for messages.
-        tokenize: Makes a sample of a record and its number: ``rows``, the tokens of each of its
-            rows, int64 ``(T,)``; ``masks``, 1 on those that are trained on; and
-            ``loss_multiplier``, its weight.
+        tokenize: Makes a sample of a record and its number: under the name of each column a list
+            with a tensor ``(T,)`` for each of the sample's rows, ``input_ids`` (int64) and
+            ``token_mask`` (int64, 1 on tokens that are trained on); and ``loss_multiplier``, its
+            weight.
         pad_token_id: Fills ``input_ids``.
         multiple: ``S`` is rounded up to a multiple of this.
         add_loss_mask: Whether batches have ``token_mask``.
@@ -53,9 +61,11 @@ class Samples:
         add_loss_mask: bool = True,
     ):
         self.records, self.places, self._tokenize = records, places, tokenize
-        self._fills, self._multiple = (pad_token_id, 0)[: 1 + add_loss_mask], multiple
+        self._multiple, self._fills = multiple, {"input_ids": pad_token_id}
+        if add_loss_mask:
+            self._fills["token_mask"] = 0
         self._samples: dict[int, dict[str, Any]] = {}
-        self._first = torch.full((len(records),), -1)  # where in the packed rows a sample starts
+        self._first = torch.full((len(records),), -1)  # a sample's first row; -1 for none yet
 
     def __len__(self) -> int:
         return len(self.records)
@@ -65,20 +75,63 @@ class Samples:
             self._samples[number] = self._tokenize(self.records[number], number)
         return self._samples[number]
 
-    def tokenize(self, numbers: Sequence[int]) -> int:
-        """Tokenize some samples now; returns how many of them are too long and have no weight."""
+    @property
+    def tokenized(self) -> list[int]:
+        """The numbers of the samples that have been tokenized, ascending."""
+        return sorted(self._samples)
+
+    def tokenize(self, numbers: Iterable[int] | None = None) -> int:
+        """Tokenize some samples now, all if not given.
+
+        Returns:
+            How many of them are too long and have no weight.
+
+        Raises:
+            DataError: For a bad record. The message names file and line.
+        """
+        numbers = range(len(self)) if numbers is None else numbers
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"record \d+: \d+ tokens, more than max_seq_length")
             dropped = sum(self[number]["loss_multiplier"] == 0 for number in numbers)
         self._pack()
         return dropped
 
+    def add(self, name: str, rows: Mapping[int, Sequence[Tensor]], fill: float = 0) -> None:
+        """Add a column to samples.
+
+        Args:
+            name: What batches call it.
+            rows: By a sample's number, a tensor ``(T,)`` for each of its rows, as long as the row.
+            fill: The value of the padding.
+
+        Raises:
+            ValueError: If a sample's rows have other lengths than its tokens.
+        """
+        for number, given in rows.items():
+            expected = [len(row) for row in self[number]["input_ids"]]
+            if (lengths := [len(row) for row in given]) != expected:
+                raise ValueError(
+                    f"{name}: got rows of {lengths} values for {self.places[number]}, expected "
+                    f"{expected}, one a token"
+                )
+            self[number][name] = given
+        self._fills[name] = fill
+        self._pack()
+
     def _pack(self) -> None:
-        samples = self._samples.values()
-        keys = ("rows", "masks")[: len(self._fills)]
-        self._packed = PackedRows(*([row for s in samples for row in s[key]] for key in keys))
-        self._per_sample = len(next(iter(samples))["rows"])
-        self._first[list(self._samples)] = torch.arange(len(samples)) * self._per_sample
+        whole = {n: s for n, s in self._samples.items() if self._fills.keys() <= s.keys()}
+        self._first.fill_(-1)
+        if not whole:
+            return
+        samples = whole.values()
+        self._flat = {
+            name: torch.cat([row for sample in samples for row in sample[name]])
+            for name in self._fills
+        }
+        self._lengths = torch.tensor([len(row) for s in samples for row in s["input_ids"]])
+        self._starts = self._lengths.cumsum(0) - self._lengths
+        self._rows = len(self._lengths) // len(whole)  # of each sample
+        self._first[list(whole)] = torch.arange(len(whole)) * self._rows
         self._weights = torch.tensor([sample["loss_multiplier"] for sample in samples])
 
     def batch(self, numbers: Sequence[int]) -> BatchedDataDict[Any]:
@@ -86,20 +139,36 @@ class Samples:
 
         Returns:
             The rows of a sample next to each other: ``input_ids`` int64 ``(B, S)``, padded on the
-            right, ``input_lengths`` int64 ``(B,)``, ``sample_mask`` float32 ``(B,)`` and, if
-            asked for, ``token_mask`` int64 ``(B, S)``.
+            right, ``token_mask`` int64 ``(B, S)`` if asked for, and other columns that were added,
+            ``(B, S)``; ``input_lengths`` int64 ``(B,)`` and ``sample_mask`` float32 ``(B,)``.
+
+        Raises:
+            ValueError: If a column was added to other samples, and not to one of these.
         """
         first = self._first[numbers]
         if (first < 0).any():
             self.tokenize(numbers)
             first = self._first[numbers]
+            for number in (n for n in numbers if self._first[n] < 0):
+                lacking = ", ".join(self._fills.keys() - self._samples[number].keys())
+                raise ValueError(
+                    f"{self.places[number]}: the sample has no {lacking}; add it first"
+                )
         rows = first
-        if self._per_sample > 1:
-            rows = (first.unsqueeze(1) + torch.arange(self._per_sample)).flatten()
-        cut, lengths = self._packed.padded(rows, self._fills, multiple=self._multiple)
-        batch: BatchedDataDict[Any] = BatchedDataDict(zip(("input_ids", "token_mask"), cut))
+        if self._rows > 1:
+            rows = (first.unsqueeze(1) + torch.arange(self._rows)).flatten()
+        lengths = self._lengths[rows]
+        columns = torch.arange(-(-int(lengths.max()) // self._multiple) * self._multiple)
+        padding = columns >= lengths.unsqueeze(1)
+        places = (self._starts[rows].unsqueeze(1) + columns).masked_fill_(padding, 0)
+        batch: BatchedDataDict[Any] = BatchedDataDict(
+            {
+                name: flat[places].masked_fill_(padding, self._fills[name])
+                for name, flat in self._flat.items()
+            }
+        )
         batch["input_lengths"] = lengths
-        batch["sample_mask"] = self._weights[rows // self._per_sample]
+        batch["sample_mask"] = self._weights[rows // self._rows]
         return batch
 
 
@@ -112,41 +181,62 @@ def digest(records: Iterable[Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which samples each step trains on: every epoch a new order, the last part batch left out.
+class Batches:
+    """Which samples each batch of a run has: every epoch a new order, the last part batch left out.
+
+    A sequence of lists with the numbers of samples; batch ``k`` belongs to epoch
+    ``k // per_epoch``.
 
     Attributes:
         samples: Number of samples.
-        batch_size: Samples a step.
-        max_epochs: Epochs to train.
-        max_steps: Steps to train if that is fewer; below 0 for no limit.
-        shuffle: Whether to shuffle.
+        batch_size: Samples of a batch.
         seed: Of the run; seeds the order, see `order`.
+        max_epochs: How often to go through the samples.
+        max_steps: Number of batches if that is fewer; below 0 for no limit.
+        shuffle: Whether to shuffle.
         num_workers: ``data.num_workers``, see `order`.
+
+    Raises:
+        ValueError: If ``batch_size`` is not positive; in a loop, if it is more than ``samples``.
+
+    Example:
+        >>> list(Batches(samples=5, batch_size=2, seed=42))
+        [[4, 3], [2, 0]]
     """
 
     samples: int
     batch_size: int
-    max_epochs: int
-    max_steps: int
-    shuffle: bool
     seed: int
+    max_epochs: int = 1
+    max_steps: int = -1
+    shuffle: bool = True
     num_workers: int = 1
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: got {self.batch_size}, expected a positive number")
+
     @property
-    def steps_per_epoch(self) -> int:
-        """Number of full batches."""
+    def per_epoch(self) -> int:
+        """Number of batches of an epoch."""
         return self.samples // self.batch_size
 
-    @property
-    def steps(self) -> int:
-        """Number of steps of the run."""
-        most = self.max_epochs * self.steps_per_epoch
+    def __iter__(self) -> Iterator[list[int]]:
+        if not self.per_epoch:
+            raise ValueError(
+                f"batch_size: got {self.batch_size} with {self.samples} samples, which does not "
+                "make one batch"
+            )
+        return (self[number] for number in range(len(self)))
+
+    def __len__(self) -> int:
+        most = self.max_epochs * self.per_epoch
         return most if self.max_steps < 0 else min(most, self.max_steps)
 
-    def numbers(self, step: int) -> list[int]:
-        """The samples of a step, counted from 0."""
-        epoch, within = divmod(step, self.steps_per_epoch)
+    def __getitem__(self, number: int) -> list[int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"number: got {number}, expected one of {len(self)} batches from 0 on")
+        epoch, within = divmod(number, self.per_epoch)
         numbers: Sequence[int] = range(self.samples)
         if self.shuffle:
             numbers = order(self.samples, self.seed, epoch, self.num_workers)
@@ -273,14 +363,83 @@ def flat_sample(sample: dict[str, Any], *, only_unmask_final: bool) -> dict[str,
     Returns:
         A sample of `Samples`, of one row.
     """
-    log = sample["message_log"]
-    wanted = [m is log[-1] if only_unmask_final else m["role"] == "assistant" for m in log]
-    masks = [torch.full_like(m["token_ids"], w) for m, w in zip(log, wanted, strict=True)]
+    add_loss_mask_to_message_log([sample["message_log"]], only_unmask_final=only_unmask_final)
+    flat = message_log_to_flat_messages(sample["message_log"])
     return {
-        "rows": [torch.cat([m["token_ids"] for m in log])],
-        "masks": [torch.cat(masks)],
+        "input_ids": [flat["token_ids"]],
+        "token_mask": [flat["token_loss_mask"]],
         "loss_multiplier": sample["loss_multiplier"],
     }
+
+
+def preference_pairs(
+    dataset: Any,
+    tokenizer: Any,
+    *,
+    max_seq_length: int,
+    mask_too_long: bool = False,
+    multiple: int = 1,
+    add_loss_mask: bool = True,
+) -> Samples:
+    """Make samples of the pairs of a preference dataset: the chosen row first, then the rejected.
+
+    Args:
+        dataset: A :class:`~nemo_rl_ref.data.datasets.preference_datasets.BinaryPreferenceDataset`
+            or :class:`~nemo_rl_ref.data.datasets.preference_datasets.PreferenceDataset`.
+        tokenizer: A Hugging Face tokenizer with a chat template and a pad token.
+        max_seq_length: Longest allowed prompt plus response, in tokens.
+        mask_too_long: What to do with a longer pair: ``False`` is an error, ``True`` keeps it with
+            weight zero, as NeMo RL does.
+        multiple: See `Samples`.
+        add_loss_mask: See `Samples`.
+
+    Returns:
+        The samples. Tokenizing one raises a ``DataError`` that names file and line if the pair is
+        too long, or its two responses are the same tokens.
+
+    Raises:
+        ValueError: If ``max_seq_length`` is not positive, or ``tokenizer`` has no chat template or
+            no pad token.
+    """
+    if max_seq_length < 1:
+        raise ValueError(f"max_seq_length: got {max_seq_length}, expected a positive integer")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("tokenizer: it has no pad token; set tokenizer.pad_token")
+    if not tokenizer.chat_template:
+        raise ValueError("tokenizer: it has no chat template; set tokenizer.chat_template")
+    spec = getattr(dataset, "task_spec", None)
+    limit = max_seq_length if mask_too_long else 1 << 62  # without a limit the true length is told
+
+    def tokenize(record: Mapping[str, Any], number: int) -> dict[str, Any]:
+        datum = preference_preprocessor(record, spec, tokenizer, limit, number)
+        longest = max(datum["length_chosen"], datum["length_rejected"])
+        if longest > max_seq_length:
+            raise DataError(
+                f"{dataset.places[number]}: the pair has {longest} tokens, more than "
+                f"max_seq_length={max_seq_length}; raise the limit, shorten the pair, or pass "
+                "mask_too_long=True to keep it with weight 0"
+            )
+        logs = [datum[f"message_log_{side}"] for side in ("chosen", "rejected")]
+        rows = [torch.cat([message["token_ids"] for message in log]) for log in logs]
+        if datum["loss_multiplier"] and torch.equal(*rows):
+            raise DataError(
+                f"{dataset.places[number]}: chosen and rejected are the same tokens; "
+                "a pair must differ to express a preference"
+            )
+        return {
+            "input_ids": rows,
+            "token_mask": [last_message_mask(log) for log in logs],
+            "loss_multiplier": datum["loss_multiplier"],
+        }
+
+    return Samples(
+        dataset.dataset,
+        dataset.places,
+        tokenize,
+        pad_token_id=tokenizer.pad_token_id,
+        multiple=multiple,
+        add_loss_mask=add_loss_mask,
+    )
 
 
 def preference_samples(
@@ -300,24 +459,14 @@ def preference_samples(
     data = settings.data
 
     def samples(entry: DatasetConfig) -> Samples:
-        dataset = load_preference_dataset(_filled(entry, data.default).given())
-        limit, spec = data.longest, dataset.task_spec
-        return Samples(
-            dataset.dataset,
-            dataset.places,
-            lambda record, n: pair(preference_preprocessor(record, spec, tokenizer, limit, n)),
-            pad_token_id=tokenizer.pad_token_id,
+        return preference_pairs(
+            load_preference_dataset(_filled(entry, data.default).given()),
+            tokenizer,
+            max_seq_length=data.longest,
+            mask_too_long=True,
             multiple=settings.policy.make_sequence_length_divisible_by,
             add_loss_mask=add_loss_mask,
         )
-
-    def pair(datum: Mapping[str, Any]) -> dict[str, Any]:
-        logs = [datum[f"message_log_{side}"] for side in ("chosen", "rejected")]
-        return {
-            "rows": [torch.cat([message["token_ids"] for message in log]) for log in logs],
-            "masks": [last_message_mask(log) for log in logs],
-            "loss_multiplier": datum["loss_multiplier"],
-        }
 
     named = data.val_data_paths or {}
     sets = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training step: forward, log-probabilities, loss, backward, update.
+"""One update: forward, log-probabilities, loss, backward, optimizer step.
 
 The loss functions are NeMo RL's (:mod:`nemo_rl_ref.algorithms.loss`) or follow its protocol. They
 are normalised by the counts of the *global* batch, so the gradients of micro-batches and of
@@ -9,7 +9,7 @@ data-parallel ranks add up to the gradient of the whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,32 +48,6 @@ def next_token_logprobs(model: Any, data: BatchedDataDict[Any]) -> Tensor:
     """
     logits = model(input_ids=data["input_ids"], use_cache=False).logits
     return token_logprobs(logits[:, :-1], data["input_ids"][:, 1:])
-
-
-@torch.no_grad()
-def add_reference_logprobs(
-    model: Any, batches: Iterable[BatchedDataDict[Any]]
-) -> list[BatchedDataDict[Any]]:
-    """Add ``reference_policy_logprobs`` to batches, with the model as it is now.
-
-    The reference policy does not change, so its log-probabilities are computed once for all
-    epochs.
-
-    Args:
-        model: The reference policy, in evaluation mode or without dropout.
-        batches: Preference batches.
-
-    Returns:
-        The batches, each with ``reference_policy_logprobs`` float32 ``(B, S)`` in nats, laid out
-        as NeMo RL has it for DPO: column ``t`` belongs to token ``t + 1``, the last is 0.
-    """
-    done = []
-    for batch in batches:
-        batch = batch.to(model.device)
-        logprobs = next_token_logprobs(model, batch)
-        batch["reference_policy_logprobs"] = torch.nn.functional.pad(logprobs, (0, 1))
-        done.append(batch)
-    return done
 
 
 def valid_counts(data: BatchedDataDict[Any]) -> tuple[Tensor, Tensor]:
@@ -144,21 +118,29 @@ def run_batch(
         batch: The global batch, the same on all processes, its rows a multiple of their number.
         accelerator: The run's ``accelerate.Accelerator``.
         micro_rows: Rows of a forward pass.
-        backward: Whether to compute gradients too.
+        backward: Whether to compute gradients.
         loss: Runs model and loss on a micro-batch.
 
     Returns:
         The loss's metrics over the global batch, as NeMo RL combines them (names ending in
         ``_min`` or ``_max`` by minimum and maximum, all others by sums), ``loss`` and the counts.
+
+    Raises:
+        ValueError: If the rows do not divide by the processes, or ``micro_rows`` is not positive.
     """
+    ranks, rows = accelerator.num_processes, batch.size // accelerator.num_processes
+    if batch.size % ranks:
+        raise ValueError(f"batch: got {batch.size} rows, expected a multiple of {ranks} processes")
+    if micro_rows < 1:
+        raise ValueError(f"micro_rows: got {micro_rows}, expected a positive number")
     batch = batch.to(accelerator.device)
     counts = valid_counts(batch)
-    ranks, rows = accelerator.num_processes, batch.size // accelerator.num_processes
     start = accelerator.process_index * rows
     results: list[dict[str, float]] = []
     for low in range(start, start + rows, micro_rows):
         high = min(low + micro_rows, start + rows)
-        with accumulating(model, accelerator, last=high == start + rows):
+        last = high == start + rows
+        with torch.set_grad_enabled(backward), accumulating(model, accelerator, last=last):
             value, metrics = loss(model, loss_fn, batch.slice(low, high), counts)
             if backward:
                 # Data-parallel training averages gradients over processes; these are to be summed.
@@ -329,86 +311,3 @@ def _origin(
         return Origin("a place that cannot be looked for while the weights are sharded", [], True)
     model, counts = accelerator.unwrap_model(model), valid_counts(batch)
     return find_origin(model, lambda part: loss(model, loss_fn, part, counts)[0], batch, rows=rows)
-
-
-def train(
-    model: Any,
-    loss_fn: LossFunction,
-    batches: Iterable[BatchedDataDict[Any]],
-    optimizer: torch.optim.Optimizer,
-    accelerator: Any,
-    *,
-    micro_batch_size: int | None = None,
-    max_grad_norm: float = 1.0,
-) -> Iterator[dict[str, float]]:
-    """Take one optimizer step for every global batch.
-
-    Args:
-        model: The policy, from ``accelerator.prepare``.
-        loss_fn: A loss in NeMo RL's protocol.
-        batches: Global batches. With several processes each gets the same batches and trains on
-            its own share of the rows, which their number must divide.
-        optimizer: From ``accelerator.prepare``.
-        accelerator: An ``accelerate.Accelerator``.
-        micro_batch_size: Rows of a forward pass (two a pair, for preference losses); all at once
-            if not given. Any size gives the same gradients up to rounding.
-        max_grad_norm: Largest gradient norm; a longer gradient is scaled down to it.
-
-    Yields:
-        After each step, the metrics of `update`.
-
-    Raises:
-        ValueError: If ``micro_batch_size`` is not positive, or the rows do not divide by the
-            number of processes.
-        NotFinite: If the loss or the gradient is not finite; the model is left as it was.
-    """
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ValueError(f"micro_batch_size: got {micro_batch_size}, expected a positive number")
-    for step, batch in enumerate(batches):
-        if batch.size % accelerator.num_processes:
-            raise ValueError(
-                f"batches: got {batch.size} rows, expected a multiple of the "
-                f"{accelerator.num_processes} processes"
-            )
-        try:
-            yield update(
-                model,
-                optimizer,
-                loss_fn,
-                batch,
-                accelerator,
-                micro_rows=micro_batch_size or batch.size,
-                max_grad_norm=max_grad_norm,
-                rows=batch.size,  # it is not known whether they are pairs
-            )
-        except NotFinite as error:
-            raise NotFinite(f"step {step}: {error}; the step was not taken") from None
-
-
-@torch.no_grad()
-def evaluate(
-    model: Any, loss_fn: LossFunction, batches: Iterable[BatchedDataDict[Any]]
-) -> dict[str, float]:
-    """Metrics of a preference loss over held-out batches, each pair with the same weight.
-
-    Args:
-        model: The policy.
-        loss_fn: A loss in NeMo RL's protocol.
-        batches: Batches with ``reference_policy_logprobs``; their sizes may differ.
-
-    Returns:
-        The loss's metrics, as if all batches were one.
-    """
-    batches = list(batches)
-    counts = [valid_counts(batch) for batch in batches]
-    global_valid_seqs = torch.stack([seqs for seqs, _ in counts]).sum()
-    global_valid_toks = torch.stack([toks for _, toks in counts]).sum()
-    totals: dict[str, float] = {}
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        _, metrics = compute_loss(model, loss_fn, batch, (global_valid_seqs, global_valid_toks))
-        for name, value in metrics.items():
-            totals[name] = totals.get(name, 0.0) + value
-    model.train(was_training)
-    return totals

@@ -22,7 +22,7 @@ from nemo_rl_ref.training.loop import Run, make_trained
 from nemo_rl_ref.training.optimizers import check_optimizer
 from nemo_rl_ref.training.processes import make_accelerator
 from nemo_rl_ref.training.progress import Timer
-from nemo_rl_ref.training.samples import Plan, Samples, digest
+from nemo_rl_ref.training.samples import Batches, Samples, digest
 from nemo_rl_ref.training.step import run_batch, update, weighted_means
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 
@@ -43,8 +43,9 @@ class Task:
         pairs: Whether a sample is a pair, two rows of a batch. Then the validation sets have
             their names in those of the metrics, and every pair has the same weight in a mean, as
             in NeMo RL; otherwise every token.
-        prepare: Called once, before the model is loaded, with the accelerator, the samples that
-            the run uses with their numbers, and the folder of the checkpoints or None.
+        prepare: Called once, before the model is loaded, with the accelerator, the sets of
+            samples, of which those are tokenized that the run uses, and the folder of the
+            checkpoints or None.
     """
 
     train: Samples
@@ -53,7 +54,7 @@ class Task:
     loss_fn: Any
     validation_metrics: Mapping[str, str] | None = None
     pairs: bool = True
-    prepare: Callable[[Any, list[tuple[Samples, Sequence[int]]], Path | None], None] | None = None
+    prepare: Callable[[Any, list[Samples], Path | None], None] | None = None
 
 
 def read_supervised_settings(config: Mapping[str, Any], kind: type[Settings]) -> Settings:
@@ -91,28 +92,28 @@ class Supervised:
         self.config = config
         self.accelerator = make_accelerator(self.policy.precision)
         self.rows, self.timer = 2 if task.pairs else 1, Timer()
-        self.plan = self._check()
+        self.batches = self._check()
         self.digest = digest(task.train.records)
-        self.samples, self.samples_per_step = self.plan.samples, self.plan.batch_size
-        self.steps = self.plan.steps
+        self.samples, self.samples_per_step = self.batches.samples, self.batches.batch_size
+        self.steps = len(self.batches)
         prefixes = [f"validation-{name}_" if task.pairs else "" for name in task.validation]
         logged = task.validation_metrics
         self.metric_names = logged and [p + name for p in prefixes for name in logged.values()]
 
-    def _check(self) -> Plan:
+    def _check(self) -> Batches:
         """Settings that cannot be used are found before anything is loaded."""
         task, ranks, section = self.task, self.accelerator.num_processes, self.section
         batch_size, self.micro = (
             self.policy.train_global_batch_size,
             self.policy.train_micro_batch_size,
         )
-        plan = Plan(
+        batches = Batches(
             len(task.train),
             batch_size,
+            section.seed,
             section.max_num_epochs,
             section.max_num_steps,
             self.settings.data.shuffle,
-            section.seed,
             self.settings.data.num_workers,
         )
         if batch_size % ranks:
@@ -120,7 +121,7 @@ class Supervised:
                 f"policy.train_global_batch_size: got {batch_size} with {ranks} processes, "
                 "expected a multiple of their number"
             )
-        if not plan.steps_per_epoch:
+        if not batches.per_epoch:
             raise ValueError(
                 f"policy.train_global_batch_size: got {batch_size} with {len(task.train)} samples "
                 "in data.train, which does not make one batch"
@@ -132,12 +133,12 @@ class Supervised:
                 f"of a batch; set it to policy.train_global_batch_size, {batch_size}, and run one "
                 "process"
             )
-        return plan
+        return batches
 
     def load(self, checkpoint: str | None = None) -> None:
         """Tokenize what the run will use, so that a bad record is found now; load the model."""
-        task, steps = self.task, range(self.plan.steps)
-        trained_on = sorted({number for step in steps for number in self.plan.numbers(step)})
+        task = self.task
+        trained_on = sorted({number for numbers in self.batches for number in numbers})
         self._tokenize("data.train", task.train, trained_on)
         self.validated_on: dict[str, range] = {}
         for name, samples in task.validation.items():
@@ -148,13 +149,12 @@ class Supervised:
         if task.prepare:
             saving = self.settings.checkpointing
             folder = saving.checkpoint_dir if saving.enabled else None
-            validated_on = [(task.validation[n], self.validated_on[n]) for n in task.validation]
-            task.prepare(self.accelerator, [(task.train, trained_on), *validated_on], folder)
-        set_seed(self.plan.seed)
+            task.prepare(self.accelerator, [task.train, *task.validation.values()], folder)
+        set_seed(self.batches.seed)
         weights, _ = CheckpointManager.get_resume_paths(checkpoint)
         model = task.load_model(weights or self.policy.model_name)
         if self.accelerator.process_index:  # dropout differs between processes
-            torch.manual_seed(self.plan.seed + self.accelerator.process_index)
+            torch.manual_seed(self.batches.seed + self.accelerator.process_index)
         self.trained = make_trained(self.accelerator, model, self.policy)
         self.models = {"policy": self.trained}
         if checkpoint:
@@ -174,7 +174,7 @@ class Supervised:
 
     def next_step(self, state: dict[str, Any]) -> dict[str, float]:
         """See `Trainer`."""
-        numbers = self.plan.numbers(state["total_steps"])
+        numbers = self.batches[state["total_steps"]]
         with self.timer.time("data_processing"):
             batch = self.task.train.batch(numbers)
         with self.timer.time("policy_training"):
@@ -190,7 +190,7 @@ class Supervised:
                 place=lambda number: self.task.train.places[numbers[number]],
             )
             self.trained.scheduler.step()
-        state["epoch"], state["step"] = divmod(state["total_steps"] + 1, self.plan.steps_per_epoch)
+        state["epoch"], state["step"] = divmod(state["total_steps"] + 1, self.batches.per_epoch)
         return metrics
 
     def is_last(self, state: Mapping[str, Any]) -> bool:
@@ -209,15 +209,14 @@ class Supervised:
                 if not task.pairs:
                     weight = (batch["sample_mask"].unsqueeze(-1) * batch["token_mask"]).sum()
                 batch = maybe_pad_last_batch(batch, self.accelerator.num_processes, self.rows)
-                with torch.no_grad():
-                    metrics = run_batch(
-                        model,
-                        task.loss_fn,
-                        batch,
-                        self.accelerator,
-                        micro_rows=self.section.val_micro_batch_size * self.rows,
-                        backward=False,
-                    )
+                metrics = run_batch(
+                    model,
+                    task.loss_fn,
+                    batch,
+                    self.accelerator,
+                    micro_rows=self.section.val_micro_batch_size * self.rows,
+                    backward=False,
+                )
                 if weight > 0:
                     results.append((weight.item(), metrics))
             yield (

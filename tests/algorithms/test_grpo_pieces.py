@@ -30,7 +30,7 @@ from nemo_rl_ref.rl.rewards import (
     math_reward,
     score,
 )
-from nemo_rl_ref.rl.rollouts import load_prompts, prompt_batches
+from nemo_rl_ref.rl.rollouts import load_prompts
 
 # Reward shaping
 
@@ -313,17 +313,6 @@ def test_prompts_refuse(problems, tokenizer, tmp_path):
     problems.write_text('{"input": "1+1="}\n')
     with pytest.raises(DataError, match=r"problems.jsonl:1: no field 'output'"):
         load_prompts(data_section(problems), tokenizer)
-
-
-def test_prompt_batches():
-    prompts = list(range(10))
-    plain = list(prompt_batches(prompts, 3, shuffle=False, seed=0, epoch=0))
-    assert plain == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
-    first = list(prompt_batches(prompts, 3, shuffle=True, seed=0, epoch=0))
-    assert len({row for batch in first for row in batch}) == 9
-    again = list(prompt_batches(prompts, 3, shuffle=True, seed=0, epoch=0, start=1))
-    assert again == first[1:]
-    assert first != list(prompt_batches(prompts, 3, shuffle=True, seed=0, epoch=1))
 
 
 def test_ppo_settings():

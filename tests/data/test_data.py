@@ -2,7 +2,6 @@
 """Preference data: formats, tokens, masks, padding, and what bad input is told."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from nemo_rl_ref.data.datasets.preference_datasets import (
 )
 from nemo_rl_ref.data.processors import format_messages, preference_preprocessor
 from nemo_rl_ref.files.records import DataError
-from nemo_rl_ref.preferences import load_preferences, preference_batches
 
 GOOD = {"prompt": "1+2=", "chosen": "3", "rejected": "12"}
 
@@ -56,21 +54,6 @@ def test_binary_records_become_ranked(write):
     assert dataset.task_name.endswith("pairs")
 
 
-def test_both_formats_give_the_same_tokens(tokenizer):
-    binary = BinaryPreferenceDataset(str(tiny.VALIDATION_PAIRS))
-    in_ranks = PreferenceDataset(str(tiny.RANKED_VALIDATION_PAIRS))
-    batches = [
-        next(
-            preference_batches(
-                load_preferences(data, tokenizer, max_seq_length=16), tokenizer, batch_size=64
-            )
-        )
-        for data in (binary, in_ranks)
-    ]
-    for name in batches[0]:
-        assert torch.equal(batches[0][name], batches[1][name]), name
-
-
 def test_the_lower_rank_is_chosen_wherever_it_stands(write, tokenizer):
     pair = preference_preprocessor(
         PreferenceDataset(write(ranked(chosen_rank=1)))[0], None, tokenizer, 16, 0
@@ -88,54 +71,14 @@ def test_prompt_as_messages(write):
     assert BinaryPreferenceDataset(write({**GOOD, "prompt": messages}))[0]["context"] == messages
 
 
-def test_batch_layout(tokenizer, write):
-    longer = {"prompt": "10+20=", "chosen": "30", "rejected": "3"}
-    pairs = load_preferences(
-        BinaryPreferenceDataset(write(GOOD, longer)), tokenizer, max_seq_length=16
-    )
-    batch = next(preference_batches(pairs, tokenizer, batch_size=2))
-    rows = ["<s>1+2=3</s>", "<s>1+2=12</s>", "<s>10+20=30</s>", "<s>10+20=3</s>"]
-    for row, text in enumerate(rows):
-        length = batch["input_lengths"][row]
-        assert tokenizer.decode(batch["input_ids"][row, :length]) == text
-        assert (batch["input_ids"][row, length:] == tokenizer.pad_token_id).all()
-        # What counts is the answer and its end token, nothing of prompt and padding.
-        counted = batch["input_ids"][row][batch["token_mask"][row] == 1]
-        assert tokenizer.decode(counted) == text.split("=")[1]
-    assert batch["sample_mask"].tolist() == [1.0] * 4
-
-
 def test_padding_to_a_multiple(tokenizer, write):
-    pairs = load_preferences(BinaryPreferenceDataset(write(GOOD)), tokenizer, max_seq_length=16)
+    dataset = BinaryPreferenceDataset(write(GOOD))
+    pairs = [preference_preprocessor(dataset[0], None, tokenizer, 16, 0)]
     batch = preference_collate_fn(
         pairs, tokenizer, make_sequence_length_divisible_by=8, add_loss_mask=True
     )
     assert batch["input_ids"].shape == batch["token_mask"].shape == (2, 8)
     assert "token_mask" not in preference_collate_fn(pairs, tokenizer, 1, False)
-
-
-def test_shuffling_is_seeded_and_complete(tokenizer):
-    dataset = BinaryPreferenceDataset(str(tiny.VALIDATION_PAIRS))
-    pairs = load_preferences(dataset, tokenizer, max_seq_length=16)
-
-    def rows(seed):
-        width = 16
-        return [
-            tuple(row.tolist())
-            for batch in preference_batches(
-                pairs,
-                tokenizer,
-                batch_size=50,
-                seed=seed,
-                drop_last=False,
-                make_sequence_length_divisible_by=width,
-            )
-            for row in batch["input_ids"]
-        ]
-
-    assert rows(1) == rows(1) != rows(2)
-    assert sorted(rows(1)) == sorted(rows(2)) == sorted(rows(None))
-    assert len(rows(1)) == 2 * len(pairs)
 
 
 def test_messages_join_to_the_whole_conversation(tokenizer):
@@ -222,54 +165,6 @@ def test_subset_of_a_local_file(write):
         BinaryPreferenceDataset(write(GOOD), subset="x")
 
 
-def test_too_long_pair_is_refused_with_its_line(write, tokenizer):
-    dataset = BinaryPreferenceDataset(write(GOOD, {**GOOD, "prompt": "11111+2="}))
-    with pytest.raises(DataError, match=r"pairs.jsonl:2: the pair has 12 tokens, more than .*=10"):
-        load_preferences(dataset, tokenizer, max_seq_length=10)
-
-
-def test_too_long_pair_can_be_masked_as_nemo_rl_does(write, tokenizer):
-    dataset = BinaryPreferenceDataset(write(GOOD, {**GOOD, "prompt": "11111+2="}))
-    with pytest.warns(UserWarning, match="record 1: 12 tokens, more than max_seq_length=10"):
-        pairs = load_preferences(dataset, tokenizer, max_seq_length=10, mask_too_long=True)
-    batch = next(preference_batches(pairs, tokenizer, batch_size=2))
-    assert batch["sample_mask"].tolist() == [1.0, 1.0, 0.0, 0.0]
-    assert batch["input_ids"].shape[1] <= 10
-
-
-def test_pair_that_differs_only_as_text(write, tokenizer):
-    # Unknown characters are all the same token.
-    dataset = BinaryPreferenceDataset(write({**GOOD, "chosen": "x", "rejected": "y"}))
-    with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen and rejected are the same tokens"):
-        load_preferences(dataset, tokenizer, max_seq_length=16)
-
-
-def test_tokenizer_without_chat_template_or_pad_token(write):
-    bad = tiny.load_tokenizer()
-    bad.chat_template = None
-    dataset = BinaryPreferenceDataset(write(GOOD))
-    with pytest.raises(ValueError, match="tokenizer: it has no chat template"):
-        load_preferences(dataset, bad, max_seq_length=16)
-    bad.pad_token = None
-    with pytest.raises(ValueError, match="tokenizer: it has no pad token"):
-        load_preferences(dataset, bad, max_seq_length=16)
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [(0, "batch_size: got 0, expected a positive"), (9, "batch_size: got 9 with 1 pairs")],
-)
-def test_bad_batch_size(write, tokenizer, size, expected):
-    pairs = load_preferences(BinaryPreferenceDataset(write(GOOD)), tokenizer, max_seq_length=16)
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        next(preference_batches(pairs, tokenizer, batch_size=size))
-
-
 def test_collate_refuses_nothing(tokenizer):
     with pytest.raises(ValueError, match="data_batch: got no pairs"):
         preference_collate_fn([], tokenizer, 1, True)
-
-
-def test_max_seq_length_must_be_positive(write, tokenizer):
-    with pytest.raises(ValueError, match="max_seq_length: got 0"):
-        load_preferences(BinaryPreferenceDataset(write(GOOD)), tokenizer, max_seq_length=0)

@@ -11,7 +11,13 @@ from nemo_rl_ref.algorithms.logits_sampling_utils import (
     need_top_k_or_top_p_filtering,
 )
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.rl.generate import generate, left_pad, response_logprobs
+from nemo_rl_ref.rl.generate import (
+    generate,
+    left_pad,
+    response_kl,
+    response_logprobs,
+    sample_responses,
+)
 from nemo_rl_ref.training.step import next_token_logprobs
 
 PLAIN = TrainingSamplingParams()
@@ -21,6 +27,11 @@ PROMPTS = ["0+1=", "7+8=", "90+9=", "12+34="]  # 5, 5, 6 and 7 tokens
 @pytest.fixture(scope="module")
 def model():
     return tiny.load_policy()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return tiny.load_policy().eval()
 
 
 @pytest.fixture(scope="module")
@@ -241,3 +252,73 @@ def test_top_k_top_p_keep_what_they_should():
     assert torch.equal(*results)
     results[0].masked_fill(results[0].isinf(), 0).sum().backward()
     assert torch.equal(many.grad, (~results[0].isinf()).float())
+
+
+# The model's own sampler, and how far a policy has moved
+
+
+def test_samples_are_seeded_and_leave_the_generator_alone(reference, tokenizer):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = sample_responses(reference, tokenizer, ["1+2="] * 20, max_new_tokens=5, seed=3)
+    assert torch.equal(torch.rand(1), expected)
+    again = sample_responses(reference, tokenizer, ["1+2="] * 20, max_new_tokens=5, seed=3)
+    other = sample_responses(reference, tokenizer, ["1+2="] * 20, max_new_tokens=5, seed=4)
+    assert torch.equal(first.input_ids, again.input_ids)
+    assert first.texts(tokenizer) != other.texts(tokenizer)
+
+
+def test_greedy_does_not_depend_on_the_other_prompts(reference, tokenizer):
+    prompts = ["1+2=", "98+76=", "5+60="]
+    together = sample_responses(reference, tokenizer, prompts, max_new_tokens=5, temperature=0)
+    alone = [
+        sample_responses(reference, tokenizer, [p], max_new_tokens=5, temperature=0).texts(tokenizer)
+        for p in prompts
+    ]
+    assert together.texts(tokenizer) == [text for (text,) in alone]
+
+
+def test_the_attention_mask_covers_prompt_response_and_end_token(reference, tokenizer):
+    samples = sample_responses(reference, tokenizer, ["1+2=", "98+76="], max_new_tokens=6)
+    for ids, mask, text in zip(
+        samples.input_ids, samples.attention_mask, samples.texts(tokenizer), strict=True
+    ):
+        covered = tokenizer.decode(ids[mask.bool()])
+        assert covered.startswith("<s>") and covered.endswith(f"={text}</s>")
+
+
+def test_kl_of_a_policy_to_itself_is_zero(reference, tokenizer):
+    samples = sample_responses(reference, tokenizer, ["1+2=", "98+76="], max_new_tokens=5)
+    assert response_kl(reference, reference, samples) == 0.0
+
+
+def test_kl_is_that_of_the_responses(reference, tokenizer):
+    """The estimate is the log-ratio of sampled answers, on average; here with many samples."""
+    policy = tiny.load_policy().eval()
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(0.6)
+    samples = sample_responses(policy, tokenizer, ["47+38="] * 1500, max_new_tokens=6, seed=1)
+    answers = samples.attention_mask[:, samples.start :]
+    with torch.no_grad():
+        log_ratio = sum(
+            sign
+            * next_token_logprobs(model, {"input_ids": samples.input_ids})[:, samples.start - 1 :]
+            for model, sign in ((policy, 1), (reference, -1))
+        )
+    by_answer = (log_ratio * answers).sum(1)
+    error = by_answer.std() / len(by_answer) ** 0.5
+    assert abs(response_kl(policy, reference, samples) - by_answer.mean()) < 4 * error
+    assert by_answer.mean() > 10 * error  # there is something to measure
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"prompts": []}, "prompts: got none"),
+        ({"prompts": ["1+2="], "temperature": -1.0}, "temperature: got -1.0, expected 0 or more"),
+    ],
+)
+def test_bad_sampling_arguments(reference, tokenizer, arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        sample_responses(reference, tokenizer, max_new_tokens=3, **arguments)

@@ -14,11 +14,11 @@ from nemo_rl_ref import run_grpo, tiny
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl_ref.config.sections import OnPolicyDistillationConfig
 from nemo_rl_ref.files.metrics import read_metrics
-from nemo_rl_ref.rl.rollouts import prompt_batches
 from nemo_rl_ref.rl.settings import check_processes, read_rl_settings, teacher_name
 from nemo_rl_ref.rl.trainer import RLTrainer
 from nemo_rl_ref.run_grpo import train
 from nemo_rl_ref.training.models import load_value_model, token_values
+from nemo_rl_ref.training.samples import Batches
 from nemo_rl_ref.training.step import NotFinite, next_token_logprobs
 from nemo_rl_ref.upstream import load_manifest
 
@@ -26,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*newly initialized.*")
 
 
 def batches(trainer, seed=3):
-    size = int(trainer.cfg.num_prompts_per_step * trainer.cfg.batch_multiplier)
-    return prompt_batches(trainer.train_prompts, size, shuffle=True, seed=seed, epoch=0)
+    order = Batches(len(trainer.train_prompts), trainer.batches.batch_size, seed)
+    return ([trainer.train_prompts[number] for number in numbers] for numbers in order)
 
 
 def steps(config, count=2, **options):

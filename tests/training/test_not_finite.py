@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from trainer_runs import curve, model_with_dropout, records, run
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.training.samples import Plan
+from nemo_rl_ref.training.samples import Batches
 
 DIVERGES = """
 import torch
@@ -67,7 +67,7 @@ def test_a_loss_that_diverges_stops_the_run_and_names_the_samples(
     assert message.startswith("step 3: loss "), message
     assert f"it starts in {where}" in message
     rows = records(tmp_path / "sft.train.jsonl", 40)
-    order = Plan(40, 8, 3, 12, True, 3).numbers(2)
+    order = Batches(samples=40, batch_size=8, seed=3)[2]
     guilty = [n for n in order if len(rows[n]["input"] + rows[n]["output"]) + 2 == 10]
     assert 0 < len(guilty) < 8
     places = ", ".join(f"{tmp_path / 'sft.train.jsonl'}:{n + 1}" for n in guilty)

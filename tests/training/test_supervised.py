@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file
 from trainer_runs import curve, make_config, records, run, write_lines
 
-from nemo_rl_ref import tiny
+from nemo_rl_ref import run_dpo, tiny
 from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.data.processors import sft_processor
 from nemo_rl_ref.files.metrics import read_metrics
-from nemo_rl_ref.training import reference as reference_logprobs
-from nemo_rl_ref.training.samples import Plan, Samples, flat_sample
+from nemo_rl_ref.training.samples import Samples, flat_sample
 
 SECTIONS = ["sft", "dpo", "rm"]
 
@@ -169,18 +168,6 @@ def test_validation_sets_have_names(tmp_path):
 # Data
 
 
-def test_every_epoch_has_every_sample_once_and_its_own_order():
-    plan = Plan(samples=20, batch_size=5, max_epochs=3, max_steps=-1, shuffle=True, seed=7)
-    assert plan.steps == 12
-    epochs = [[n for s in range(4) for n in plan.numbers(4 * e + s)] for e in range(3)]
-    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    same = Plan(samples=20, batch_size=5, max_epochs=3, max_steps=9, shuffle=True, seed=7)
-    assert same.steps == 9 and same.numbers(8) == plan.numbers(8)
-    plain = Plan(samples=11, batch_size=5, max_epochs=2, max_steps=-1, shuffle=False, seed=7)
-    assert [plain.numbers(s) for s in range(4)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] * 2
-
-
 def test_which_tokens_are_trained_on(tokenizer):
     messages = [
         {"role": "user", "content": "1+2="},
@@ -265,46 +252,47 @@ def test_a_passthrough_template_joins_the_contents():
 
 
 def test_reference_logprobs_are_computed_once_and_kept(tmp_path, monkeypatch):
-    computed = []
-    original = reference_logprobs._compute
+    asked, load_policy = [], run_dpo.load_policy
 
-    def counted(*arguments):
-        computed.append(arguments)
-        return original(*arguments)
+    def counting(name):
+        model = load_policy(name)
+        model.register_forward_hook(lambda *_: asked.append(name))
+        return model
 
-    monkeypatch.setattr(reference_logprobs, "_compute", counted)
-    _, first = run("dpo", tmp_path, dpo__max_num_steps=12)
+    def forward_passes(**changes):
+        """How many there are in a run, of the reference policy and of the policy itself."""
+        asked.clear()
+        run("dpo", tmp_path, **changes)
+        return len(asked)
+
+    monkeypatch.setattr(run_dpo, "load_policy", counting)
+    first = forward_passes(dpo__max_num_steps=12)
     kept = tmp_path / "run" / "reference_logprobs.safetensors"
-    assert len(computed) == 1 and kept.exists()
-    run("dpo", tmp_path, checkpointing__checkpoint_dir=str(tmp_path / "run"))
-    assert len(computed) == 1
+    assert kept.exists()
+    assert forward_passes() == 0  # the run is at its end, and the file is there
     os.truncate(kept, kept.stat().st_size - 10)
-    run("dpo", tmp_path)
-    assert len(computed) == 2
-    run("dpo", tmp_path, name="elsewhere", checkpointing__enabled=False)
-    assert len(computed) == 3 and not (tmp_path / "elsewhere").exists()
+    again = forward_passes()
+    assert 0 < again < first
+    assert forward_passes(name="elsewhere", checkpointing__enabled=False) == first
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_reference_logprobs_are_those_of_each_batch(tmp_path, monkeypatch):
     """Against a run that asks the reference in every step, as NeMo RL does."""
     _, once = run("dpo", tmp_path, name="once")
-    reference = tiny.load_policy().eval()
-    original = reference_logprobs._with_reference
+    reference, batch_of = tiny.load_policy().eval(), Samples.batch
 
-    def every_time(batch, *_):
-        def with_reference(numbers):
-            data = batch(numbers)
-            with torch.no_grad():
-                logits = reference(input_ids=data["input_ids"]).logits.log_softmax(-1)
-            ids = data["input_ids"][:, 1:, None]
-            logprobs = logits[:, :-1].gather(-1, ids)[..., 0]
-            data["reference_policy_logprobs"] = torch.nn.functional.pad(logprobs, (0, 1))
-            return data
+    def batch_and_reference(samples, numbers):
+        data = batch_of(samples, numbers)
+        with torch.no_grad():
+            logits = reference(input_ids=data["input_ids"]).logits.log_softmax(-1)
+        ids = data["input_ids"][:, 1:, None]
+        logprobs = logits[:, :-1].gather(-1, ids)[..., 0]
+        data["reference_policy_logprobs"] = torch.nn.functional.pad(logprobs, (0, 1))
+        return data
 
-        return with_reference
-
-    assert original is not every_time
-    monkeypatch.setattr(reference_logprobs, "_with_reference", every_time)
+    monkeypatch.setattr(run_dpo, "keep_reference_logprobs", lambda *_: None)
+    monkeypatch.setattr(Samples, "batch", batch_and_reference)
     _, again = run("dpo", tmp_path, name="every-time")
     assert curve(once) == pytest.approx(curve(again), abs=1e-5)
 

@@ -147,6 +147,22 @@ class ClippedPGLossFn(LossFunction):
     Raises:
         TypeError: if `cfg` is a mapping.
         ValueError: if flags contradict each other or have an unknown value.
+
+    Example:
+        Two tokens with advantage 1, the second of which has become twice as likely:
+
+        >>> old = torch.tensor([[0.0, -1.0, -1.0]])
+        >>> data = {"token_mask": torch.ones(1, 3), "sample_mask": torch.ones(1)}
+        >>> data |= {
+        ...     "advantages": torch.ones(1, 3),
+        ...     "prev_logprobs": old,
+        ...     "generation_logprobs": old,
+        ... }
+        >>> loss_fn = ClippedPGLossFn(ClippedPGLossConfig(reference_policy_kl_penalty=0.0))
+        >>> new = old[:, 1:] + torch.tensor([[1.0, 2.0]]).log()
+        >>> loss, metrics = loss_fn(new, data, torch.tensor(1), torch.tensor(2))
+        >>> loss, round(metrics["probs_ratio"], 4), round(metrics["probs_ratio_clamped"], 4)
+        (tensor(-1.1000), 1.5, 1.1)
     """
 
     input_type = LossInputType.LOGPROB

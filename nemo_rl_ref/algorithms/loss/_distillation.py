@@ -66,6 +66,20 @@ class DistillationLossFn(LossFunction):
     Raises:
         TypeError: if `cfg` is a mapping.
         ValueError: if ``kl_type`` is unknown or ``mixed_kl_weight`` is outside [0, 1].
+
+    Example:
+        One position; the teacher's two tokens are equally likely, the student prefers one:
+
+        >>> teacher, student = (
+        ...     torch.tensor([[[0.5, 0.5]]]).log(),
+        ...     torch.tensor([[[0.8, 0.2]]]).log(),
+        ... )
+        >>> ids = torch.ones(1, 2)
+        >>> data = {"input_ids": ids, "token_mask": ids, "sample_mask": torch.ones(1)}
+        >>> loss_fn = DistillationLossFn(DistillationLossConfig(kl_type="forward"))
+        >>> loss, _ = loss_fn(student, teacher, None, data, None, torch.tensor(1))
+        >>> loss
+        tensor(0.2231)
     """
 
     loss_type = LossType.TOKEN_LEVEL
@@ -211,6 +225,13 @@ class DraftCrossEntropyLossFn(LossFunction):
     Args:
         vocab_parallel_group: the ranks that hold the vocabulary's slices, in float32; None if
             the logits are whole.
+
+    Example:
+        With the same distribution in both, what is left is its entropy, log 2:
+
+        >>> logits, data = torch.zeros(1, 1, 2), {"sample_mask": torch.ones(1)}
+        >>> DraftCrossEntropyLossFn()(logits, logits, torch.ones(1, 1), data, None, torch.tensor(1))
+        tensor(0.6931)
     """
 
     loss_type = LossType.TOKEN_LEVEL

@@ -33,6 +33,17 @@ class NLLLossFn(LossFunction):
 
     Attributes:
         metric_normalizations: what each metric has been divided by.
+
+    Example:
+        Column 0 of the mask belongs to no log-probability:
+
+        >>> logprobs = torch.tensor([[-1.0, -2.0, -6.0]])
+        >>> data = {"token_mask": torch.tensor([[1, 1, 1, 0]]), "sample_mask": torch.ones(1)}
+        >>> loss, metrics = NLLLossFn()(logprobs, data, None, global_valid_toks=torch.tensor(2))
+        >>> loss
+        tensor(1.5000)
+        >>> metrics
+        {'loss': 1.5, 'num_unmasked_tokens': 2.0, 'num_valid_samples': 1.0}
     """
 
     loss_type = LossType.TOKEN_LEVEL

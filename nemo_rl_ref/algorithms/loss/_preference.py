@@ -41,6 +41,18 @@ class PreferenceLossFn(LossFunction):
     rejected row.
 
     Source: Rafailov et al. (2023), https://arxiv.org/abs/2305.18290, Eq. 2.
+
+    Example:
+        Rewards of a chosen and a rejected response:
+
+        >>> data = {"sample_mask": torch.ones(2)}
+        >>> loss, metrics = PreferenceLossFn()(
+        ...     torch.tensor([2.0, 1.0]), data, torch.tensor(2), None
+        ... )
+        >>> loss
+        tensor(0.3133)
+        >>> metrics["accuracy"]
+        1.0
     """
 
     loss_type = LossType.SEQUENCE_LEVEL
@@ -168,6 +180,17 @@ class DPOLossFn(PreferenceLossFn):
     Args:
         cfg: the weights and switches.
         use_fused_linear_logprobs: kept on the instance, see `NLLLossFn`; changes no number.
+
+    Example:
+        One pair of one-token responses, whose log-ratios to the reference are 1 and -1:
+
+        >>> logprobs = torch.tensor([[-1.0], [-3.0]])
+        >>> data = {"token_mask": torch.ones(2, 2), "sample_mask": torch.ones(2)}
+        >>> data["reference_policy_logprobs"] = torch.tensor([[-2.0, 0.0], [-2.0, 0.0]])
+        >>> loss_fn = DPOLossFn(DPOLossConfig(reference_policy_kl_penalty=0.5))
+        >>> loss, metrics = loss_fn(logprobs, data, torch.tensor(2), None)
+        >>> loss, metrics["rewards_chosen_mean"], metrics["rewards_rejected_mean"]
+        (tensor(0.3133), 1.0, -1.0)
     """
 
     loss_type = LossType.SEQUENCE_LEVEL

@@ -52,6 +52,16 @@ class MseValueLossFn(LossFunction):
     Raises:
         TypeError: if `cfg` is a mapping.
         ValueError: if ``cliprange`` is negative.
+
+    Example:
+        Values of two tokens whose return is 1:
+
+        >>> mask, sample_mask = torch.ones(1, 2), torch.ones(1)
+        >>> data = {"token_mask": mask, "sample_mask": sample_mask, "returns": torch.ones(1, 2)}
+        >>> values = torch.tensor([[1.0, 3.0]])
+        >>> loss, _ = MseValueLossFn(MseValueLossConfig())(values, data, None, torch.tensor(2))
+        >>> loss
+        tensor(1.)
     """
 
     input_type = LossInputType.LOGIT
