@@ -48,12 +48,13 @@ from optuna.distributions import (  # noqa: E402
 from nemo_rl_ref import run_dpo, run_grpo, tiny  # noqa: E402
 from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
 from nemo_rl_ref.rl.generate import response_kl, sample_responses  # noqa: E402
-from nemo_rl_ref.rl.settings import USED_KEYS as RL_KEYS  # noqa: E402
+from nemo_rl_ref.rl.settings import GRPOSettings  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
-from nemo_rl_ref.training.loop import USED_KEYS  # noqa: E402
 from nemo_rl_ref.training.processes import make_accelerator  # noqa: E402
 from nemo_rl_ref.training.reference import add_reference_logprobs  # noqa: E402
 from nemo_rl_ref.config.read import read_config  # noqa: E402
+from nemo_rl_ref.config.sections import DPOSettings  # noqa: E402
+from nemo_rl_ref.config.settings import used_keys  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -161,8 +162,8 @@ GRPO = Task(
 )
 TASKS = {task.name: task for task in (DPO, GRPO)}
 TRAINERS = {
-    "dpo": (run_dpo.train, run_dpo.USED),
-    "grpo": (run_grpo.train, (*USED_KEYS, *RL_KEYS)),
+    "dpo": (run_dpo.train, used_keys(DPOSettings)),
+    "grpo": (run_grpo.train, used_keys(GRPOSettings)),
 }
 
 
@@ -215,11 +216,11 @@ class Trainings:
             module.load_policy = self._keep(module.load_policy)
         loaded, load_samples = {}, run_dpo.preference_samples
 
-        def samples_once(config, *args, **options):
+        def samples_once(settings, *args, **options):
             """All pairs of a data set, tokenized and with the reference's column."""
-            paths = json.dumps([config["data"]["train"], config["data"]["validation"]])
+            paths = settings.data.model_dump_json(include={"train", "validation"})
             if paths not in loaded:
-                train, validation = loaded[paths] = load_samples(config, *args, **options)
+                train, validation = loaded[paths] = load_samples(settings, *args, **options)
                 sets = [train, *validation.values()]
                 add_reference_logprobs(self.reference, sets, make_accelerator("float32"))
             return loaded[paths]

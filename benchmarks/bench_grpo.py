@@ -47,10 +47,10 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402
 
 from nemo_rl_ref import tiny  # noqa: E402
 from nemo_rl_ref.config.read import read_config  # noqa: E402
+from nemo_rl_ref.config.settings import used_keys  # noqa: E402
 from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
-from nemo_rl_ref.rl.settings import USED_KEYS  # noqa: E402
+from nemo_rl_ref.rl.settings import GRPOSettings  # noqa: E402
 from nemo_rl_ref.rl.trainer import RLTrainer  # noqa: E402
-from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS  # noqa: E402
 from nemo_rl_ref.training.samples import Batches  # noqa: E402
 from nemo_rl_ref.training.step import next_token_logprobs  # noqa: E402
 
@@ -61,8 +61,8 @@ WARM_UP = 3  # steps of each turn that are not counted
 
 
 def configuration(*overrides):
-    used = (*EVERY_TRAINERS_KEYS, *USED_KEYS)
-    config, _ = read_config(CONFIG, ["checkpointing.enabled=false", *overrides], used)
+    lines = ["checkpointing.enabled=false", *overrides]
+    config, _ = read_config(CONFIG, lines, used_keys(GRPOSettings))
     return config
 
 

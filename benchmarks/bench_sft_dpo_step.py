@@ -45,6 +45,8 @@ from rich.progress import track  # noqa: E402
 
 from nemo_rl_ref import run_dpo, run_sft, tiny  # noqa: E402
 from nemo_rl_ref.config.read import read_config  # noqa: E402
+from nemo_rl_ref.config.sections import DPOSettings, OptimizerConfig, SFTSettings  # noqa: E402
+from nemo_rl_ref.config.settings import read_settings  # noqa: E402
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset  # noqa: E402
 from nemo_rl_ref.files.metrics import read_metrics  # noqa: E402
 from nemo_rl_ref.training.optimizers import make_optimizer  # noqa: E402
@@ -97,9 +99,10 @@ def batches_of(section, config):
     """The batches that the runner trains on."""
     tokenizer = tiny.load_tokenizer()
     if section == "sft":
-        samples, _ = supervised_samples(config, tokenizer)
+        samples, _ = supervised_samples(read_settings(config, SFTSettings), tokenizer)
     else:
-        samples, _ = preference_samples(config, tokenizer, add_loss_mask=True)
+        settings = read_settings(config, DPOSettings)
+        samples, _ = preference_samples(settings, tokenizer, add_loss_mask=True)
     order = Batches(len(samples), SAMPLES[section], config[section]["seed"], max_steps=ROUND)
     return [samples.batch(numbers) for numbers in order]
 
@@ -109,7 +112,9 @@ class Floor:
 
     def __init__(self, batches, config, device):
         self.model = tiny.load_policy().to(device)
-        self.optimizer = make_optimizer(config["policy"]["optimizer"], self.model.parameters())
+        self.optimizer = make_optimizer(
+            OptimizerConfig(**config["policy"]["optimizer"]), self.model.parameters()
+        )
         self.ids = itertools.cycle([batch["input_ids"].to(device) for batch in batches])
         self.device = device
 

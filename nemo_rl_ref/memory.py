@@ -49,7 +49,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from nemo_rl_ref.config.sections import Count, Length
+from nemo_rl_ref.config.settings import Section, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +69,57 @@ OPTIMIZER_NUMBERS = {
 
 #: What is modelled, by ``model_type``: whether queries and keys have norms, and projections biases.
 MODELS = {"llama": (), "mistral": (), "qwen2": ("qkv_bias",), "qwen3": ("qk_norm",)}
+
+
+class _Parallel(Section):
+    """``policy.dtensor_cfg``."""
+
+    tensor_parallel_size: int = 1
+    context_parallel_size: int = 1
+    activation_checkpointing: bool = False
+
+
+class _Switch(Section):
+    """``policy.megatron_cfg``, ``sequence_packing`` and ``dynamic_batching``."""
+
+    enabled: bool = False
+    train_mb_tokens: Length | None = None
+
+
+class _Optimizer(Section):
+    """``policy.optimizer``."""
+
+    name: str
+
+
+class _Policy(Section):
+    """``policy``, as far as memory depends on it."""
+
+    model_name: str | None = None
+    train_global_batch_size: Count
+    train_micro_batch_size: Count
+    max_total_sequence_length: Length
+    precision: Literal["float32", "bfloat16"]
+    optimizer: _Optimizer | None = None
+    dtensor_cfg: _Parallel = _Parallel()
+    megatron_cfg: _Switch = _Switch()
+    sequence_packing: _Switch = _Switch()
+    dynamic_batching: _Switch = _Switch()
+
+
+class _Cluster(Section):
+    """``cluster``."""
+
+    gpus_per_node: Count = 1
+    num_nodes: Count = 1
+
+
+class MemorySettings(Section):
+    """What `Step.from_config` reads of a configuration."""
+
+    policy: _Policy
+    cluster: _Cluster = _Cluster()
+
 
 _PIECE = 1 << 20  # bytes of a piece of token_logprobs on one CPU thread, nemo_rl_ref.logprobs
 
@@ -252,46 +306,37 @@ class Step:
             **changes: Attributes to set otherwise.
 
         Raises:
-            ValueError: If a key that is needed is missing, tensor or context parallelism or the
-                Megatron backend is on, or a value is not modelled.
+            ValueError: If a key that is needed is missing, a value is of a wrong type or not
+                modelled, or tensor or context parallelism or the Megatron backend is on.
         """
-
-        def get(key: str, *default: Any) -> Any:
-            node: Any = config
-            for part in key.split("."):
-                if not isinstance(node, Mapping) or node.get(part) is None:
-                    if default:
-                        return default[0]
-                    raise ValueError(f"{key}: the configuration has no such key, or it is null")
-                node = node[part]
-            return node
-
-        if get("policy.megatron_cfg.enabled", False):
+        settings = read_settings(config, MemorySettings)
+        policy, pairs = settings.policy, bool({"dpo", "rm"} & config.keys())
+        if policy.megatron_cfg.enabled:
             raise ValueError("policy.megatron_cfg.enabled: got true, only DTensor is modelled")
         for name in ("tensor_parallel_size", "context_parallel_size"):
-            if (size := get(f"policy.dtensor_cfg.{name}", 1)) != 1:
+            if (size := getattr(policy.dtensor_cfg, name)) != 1:
                 raise ValueError(f"policy.dtensor_cfg.{name}: got {size}, only 1 is modelled")
-        pairs = "dpo" in config or "rm" in config
-        rows = get("policy.train_micro_batch_size") * (2 if pairs else 1)
-        length = get("policy.max_total_sequence_length")
-        shards = get("cluster.gpus_per_node", 1) * get("cluster.num_nodes", 1)
-        share = get("policy.train_global_batch_size") * (2 if pairs else 1) // shards
+        rows = policy.train_micro_batch_size * (2 if pairs else 1)
+        length = policy.max_total_sequence_length
+        shards = settings.cluster.gpus_per_node * settings.cluster.num_nodes
+        share = policy.train_global_batch_size * (2 if pairs else 1) // shards
         accumulates = share > rows
         for name in ("sequence_packing", "dynamic_batching"):
-            if get(f"policy.{name}.enabled", False):
-                accumulates = share * length > get(f"policy.{name}.train_mb_tokens")
-                rows, length = 1, get(f"policy.{name}.train_mb_tokens")
+            packing = getattr(policy, name)
+            if packing.enabled:
+                if packing.train_mb_tokens is None:
+                    raise ValueError(f"policy.{name}.train_mb_tokens: not set, expected an integer")
+                accumulates = share * length > packing.train_mb_tokens
+                rows, length = 1, packing.train_mb_tokens
         read = {
             "rows": rows,
             "sequence_length": length,
-            "precision": get("policy.precision"),
+            "precision": policy.precision,
             "shards": shards,
-            "optimizer": get("policy.optimizer.name", "torch.optim.AdamW"),
+            "optimizer": policy.optimizer.name if policy.optimizer else "torch.optim.AdamW",
             "accumulates": accumulates,
-            "activation_checkpointing": bool(
-                get("policy.dtensor_cfg.activation_checkpointing", False)
-            ),
-            "reference": "host" if "dpo" in config or "grpo" in config else "none",
+            "activation_checkpointing": policy.dtensor_cfg.activation_checkpointing,
+            "reference": "host" if {"dpo", "grpo"} & config.keys() else "none",
         }
         return cls(**read | changes)
 
@@ -582,7 +627,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         register_omegaconf_resolvers()
         config = apply_overrides(load_config(options.config), overrides)
         config = OmegaConf.to_container(config, resolve=True)
-        name = options.model or (config.get("policy") or {}).get("model_name")
+        step = Step.from_config(config, max_extra_bytes=options.max_extra_bytes)
+        name = options.model or read_settings(config, MemorySettings).policy.model_name
         if not name:
             raise ValueError("policy.model_name: missing; give --model PATH")
         if not options.model and not Path(name).exists():
@@ -591,7 +637,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "a config.json"
             )
         model = Model.from_config(name)
-        step = Step.from_config(config, max_extra_bytes=options.max_extra_bytes)
     except (OverridesError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -18,15 +18,14 @@ from typing import Any
 
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
+from nemo_rl_ref.config.sections import DPOSettings
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.loop import USED_KEYS
 from nemo_rl_ref.training.models import load_policy
 from nemo_rl_ref.training.reference import keep_reference_logprobs
 from nemo_rl_ref.training.samples import preference_samples
-from nemo_rl_ref.training.supervised import Task, fit
+from nemo_rl_ref.training.supervised import Task, fit, read_supervised_settings
 from nemo_rl_ref.training.user_code import checked_loss
 
-USED = (*USED_KEYS, "dpo", "data.val_data_paths")
 METRICS = (
     "loss", "sft_loss", "preference_loss", "accuracy", "rewards_chosen_mean",
     "rewards_rejected_mean", "num_valid_samples", "global_valid_seqs", "global_valid_toks",
@@ -45,15 +44,14 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
     Returns:
         What `nemo_rl_ref.training.supervised.fit` returns.
     """
-    section = config["dpo"]
+    settings = read_supervised_settings(config, DPOSettings)
     if loss:
-        loss_fn = checked_loss(loss, section, "dpo", pairs=True, strict=strict)
+        loss_fn = checked_loss(loss, settings.dpo.given(), "dpo", pairs=True, strict=strict)
     else:
-        loss_fn = DPOLossFn(DPOLossConfig(**section))
-    tokenizer = get_tokenizer(config["policy"]["tokenizer"])
-    training, validation = preference_samples(config, tokenizer, add_loss_mask=True)
+        loss_fn = DPOLossFn(DPOLossConfig(**settings.dpo.given()))
+    tokenizer = get_tokenizer(settings.policy.tokenizer.given())
+    training, validation = preference_samples(settings, tokenizer, add_loss_mask=True)
     task = Task(
-        "dpo",
         training,
         validation,
         load_policy,
@@ -61,14 +59,14 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
         validation_metrics=None if loss else {name: name for name in METRICS},
     )
     task.prepare = lambda accelerator, sets, folder: keep_reference_logprobs(
-        config["policy"], sets, load_policy, accelerator, folder
+        settings.policy, sets, load_policy, accelerator, folder
     )
-    return fit(task, config, tokenizer, **options)
+    return fit(task, settings, tokenizer, config, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return run(argv, __doc__.split("\n")[0], USED, train)
+    return run(argv, __doc__.split("\n")[0], train, DPOSettings)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from nemo_rl_ref.rl import settings
-from nemo_rl_ref.rl.settings import NOT_HERE_IN_RL, USED_KEYS
+from nemo_rl_ref.rl.settings import (
+    NOT_HERE_IN_RL,
+    GRPOSettings,
+    PPOSettings,
+    check_prompts,
+    read_rl_settings,
+)
 from nemo_rl_ref.rl.trainer import RLTrainer
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS
 from nemo_rl_ref.training.loop import Run
 from nemo_rl_ref.training.user_code import checked_loss, load_object
 
@@ -49,20 +53,21 @@ def train(
         CheckpointError: If the checkpoint cannot be used, or none can be written.
         NotFinite: If a loss or gradient is not finite. The message names step, samples and layer.
     """
-    settings.read_settings(config)
+    settings = read_rl_settings(config)
     loss_fn = None
     if loss:
-        loss_fn = checked_loss(loss, config["loss_fn"], "loss_fn", pairs=False, strict=strict)
+        section = settings.loss_fn.model_dump(exclude_unset=True)
+        loss_fn = checked_loss(loss, section, "loss_fn", pairs=False, strict=strict)
     environment = load_object(env, "--env") if env else None
     trainer = RLTrainer(config, environment=environment, loss_fn=loss_fn, load=False)
-    settings.check_prompts(trainer.cfg, trainer.train_prompts, trainer.val_prompts)
+    check_prompts(trainer.cfg, trainer.train_prompts, trainer.val_prompts)
     return Run(trainer, **options).train()["validation"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train with the configuration on the command line, and return the exit status."""
-    used = (*EVERY_TRAINERS_KEYS, *USED_KEYS)
-    return run(argv, __doc__.splitlines()[0], used, train, env=True, not_here=NOT_HERE_IN_RL)
+    kinds = (PPOSettings, GRPOSettings)
+    return run(argv, __doc__.splitlines()[0], train, *kinds, env=True, not_here=NOT_HERE_IN_RL)
 
 
 if __name__ == "__main__":

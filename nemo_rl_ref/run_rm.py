@@ -15,14 +15,13 @@ from typing import Any
 
 from nemo_rl_ref.algorithms.loss import PreferenceLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
+from nemo_rl_ref.config.sections import RMSettings
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.loop import USED_KEYS
 from nemo_rl_ref.training.models import load_reward_model
 from nemo_rl_ref.training.samples import preference_samples
-from nemo_rl_ref.training.supervised import Task, fit
+from nemo_rl_ref.training.supervised import Task, fit, read_supervised_settings
 from nemo_rl_ref.training.user_code import checked_loss
 
-USED = (*USED_KEYS, "rm", "data.val_data_paths", "policy.reward_model_cfg")
 METRICS = ("loss", "accuracy", "rewards_chosen_mean", "rewards_rejected_mean", "num_valid_samples")
 
 
@@ -37,34 +36,26 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
 
     Returns:
         What `nemo_rl_ref.training.supervised.fit` returns.
-
-    Raises:
-        ValueError: If ``policy.reward_model_cfg`` asks for another kind of reward model.
     """
-    kind = (config["policy"].get("reward_model_cfg") or {}).get("reward_model_type")
-    if kind != "bradley_terry":
-        raise ValueError(
-            f"policy.reward_model_cfg.reward_model_type: got {kind!r}, expected 'bradley_terry'"
-        )
+    settings = read_supervised_settings(config, RMSettings)
     loss_fn = PreferenceLossFn()
     if loss:
-        loss_fn = checked_loss(loss, config["rm"], "rm", pairs=True, strict=strict)
-    tokenizer = get_tokenizer(config["policy"]["tokenizer"])
-    training, validation = preference_samples(config, tokenizer, add_loss_mask=False)
+        loss_fn = checked_loss(loss, settings.rm.given(), "rm", pairs=True, strict=strict)
+    tokenizer = get_tokenizer(settings.policy.tokenizer.given())
+    training, validation = preference_samples(settings, tokenizer, add_loss_mask=False)
     task = Task(
-        "rm",
         training,
         validation,
         lambda name: load_reward_model(name, tokenizer.pad_token_id),
         loss_fn,
         validation_metrics=None if loss else {name: name for name in METRICS},
     )
-    return fit(task, config, tokenizer, **options)
+    return fit(task, settings, tokenizer, config, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return run(argv, __doc__.split("\n")[0], USED, train)
+    return run(argv, __doc__.split("\n")[0], train, RMSettings)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ from typing import Any
 
 from nemo_rl_ref.algorithms.loss import NLLLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
+from nemo_rl_ref.config.sections import SFTSettings
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.loop import USED_KEYS
 from nemo_rl_ref.training.models import load_policy
 from nemo_rl_ref.training.samples import supervised_samples
-from nemo_rl_ref.training.supervised import Task, fit
+from nemo_rl_ref.training.supervised import Task, fit, read_supervised_settings
 from nemo_rl_ref.training.user_code import checked_loss
-
-USED = (*USED_KEYS, "sft", "data.add_bos", "data.add_eos", "data.add_generation_prompt")
 
 
 def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = False, **options: Any):
@@ -38,25 +36,25 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
     Returns:
         What `nemo_rl_ref.training.supervised.fit` returns.
     """
-    section = config["sft"]
+    settings = read_supervised_settings(config, SFTSettings)
     loss_fn = NLLLossFn()
     if loss:
-        loss_fn = checked_loss(loss, section, "sft", pairs=False, strict=strict)
-    tokenizer = get_tokenizer(config["policy"]["tokenizer"])
-    training, validation = supervised_samples(config, tokenizer)
-    if not validation and section.get("val_period", 0) > 0:
+        loss_fn = checked_loss(loss, settings.sft.given(), "sft", pairs=False, strict=strict)
+    tokenizer = get_tokenizer(settings.policy.tokenizer.given())
+    training, validation = supervised_samples(settings, tokenizer)
+    if not validation and settings.sft.val_period > 0:
         raise ValueError(
-            f"sft.val_period: got {section['val_period']} without data.validation; set it to 0, or "
-            "data.train.split_validation_size above 0"
+            f"sft.val_period: got {settings.sft.val_period} without data.validation; set it to 0, "
+            "or data.train.split_validation_size above 0"
         )
     names = {"loss": "val_loss"}
-    task = Task("sft", training, validation, load_policy, loss_fn, names, pairs=False)
-    return fit(task, config, tokenizer, **options)
+    task = Task(training, validation, load_policy, loss_fn, names, pairs=False)
+    return fit(task, settings, tokenizer, config, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return run(argv, __doc__.split("\n")[0], USED, train)
+    return run(argv, __doc__.split("\n")[0], train, SFTSettings)
 
 
 if __name__ == "__main__":

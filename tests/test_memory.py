@@ -305,7 +305,7 @@ def test_a_step_from_a_configuration():
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        ({"precision": None}, "policy.precision: the configuration has no such key"),
+        ({"precision": None}, "policy.precision: got None, expected float32 or bfloat16"),
         ({"dtensor_cfg": {"tensor_parallel_size": 2}}, "tensor_parallel_size: got 2, only 1"),
         ({"megatron_cfg": {"enabled": True}}, "megatron_cfg.enabled: got true, only DTensor"),
     ],

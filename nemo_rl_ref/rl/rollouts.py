@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from nemo_rl_ref.algorithms.logits_sampling_utils import TrainingSamplingParams
+from nemo_rl_ref.config.sections import DataConfig, DatasetConfig, SampledPolicyConfig
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
 from nemo_rl_ref.data.processors import math_hf_data_processor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
@@ -41,13 +42,12 @@ class Prompt:
 
 
 def load_prompts(
-    data: Mapping[str, Any], tokenizer: Any, environment: Environment | None = None
+    data: DataConfig, tokenizer: Any, environment: Environment | None = None
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Load the training and validation prompts of a configuration.
 
     Args:
-        data: The section ``data``: ``train`` and ``validation``, each an entry or a list of them;
-            ``default``, for what an entry leaves out; ``max_input_seq_length``, in tokens.
+        data: The section ``data``.
         tokenizer: A Hugging Face tokenizer with a chat template.
         environment: Scores all responses; if not given, that of each entry's ``env_name``.
 
@@ -61,7 +61,7 @@ def load_prompts(
     prompts: dict[str, list[Prompt]] = {"train": [], "validation": []}
     for part, entry, dataset in load_datasets(data, load_response_dataset):
         scorer = environment or _environment(entry, part)
-        processor = entry.get("processor") or "math_hf_data_processor"
+        processor = entry.processor or "math_hf_data_processor"
         if processor != "math_hf_data_processor":
             raise ValueError(
                 f"data.{part}.processor: got {processor!r}, expected math_hf_data_processor"
@@ -70,11 +70,9 @@ def load_prompts(
         for where, records in ((part, dataset.dataset), ("validation", held_out or [])):
             for index, record in enumerate(records):
                 datum = math_hf_data_processor(
-                    record, dataset.task_spec, tokenizer, data["max_input_seq_length"], index
+                    record, dataset.task_spec, tokenizer, data.longest, index
                 )
                 prompts[where].append(_prompt(datum, scorer))
-    if not prompts["train"]:
-        raise ValueError("data.train: not set, expected a dataset")
     return prompts["train"], prompts["validation"]
 
 
@@ -89,8 +87,8 @@ def _prompt(datum: Mapping[str, Any], environment: Environment) -> Prompt:
     )
 
 
-def _environment(entry: Mapping[str, Any], part: str) -> Environment:
-    name = entry.get("env_name")
+def _environment(entry: DatasetConfig, part: str) -> Environment:
+    name = entry.env_name
     if name not in ENVIRONMENTS:
         near = difflib.get_close_matches(str(name), ENVIRONMENTS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -105,7 +103,7 @@ def roll_out(
     model: Any,
     tokenizer: Any,
     prompts: list[Prompt],
-    policy: Mapping[str, Any],
+    policy: SampledPolicyConfig,
     sampling: TrainingSamplingParams,
     *,
     copies: int,
@@ -118,8 +116,7 @@ def roll_out(
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer.
         prompts: The prompts of all processes.
-        policy: The section ``policy``: ``generation``, ``generation_batch_size`` (rows sampled at
-            once) and ``max_total_sequence_length``.
+        policy: The section ``policy``.
         sampling: Temperature, top-k and top-p.
         copies: Responses to each prompt.
         seed: Of the random numbers, which belong to the responses, whatever process samples them.
@@ -132,10 +129,10 @@ def roll_out(
         ``input_ids`` (B, S), ``token_mask`` int64 (B, S), 1 on the response's tokens,
         ``response_token_lengths`` (B,), ``content`` (texts). And NeMo RL's rollout metrics.
     """
-    generation, longest = policy["generation"], policy["max_total_sequence_length"]
+    generation, longest = policy.generation, policy.max_total_sequence_length
     uniforms = torch.rand(
         len(prompts) * copies,
-        min(generation["max_new_tokens"], longest),
+        min(generation.max_new_tokens, longest),
         dtype=torch.float64,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -155,9 +152,9 @@ def roll_out(
             sampling,
             uniforms[low * copies : high * copies].to(accelerator.device),
             max_total_sequence_length=longest,
-            stop_token_ids=generation.get("stop_token_ids"),
-            stop_strings=generation.get("stop_strings"),
-            batch_size=policy.get("generation_batch_size"),
+            stop_token_ids=generation.stop_token_ids,
+            stop_strings=generation.stop_strings,
+            batch_size=policy.generation_batch_size,
         )
         parts.append(_scored(out.to("cpu"), rows, lengths, tokenizer))
     if ranks > 1:

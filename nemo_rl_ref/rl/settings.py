@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What GRPO and PPO read of a configuration, checked before anything is loaded."""
+"""The settings of GRPO and PPO, read and checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,26 +7,67 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
+
 from nemo_rl_ref.algorithms import advantage_estimator as estimators
 from nemo_rl_ref.algorithms.grpo import GRPOConfig
 from nemo_rl_ref.algorithms.logits_sampling_utils import TrainingSamplingParams
-from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, MseValueLossConfig
 from nemo_rl_ref.algorithms.ppo import PPOConfig
 from nemo_rl_ref.config.lists import NOT_HERE
+from nemo_rl_ref.config.sections import (
+    GenerationConfig,
+    OnPolicyDistillationConfig,
+    RunSettings,
+    SampledPolicyConfig,
+    ValueConfig,
+)
+from nemo_rl_ref.config.settings import Section, read_settings
+from nemo_rl_ref.training.optimizers import check_optimizer
 
-#: Keys that :mod:`nemo_rl_ref.rl.trainer` reads besides those of every trainer.
-USED_KEYS = (
-    *(f"grpo.{name}" for name in GRPOConfig.model_fields),
-    *(f"ppo.{name}" for name in PPOConfig.model_fields),
-    "loss_fn", "value_loss_fn", "policy.logprob_batch_size", "policy.generation_batch_size",
-    "policy.max_total_sequence_length", "policy.generation.max_new_tokens",
-    "policy.generation.temperature", "policy.generation.top_p", "policy.generation.top_k",
-    "policy.generation.val_temperature", "policy.generation.val_top_p",
-    "policy.generation.val_top_k", "policy.generation.stop_token_ids",
-    "policy.generation.stop_strings", "value.model_name", "value.train_global_batch_size",
-    "value.train_micro_batch_size", "value.max_grad_norm", "value.optimizer", "value.scheduler",
-    "on_policy_distillation.enabled", "on_policy_distillation.teacher_model_by_agent_name",
-)  # fmt: skip
+
+class GRPOSettings(RunSettings):
+    """The settings of GRPO."""
+
+    algorithm = "grpo"
+
+    policy: SampledPolicyConfig
+    loss_fn: ClippedPGLossConfig
+    on_policy_distillation: OnPolicyDistillationConfig | None = None
+    grpo: GRPOConfig
+
+
+class ValueEstimatorConfig(Section):
+    """``ppo.adv_estimator``, which is a dict in `PPOConfig`; what is not given stays out of it."""
+
+    name: str
+    gae_lambda: float = 0.95
+    gae_gamma: float = 1.0
+    normalize_advantages: bool = True
+    gae_lambda_value: float | None = None
+    gae_lambda_policy: float | None = None
+    length_adaptive_alpha: float = 0.0
+
+
+class TypedPPOConfig(PPOConfig):
+    """``ppo``."""
+
+    adv_estimator: ValueEstimatorConfig = Field(
+        default_factory=lambda: ValueEstimatorConfig(**PPOConfig().adv_estimator)
+    )
+
+
+class PPOSettings(RunSettings):
+    """The settings of PPO."""
+
+    algorithm = "ppo"
+
+    policy: SampledPolicyConfig
+    loss_fn: ClippedPGLossConfig
+    value: ValueConfig
+    value_loss_fn: MseValueLossConfig
+    ppo: TypedPPOConfig
+
 
 #: As for every trainer, but with on-policy distillation from one teacher.
 NOT_HERE_IN_RL = {
@@ -47,90 +88,138 @@ ESTIMATORS = {
 }
 
 
-def section_name(config: Mapping[str, Any]) -> str:
-    """``ppo`` if the configuration has such a section, else ``grpo``.
-
-    Raises:
-        ValueError: If it has neither.
-    """
-    for name in ("ppo", "grpo"):
-        if name in config:
-            return name
-    raise ValueError("the configuration has neither a section grpo nor a section ppo")
+#: The least that numbers of ``grpo`` and ``ppo`` may be; NeMo RL's classes have no bounds.
+_LEAST = {
+    "num_prompts_per_step": 1, "num_generations_per_prompt": 1, "max_num_epochs": 1,
+    "max_num_steps": 1, "val_period": -1, "val_start_at": -1, "val_batch_size": 1,
+    "max_val_samples": 1, "val_num_generations_per_prompt": 1, "seed": 0,
+    "dynamic_sampling_max_gen_batches": 1, "ppo_epochs": 1, "policy_training_start_step": 0,
+}  # fmt: skip
 
 
-def read_settings(config: Mapping[str, Any], ranks: int = 1) -> GRPOConfig | PPOConfig:
-    """Read the section ``grpo`` or ``ppo``, and check it together with the others.
+def read_rl_settings(config: Mapping[str, Any]) -> GRPOSettings | PPOSettings:
+    """Read a configuration: PPO's if it has a section ``ppo``, else GRPO's.
 
     Args:
         config: The whole configuration, a plain dict.
-        ranks: Number of processes.
 
     Returns:
-        The section, with NeMo RL's defaults for what is not set.
+        The settings, with NeMo RL's defaults for what is not set.
 
     Raises:
-        ValueError: If settings contradict each other or are not implemented. The message names
-            the key.
+        ValueError: If a setting cannot be used, or settings contradict each other. The message
+            names the key.
     """
-    name = section_name(config)
-    cfg = (PPOConfig if name == "ppo" else GRPOConfig)(**config[name])
-    loss = ClippedPGLossConfig(**config["loss_fn"])
-    rows = cfg.num_prompts_per_step * cfg.num_generations_per_prompt
-    batch = config["policy"]["train_global_batch_size"]
-    multiplier, validates = cfg.batch_multiplier, uses_validation(cfg)
-    is_async = getattr(getattr(cfg, f"async_{name}"), "enabled", False)  # None counts as off
-    stops = getattr(cfg, "stop_at_validation_metric", None) is not None
-    kl = loss.reference_policy_kl_penalty
-    on_policy = not loss.force_on_policy_ratio or updates_per_step(config, cfg) == 1
-    skips = cfg.skip_reference_policy_logprobs_calculation
-    checks = [
-        (rows > 0 and rows % batch == 0, "policy.train_global_batch_size", batch,
-         f"a divisor of num_prompts_per_step * num_generations_per_prompt, which is {rows}"),
-        (batch % ranks == 0, "policy.train_global_batch_size", batch,
-         f"a multiple of the {ranks} processes"),
-        (cfg.max_rollout_turns == 1, f"{name}.max_rollout_turns", cfg.max_rollout_turns,
-         "1: a response ends the episode"),
-        (not is_async, f"{name}.async_{name}.enabled", True,
-         "false: rollouts and training take turns here"),
-        (name == "grpo" or not cfg.use_dynamic_sampling, "ppo.use_dynamic_sampling", True,
-         "false: NeMo RL's PPO does not read it"),
-        (cfg.use_dynamic_sampling or multiplier == 1, f"{name}.batch_multiplier", multiplier,
-         "1 without use_dynamic_sampling"),
-        (not validates or cfg.max_val_samples >= cfg.val_batch_size, f"{name}.max_val_samples",
-         cfg.max_val_samples, f"at least val_batch_size, which is {cfg.val_batch_size}"),
-        (not stops or cfg.stop_at_validation_threshold is not None,
-         f"{name}.stop_at_validation_threshold", None, "a number: a metric to stop at is set"),
-        (on_policy, "loss_fn.force_on_policy_ratio", True,
-         f"false: a step makes {updates_per_step(config, cfg)} updates"),
-        (not (skips and kl), f"{name}.skip_reference_policy_logprobs_calculation", True,
-         f"false with loss_fn.reference_policy_kl_penalty {kl}"),
-        *((getattr(cfg, key, None) is None, f"{name}.{key}", getattr(cfg, key, None),
-           "null: NeMo Gym is not here")
-          for key in ("invalid_tool_call_advantage", "malformed_thinking_advantage")),
-    ]  # fmt: skip
-    for fine, key, got, expected in checks:
-        if not fine:
-            raise ValueError(f"{key}: got {got!r}, expected {expected}")
-    if name == "grpo" and loss.positive_example_nll_weight:
+    if not {"grpo", "ppo"} & config.keys():
+        raise ValueError("the configuration has neither a section grpo nor a section ppo")
+    settings = read_settings(config, PPOSettings, GRPOSettings)
+    _check_section(settings)
+    _check_together(settings)
+    check_optimizer(settings.policy, "policy")
+    if isinstance(settings, PPOSettings):
+        check_optimizer(settings.value, "value")
+    elif settings.loss_fn.positive_example_nll_weight:
         warnings.warn(
             "loss_fn.positive_example_nll_weight: without effect in GRPO, as in NeMo RL, which "
             "hands no rewards to the loss there",
             stacklevel=2,
         )
-    return cfg
+    return settings
 
 
-def updates_per_step(config: Mapping[str, Any], cfg: GRPOConfig | PPOConfig) -> int:
-    """Optimizer steps of the policy for one batch of rollouts."""
+def _check_section(settings: GRPOSettings | PPOSettings) -> None:
+    """Check the section ``grpo`` or ``ppo`` by itself."""
+    name, cfg = settings.algorithm, settings.section
+    for key, least in _LEAST.items():
+        value = getattr(cfg, key, None)
+        if value is not None and value < least:
+            raise ValueError(f"{name}.{key}: got {value}, expected an integer from {least} on")
+    multiplier, validates = cfg.batch_multiplier, uses_validation(cfg)
+    is_async = getattr(getattr(cfg, f"async_{name}"), "enabled", False)  # None counts as off
+    stops = getattr(cfg, "stop_at_validation_metric", None) is not None
+    checks = [
+        (multiplier > 0, "batch_multiplier", multiplier, "a number above 0"),
+        (cfg.max_rollout_turns == 1, "max_rollout_turns", cfg.max_rollout_turns,
+         "1: a response ends the episode"),
+        (not is_async, f"async_{name}.enabled", True,
+         "false: rollouts and training take turns here"),
+        (name == "grpo" or not cfg.use_dynamic_sampling, "use_dynamic_sampling", True,
+         "false: NeMo RL's PPO does not read it"),
+        (cfg.use_dynamic_sampling or multiplier == 1, "batch_multiplier", multiplier,
+         "1 without use_dynamic_sampling"),
+        *((not validates or getattr(cfg, key) is not None, key, None, "an integer: it validates")
+          for key in ("val_batch_size", "max_val_samples")),
+        (not validates or (cfg.max_val_samples or 0) >= (cfg.val_batch_size or 0),
+         "max_val_samples", cfg.max_val_samples,
+         f"at least val_batch_size, which is {cfg.val_batch_size}"),
+        (not stops or cfg.stop_at_validation_threshold is not None,
+         "stop_at_validation_threshold", None, "a number: a metric to stop at is set"),
+        *((getattr(cfg, key, None) is None, key, getattr(cfg, key, None),
+           "null: NeMo Gym is not here")
+          for key in ("invalid_tool_call_advantage", "malformed_thinking_advantage")),
+    ]  # fmt: skip
+    for fine, key, got, expected in checks:
+        if not fine:
+            raise ValueError(f"{name}.{key}: got {got!r}, expected {expected}")
+
+
+def _check_together(settings: GRPOSettings | PPOSettings) -> None:
+    """Check that ``grpo`` or ``ppo``, ``policy`` and ``loss_fn`` fit each other."""
+    name, cfg, loss = settings.algorithm, settings.section, settings.loss_fn
     rows = cfg.num_prompts_per_step * cfg.num_generations_per_prompt
-    batches = rows // config["policy"]["train_global_batch_size"]
+    batch, updates = settings.policy.train_global_batch_size, updates_per_step(settings)
+    kl = loss.reference_policy_kl_penalty
+    checks = [
+        (rows % batch == 0, "policy.train_global_batch_size", batch,
+         f"a divisor of num_prompts_per_step * num_generations_per_prompt, which is {rows}"),
+        (not loss.force_on_policy_ratio or updates == 1, "loss_fn.force_on_policy_ratio", True,
+         f"false: a step makes {updates} updates"),
+        (not (cfg.skip_reference_policy_logprobs_calculation and kl),
+         f"{name}.skip_reference_policy_logprobs_calculation", True,
+         f"false with loss_fn.reference_policy_kl_penalty {kl}"),
+    ]  # fmt: skip
+    for fine, key, got, expected in checks:
+        if not fine:
+            raise ValueError(f"{key}: got {got!r}, expected {expected}")
+
+
+def updates_per_step(settings: GRPOSettings | PPOSettings) -> int:
+    """Optimizer steps of the policy for one batch of rollouts."""
+    cfg = settings.section
+    rows = cfg.num_prompts_per_step * cfg.num_generations_per_prompt
+    batches = rows // settings.policy.train_global_batch_size
     return batches * getattr(cfg, "ppo_epochs", 1)
 
 
 def uses_validation(cfg: GRPOConfig | PPOConfig) -> bool:
     """Whether a run validates at any time."""
     return bool(cfg.val_period > 0 or cfg.val_at_start or cfg.val_at_end)
+
+
+def make_loss(kind: Any, section: Any, key: str) -> Any:
+    """Make a loss of its section.
+
+    Raises:
+        ValueError: If it refuses the section. The message names the key.
+    """
+    try:
+        return kind(section)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from error
+
+
+def check_processes(settings: GRPOSettings | PPOSettings, ranks: int) -> None:
+    """Check that the processes can share a batch.
+
+    Raises:
+        ValueError: If they cannot. The message names the key.
+    """
+    batch = settings.policy.train_global_batch_size
+    if batch % ranks:
+        raise ValueError(
+            f"policy.train_global_batch_size: got {batch}, expected a multiple of the {ranks} "
+            "processes"
+        )
 
 
 def check_prompts(
@@ -153,46 +242,49 @@ def check_prompts(
         )
 
 
-def make_estimator(config: Mapping[str, Any], cfg: GRPOConfig | PPOConfig) -> Any:
-    """The advantage estimator that ``adv_estimator.name`` asks for.
+def make_estimator(settings: GRPOSettings | PPOSettings) -> Any:
+    """Make the advantage estimator that ``adv_estimator.name`` asks for.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none of that name, or it needs another setting.
     """
-    section, settings = section_name(config), cfg.adv_estimator
-    name = settings["name"] if section == "ppo" else settings.name
+    section, chosen = settings.algorithm, settings.section.adv_estimator
+    name = chosen.name
     if name not in ESTIMATORS[section]:
         raise ValueError(
             f"{section}.adv_estimator.name: got {name!r}, expected "
             f"{' or '.join(ESTIMATORS[section])}"
         )
-    return ESTIMATORS[section][name](settings, ClippedPGLossConfig(**config["loss_fn"]))
+    # NeMo RL's PPO has these settings as a dict.
+    given = chosen.given() if isinstance(settings, PPOSettings) else chosen
+    try:
+        return ESTIMATORS[section][name](given, settings.loss_fn)
+    except KeyError as error:
+        raise ValueError(f"{section}.adv_estimator: {error.args[0]}") from error
 
 
-def sampling_params(generation: Mapping[str, Any], prefix: str = "") -> TrainingSamplingParams:
-    """How responses are sampled; with the prefix ``val_``, in validation.
+def sampling_params(
+    generation: GenerationConfig,
+) -> tuple[TrainingSamplingParams, TrainingSamplingParams]:
+    """How responses are sampled in training and in validation.
 
     NeMo RL's validation uses the ``val_`` settings only with NeMo Gym; here it always does.
     """
-
-    def value(key: str, default: Any) -> Any:
-        found = generation.get(prefix + key, generation.get(key))
-        return default if found is None else found
-
-    return TrainingSamplingParams(
-        top_k=value("top_k", None), top_p=value("top_p", 1.0), temperature=value("temperature", 1.0)
+    g = generation
+    return (
+        TrainingSamplingParams(top_k=g.top_k, top_p=g.top_p, temperature=g.temperature),
+        TrainingSamplingParams(top_k=g.val_top_k, top_p=g.val_top_p, temperature=g.val_temperature),
     )
 
 
-def teacher_name(config: Mapping[str, Any]) -> str:
+def teacher_name(distillation: OnPolicyDistillationConfig | None) -> str:
     """The teacher of on-policy distillation.
 
     Raises:
         ValueError: If distillation is off or has other than one teacher.
     """
-    section = config.get("on_policy_distillation") or {}
-    names = set((section.get("teacher_model_by_agent_name") or {}).values())
-    if not section.get("enabled") or len(names) != 1:
+    names = set(distillation.teacher_model_by_agent_name.values()) if distillation else set()
+    if not (distillation and distillation.enabled) or len(names) != 1:
         raise ValueError(
             "on_policy_distillation: grpo.adv_estimator.name 'opd' needs enabled: true and the "
             f"same teacher for all of teacher_model_by_agent_name, got {sorted(names)}"

@@ -34,12 +34,7 @@ from nemo_rl_ref.algorithms.logits_sampling_utils import (
     TrainingSamplingParams,
     need_top_k_or_top_p_filtering,
 )
-from nemo_rl_ref.algorithms.loss import (
-    ClippedPGLossConfig,
-    ClippedPGLossFn,
-    MseValueLossConfig,
-    MseValueLossFn,
-)
+from nemo_rl_ref.algorithms.loss import ClippedPGLossFn, MseValueLossFn
 from nemo_rl_ref.algorithms.reward_functions import apply_reward_shaping
 from nemo_rl_ref.algorithms.utils import (
     calculate_baseline_and_std_per_prompt,
@@ -47,11 +42,22 @@ from nemo_rl_ref.algorithms.utils import (
     mask_out_neg_inf_logprobs,
     set_seed,
 )
+from nemo_rl_ref.config.sections import TrainedConfig
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.rl import settings as settings
 from nemo_rl_ref.rl.generate import left_pad, response_logprobs
 from nemo_rl_ref.rl.rewards import Environment
 from nemo_rl_ref.rl.rollouts import Prompt, batch_metrics, load_prompts, roll_out
+from nemo_rl_ref.rl.settings import (
+    GRPOSettings,
+    PPOSettings,
+    check_processes,
+    make_estimator,
+    make_loss,
+    read_rl_settings,
+    sampling_params,
+    teacher_name,
+    updates_per_step,
+)
 from nemo_rl_ref.training.checkpoints import Trained, load_checkpoint
 from nemo_rl_ref.training.loop import make_trained
 from nemo_rl_ref.training.models import load_policy, load_value_model, token_values
@@ -90,33 +96,40 @@ class RLTrainer:
         loss_fn: Any = None,
         load: bool = True,
     ):
-        policy = self.policy_config = config["policy"]
-        self.config, self.name = config, settings.section_name(config)
-        self.accelerator, self.timer = make_accelerator(policy["precision"]), Timer()
-        self.cfg = cfg = settings.read_settings(config, self.accelerator.num_processes)
-        self.section, self.is_ppo = cfg.model_dump(), self.name == "ppo"
-        self.updates = settings.updates_per_step(config, cfg)
-        self.loss_config = ClippedPGLossConfig(**config["loss_fn"])
-        self.loss_fn = loss_fn or ClippedPGLossFn(self.loss_config)
-        self.estimator = settings.make_estimator(config, cfg)
-        self.tokenizer = get_tokenizer(policy["tokenizer"])
+        self.settings = settings = read_rl_settings(config)
+        policy = self.policy_config = settings.policy
+        self.config, self.cfg = config, settings.section
+        self.accelerator, self.timer = make_accelerator(policy.precision), Timer()
+        check_processes(settings, self.accelerator.num_processes)
+        cfg, self.is_ppo = self.cfg, isinstance(settings, PPOSettings)
+        self.updates, self.loss_config = updates_per_step(settings), settings.loss_fn
+        self.loss_fn = loss_fn or make_loss(ClippedPGLossFn, self.loss_config, "loss_fn")
+        self.estimator = make_estimator(settings)
+        self.value_config: Any = None
+        self.value_loss_fn: Any = None
+        self.teacher_name = None
+        if isinstance(settings, GRPOSettings):
+            if isinstance(self.estimator, estimators.OPDAdvantageEstimator):
+                self.teacher_name = teacher_name(settings.on_policy_distillation)
+        elif isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
+            self.value_config = settings.value
+            self.value_loss_fn = make_loss(MseValueLossFn, settings.value_loss_fn, "value_loss_fn")
+        self.tokenizer = get_tokenizer(policy.tokenizer.given())
         self.train_prompts, self.val_prompts = load_prompts(
-            config["data"], self.tokenizer, environment
+            settings.data, self.tokenizer, environment
         )
         self.digest = digest((prompt.text, prompt.truth) for prompt in self.train_prompts)
-        self.sampling = settings.sampling_params(policy["generation"])
-        self.val_sampling = settings.sampling_params(policy["generation"], "val_")
+        self.sampling, self.val_sampling = sampling_params(policy.generation)
         self.filters = need_top_k_or_top_p_filtering(self.sampling)
         self.samples, self.samples_per_step = len(self.train_prompts), cfg.num_prompts_per_step
         batch_size = int(cfg.num_prompts_per_step * cfg.batch_multiplier)
-        data = config["data"]
         self.batches = Batches(
             self.samples,
             batch_size,
             cfg.seed,
             cfg.max_num_epochs,
-            shuffle=data.get("shuffle", True),
-            num_workers=data.get("num_workers", 1),
+            shuffle=settings.data.shuffle,
+            num_workers=settings.data.num_workers,
         )
         self.steps, self.updates_made = min(len(self.batches), cfg.max_num_steps), 0
         several = getattr(cfg, "val_num_generations_per_prompt", 1) > 1
@@ -126,24 +139,21 @@ class RLTrainer:
 
     def load(self, checkpoint: str | None = None) -> None:
         """Load the models, as they are in a checkpoint if one is given."""
-        config, policy = self.config, self.policy_config
+        policy = self.policy_config
         set_seed(self.cfg.seed)
         weights, _ = CheckpointManager.get_resume_paths(checkpoint)
-        model = load_policy(weights or policy["model_name"])
+        model = load_policy(weights or policy.model_name)
         self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
-        self.whole = self._frozen(weights or policy["model_name"], is_sharded(self.accelerator))
+        self.whole = self._frozen(weights or policy.model_name, is_sharded(self.accelerator))
         self.policy = make_trained(self.accelerator, model, policy)
         self.models = {"policy": self.policy}
-        self.teacher = self.value_loss_fn = None
         kl = self.loss_config.reference_policy_kl_penalty
-        self.reference = self._frozen(policy["model_name"], kl)
-        if isinstance(self.estimator, estimators.OPDAdvantageEstimator):
-            self.teacher = self._frozen(settings.teacher_name(config))
-        if isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
+        self.reference = self._frozen(policy.model_name, kl)
+        self.teacher = self._frozen(self.teacher_name, self.teacher_name)
+        if self.value_config is not None:
             weights, _ = CheckpointManager.get_resume_paths(checkpoint, model_component="value")
-            model = load_value_model(weights or config["value"]["model_name"])
-            self.models["value"] = make_trained(self.accelerator, model, config["value"], "value")
-            self.value_loss_fn = MseValueLossFn(MseValueLossConfig(**config["value_loss_fn"]))
+            model = load_value_model(weights or self.value_config.model_name)
+            self.models["value"] = make_trained(self.accelerator, model, self.value_config, "value")
         if checkpoint:
             load_checkpoint(checkpoint, accelerator=self.accelerator, models=self.models)
 
@@ -410,14 +420,14 @@ class RLTrainer:
         return pad(response_logprobs(model, data, self.sampling, filtered=False), (1, 0))
 
     def _by_share(self, function: Callable[..., Tensor], model: Any, data: Batch) -> Tensor:
-        size = self.policy_config.get("logprob_batch_size")
+        size = self.policy_config.logprob_batch_size
         model.eval()
         found = by_share(lambda part: function(model, part), data, self.accelerator, size)
         model.train()
         return found
 
     def _update(
-        self, trained: Trained, section: Mapping[str, Any], data: Batch, loss: Callable[..., Any]
+        self, trained: Trained, section: TrainedConfig, data: Batch, loss: Callable[..., Any]
     ) -> dict[str, float]:
         """One optimizer step for every ``train_global_batch_size`` rows, then the scheduler's.
 
@@ -429,7 +439,7 @@ class RLTrainer:
             NotFinite: If a loss or gradient is not finite. That update is not made.
         """
         metrics: dict[str, list[float]] = {}
-        size = section["train_global_batch_size"]
+        size = section.train_global_batch_size
         for low in range(0, data.size, size):
             try:
                 found = update(
@@ -438,8 +448,8 @@ class RLTrainer:
                     None,
                     data.slice(low, low + size),
                     self.accelerator,
-                    micro_rows=section["train_micro_batch_size"],
-                    max_grad_norm=section.get("max_grad_norm") or None,
+                    micro_rows=section.train_micro_batch_size,
+                    max_grad_norm=section.max_grad_norm,
                     loss=loss,
                     place=lambda row: f"response {low + row}",  # noqa: B023, called at once
                 )
@@ -496,11 +506,11 @@ class RLTrainer:
                 global_valid_toks=toks,
             )
 
-        section = self.config["value"]
+        section = self.value_config
         found = self._update(self.models["value"], section, data, loss)
         names = ("returns_mean", "values_mean", "returns_sq_mean", "residual_sq_mean")
         returns, values, returns_sq, residual_sq = (
-            found[name] * section["train_global_batch_size"] / data.size for name in names
+            found[name] * section.train_global_batch_size / data.size for name in names
         )
         residual = residual_sq - (returns - values) ** 2
         found["explained_var"] = 1.0 - residual / max(returns_sq - returns**2, 1e-8)

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from nemo_rl_ref.config.sections import RunSettings
+from nemo_rl_ref.config.settings import read_settings
 from nemo_rl_ref.files.sealed import CheckpointError, broken
 from nemo_rl_ref.training.processes import from_main, is_deepspeed, is_sharded
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
@@ -173,23 +175,34 @@ def load_checkpoint(
 
 
 def check_same_config(
-    checkpoint_path: PathLike, config: Mapping[str, Any], *, may_change: tuple[str, ...]
+    checkpoint_path: PathLike, settings: RunSettings, *, may_change: tuple[str, ...]
 ) -> None:
-    """Compare the configuration in a checkpoint with that of this run.
+    """Compare the configuration in a checkpoint with that of this run, as both are read.
 
     Args:
         checkpoint_path: The checkpoint.
-        config: This run's configuration, a plain dict.
+        settings: This run's settings; what the configuration does not have is not compared.
         may_change: Keys, with dots, that may differ, and everything below them.
 
     Raises:
-        CheckpointError: If other keys differ. The message lists them.
+        CheckpointError: If other keys differ, or the checkpoint's configuration cannot be read.
+            The message lists them.
     """
     import yaml
 
+    def given(read: RunSettings) -> dict[str, Any]:
+        return flatten_dict(read.model_dump(mode="json", exclude_unset=True))
+
     path = Path(checkpoint_path) / "config.yaml"
-    saved = flatten_dict(yaml.safe_load(path.read_text()), expand_lists=False)
-    ours = flatten_dict(yaml.safe_load(yaml.safe_dump(dict(config))), expand_lists=False)
+    try:
+        saved = given(read_settings(yaml.safe_load(path.read_text()), type(settings)))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: not a configuration that this version reads: {error}\nSet "
+            "checkpointing.checkpoint_dir to a new folder for a new run, or, to go on, pass "
+            "--allow-config-changes"
+        ) from error
+    ours = given(settings)
     different = [
         f"{key}: {saved.get(key, 'not there')!r} in the checkpoint, {ours.get(key, 'not there')!r}"
         for key in sorted(saved.keys() | ours.keys())

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nemo_rl_ref.config.lists import NOT_HERE
+from nemo_rl_ref.config.sections import RunSettings
+from nemo_rl_ref.config.settings import read_settings, used_keys
 from nemo_rl_ref.training.processes import from_main, process_state
 
 
 def run(
     argv: Sequence[str] | None,
     description: str,
-    used: Iterable[str],
     train: Callable[..., Any],
-    *,
+    *kinds: type[RunSettings],
     env: bool = False,
     not_here: Mapping[str, str] = NOT_HERE,
 ) -> int:
@@ -26,10 +27,9 @@ def run(
     Args:
         argv: The arguments; None for those of the process.
         description: What the program does.
-        used: Patterns of the keys that ``train`` reads, see
-            `nemo_rl_ref.config.keys.check_keys`.
         train: Called with the configuration, a plain dict, and the options ``loss``, ``strict`` and
             ``allow_config_changes``, and ``env`` if there is such an option.
+        *kinds: The settings it may have, see `nemo_rl_ref.config.settings.read_settings`.
         env: Whether there is an option ``--env``, for a reward of one's own.
         not_here: Switches that must be off, see `nemo_rl_ref.config.keys.check_keys`.
 
@@ -61,11 +61,14 @@ def run(
     if misspelt := [text for text in overrides if text.startswith("--")]:
         parser.error(f"{misspelt[0]}: no such option")
     try:
-        config, report = read_config(options.config, overrides, used, not_here=not_here)
+        config, report = read_config(
+            options.config, overrides, used_keys(*kinds), not_here=not_here
+        )
+        log_dir = read_settings(config, *kinds).logger.log_dir
         if process_state().is_main_process:
             print(report)
-            config["logger"]["log_dir"] = get_next_experiment_dir(config["logger"]["log_dir"])
-        config["logger"]["log_dir"] = from_main(config["logger"]["log_dir"])
+            log_dir = get_next_experiment_dir(log_dir)
+        config["logger"]["log_dir"] = from_main(log_dir)
         train(
             config,
             loss=options.loss,

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nemo_rl_ref.config.sections import RunSettings, TrainedConfig
 from nemo_rl_ref.files.sealed import check_checkpoint, clear_leftovers
 from nemo_rl_ref.training.checkpoints import (
     Trained,
@@ -48,21 +49,6 @@ _SECTION_MAY_CHANGE = (
     "val_micro_batch_size", "val_at_start", "val_at_end",
 )  # fmt: skip
 
-#: The keys of a configuration that every run reads; what is below them is read too.
-USED_KEYS = (
-    "checkpointing.enabled", "checkpointing.checkpoint_dir", "checkpointing.metric_name",
-    "checkpointing.higher_is_better", "checkpointing.keep_top_k", "checkpointing.save_period",
-    "checkpointing.ft_save_period", "checkpointing.ft_keep_latest_k",
-    "checkpointing.checkpoint_must_save_by", "checkpointing.save_optimizer",
-    "data.shuffle", "data.num_workers", "data.train", "data.validation", "data.default",
-    "data.max_input_seq_length", "logger.log_dir", "logger.tensorboard_enabled",
-    "policy.model_name", "policy.tokenizer.name", "policy.tokenizer.chat_template",
-    "policy.tokenizer.chat_template_kwargs", "policy.train_global_batch_size",
-    "policy.train_micro_batch_size", "policy.precision", "policy.max_grad_norm",
-    "policy.optimizer", "policy.scheduler", "policy.make_sequence_length_divisible_by",
-    "policy.max_total_sequence_length", "logger.tensorboard",
-)  # fmt: skip
-
 #: Called by the main process after a step and what follows it: the number of steps done and the
 #: metrics, under the names of ``checkpointing.metric_name``: ``train:…`` and ``val:…``. What it
 #: raises ends the run.
@@ -80,9 +66,8 @@ class Trainer(Protocol):
     """What `Run` asks of a trainer. Making one checks the settings and loads the data.
 
     Attributes:
-        name: The section of the configuration that it trains by.
-        section: That section, with its defaults.
-        config: The whole configuration, a plain dict.
+        settings: The settings of the run.
+        config: The configuration that they were read from, to keep with logs and checkpoints.
         accelerator: The run's ``accelerate.Accelerator``.
         tokenizer: Saved with the checkpoints.
         digest: A sum over the training data.
@@ -96,9 +81,8 @@ class Trainer(Protocol):
         timer: Where a step's time goes.
     """
 
-    name: str
-    section: Mapping[str, Any]
-    config: dict[str, Any]
+    settings: RunSettings
+    config: Mapping[str, Any]
     accelerator: Any
     tokenizer: Any
     digest: str
@@ -131,23 +115,23 @@ class Trainer(Protocol):
 
 
 def make_trained(
-    accelerator: Any, model: Any, section: Mapping[str, Any], key: str = "policy"
+    accelerator: Any, model: Any, section: TrainedConfig, key: str = "policy"
 ) -> Trained:
     """Give a model the optimizer and the scheduler of its section, ready to train.
 
     Args:
         accelerator: The run's ``accelerate.Accelerator``.
         model: The model.
-        section: ``optimizer`` and ``scheduler``.
+        section: The section that the model is trained by.
         key: The section's name, for messages.
     """
-    optimizer = make_optimizer(section["optimizer"], model.parameters(), f"{key}.optimizer")
+    optimizer = make_optimizer(section.optimizer, model.parameters(), f"{key}.optimizer")
     prepare_deepspeed(accelerator, section, key)
     model, optimizer = accelerator.prepare(model, optimizer)
     inner = optimizer.optimizer
     while not isinstance(inner, torch.optim.Optimizer):  # DeepSpeed has its own around PyTorch's
         inner = inner.optimizer
-    scheduler = make_scheduler(section.get("scheduler"), inner, f"{key}.scheduler")
+    scheduler = make_scheduler(section.scheduler, inner, f"{key}.scheduler")
     # Accelerate's wrapper scales float16 gradients, which there are none of here, and looks for a
     # package that is not installed on Python's path, twice in every step.
     return Trained(model, optimizer if is_deepspeed(accelerator) else inner, scheduler)
@@ -173,16 +157,21 @@ class Run:
         allow_config_changes: bool = False,
         observe: Observer | None = None,
     ):
-        self.trainer, self.section = trainer, trainer.section
-        self.saving = trainer.config["checkpointing"]
+        self.trainer, self.settings = trainer, trainer.settings
+        self.name, self.section = self.settings.algorithm, self.settings.section
+        # What only GRPO has:
+        self.first_validation = getattr(self.section, "val_start_at", -1)
+        self.stop_metric = getattr(self.section, "stop_at_validation_metric", None)
+        self.stop_threshold = getattr(self.section, "stop_at_validation_threshold", None)
+        self.saving = self.settings.checkpointing
         self.main = trainer.accelerator.is_main_process
         self.observe = observe if self.main else None
-        self.manager = CheckpointManager(self.saving) if self.saving["enabled"] else None
+        self.manager = CheckpointManager(self.saving.model_dump()) if self.saving.enabled else None
         self.logger: Logger | None = None
         self.metrics: dict[str, float] = {}
         self.validation: dict[str, float] = {}
         self._check_names()
-        self.timeout = TimeoutChecker(self.saving.get("checkpoint_must_save_by"), True)
+        self.timeout = TimeoutChecker(self.saving.checkpoint_must_save_by, True)
         if self.manager and self.main:
             clear_leftovers(self.manager.checkpoint_dir)
         trainer.accelerator.wait_for_everyone()
@@ -192,12 +181,12 @@ class Run:
             self._resume(checkpoint, allow_config_changes)
         trainer.load(checkpoint)
         if self.main:
-            self.logger = Logger(trainer.config["logger"])
+            self.logger = Logger(self.settings.logger.model_dump())
             self.logger.log_hyperparams(trainer.config)
             print(
-                f"{trainer.name}: {trainer.steps} steps of {trainer.samples_per_step} samples out "
+                f"{self.name}: {trainer.steps} steps of {trainer.samples_per_step} samples out "
                 f"of {trainer.samples}, {trainer.accelerator.num_processes} process(es), "
-                f"{trainer.config['policy']['precision']} on {trainer.accelerator.device.type}; "
+                f"{self.settings.policy.precision} on {trainer.accelerator.device.type}; "
                 f"logs in {self.logger.base_log_dir}; "
                 + (f"resumed from {checkpoint}" if checkpoint else "from the start")
             )
@@ -206,8 +195,7 @@ class Run:
         """The name of a metric that will never be there is found before the first step."""
         names, prefix = self.trainer.metric_names, "val:"
         ranking = self.manager.metric_name if self.manager else None
-        stopping = self.section.get("stop_at_validation_metric")
-        wanted = [(f"{self.trainer.name}.stop_at_validation_metric", stopping, "")]
+        wanted = [(f"{self.name}.stop_at_validation_metric", self.stop_metric, "")]
         if ranking and ranking.startswith(prefix):
             wanted.append(("checkpointing.metric_name", ranking, prefix))
         for key, name, prefix in wanted:
@@ -219,8 +207,8 @@ class Run:
         check_checkpoint(checkpoint)
         info = self.manager.load_training_info(checkpoint)
         if not allow_config_changes:
-            section = tuple(f"{self.trainer.name}.{key}" for key in _SECTION_MAY_CHANGE)
-            check_same_config(checkpoint, self.trainer.config, may_change=(*_MAY_CHANGE, *section))
+            section = tuple(f"{self.name}.{key}" for key in _SECTION_MAY_CHANGE)
+            check_same_config(checkpoint, self.settings, may_change=(*_MAY_CHANGE, *section))
             if info.get("data_sha256") != self.trainer.digest:
                 raise ValueError(
                     f"data.train: the data have changed since {checkpoint} was written; put them "
@@ -242,11 +230,11 @@ class Run:
                 layer.
         """
         try:
-            if not self.done and self.section.get("val_at_start"):
+            if not self.done and self.section.val_at_start:
                 self._validate()
                 self._observe({}, self.validation)
             self.timeout.start_iterations()
-            with Progress(self.trainer.name, self.trainer.steps, self.done, self.main) as progress:
+            with Progress(self.name, self.trainer.steps, self.done, self.main) as progress:
                 while not self._is_over() and self._step(progress):
                     pass
         finally:
@@ -261,9 +249,9 @@ class Run:
 
     def _is_over(self) -> bool:
         """Whether all steps are done, or validation has reached what it was to reach."""
-        reached = self.validation.get(self.section.get("stop_at_validation_metric"), -math.inf)
-        threshold = self.section.get("stop_at_validation_threshold")
-        return self.done >= self.trainer.steps or (threshold is not None and reached >= threshold)
+        reached = self.validation.get(self.stop_metric, -math.inf)
+        stops = self.stop_threshold is not None and reached >= self.stop_threshold
+        return self.done >= self.trainer.steps or stops
 
     def _step(self, progress: Progress) -> bool:
         """One step and what follows it; False if the run ends with it."""
@@ -285,13 +273,13 @@ class Run:
         self._log(metrics, "train")
         self._check_ranking(metrics)
         last = trainer.is_last(self.state)
-        period = self.section.get("val_period", 0)
+        period = self.section.val_period
         due = period > 0 and self.done % period == 0
-        due = due and self.done >= self.section.get("val_start_at", -1)
-        if due or (last and self.section.get("val_at_end")):
+        due = due and self.done >= self.first_validation
+        if due or (last and self.section.val_at_end):
             validation = self._validate()
         stop = self._time_is_up()
-        periods = (self.saving["save_period"], self.saving.get("ft_save_period"))
+        periods = (self.saving.save_period, self.saving.ft_save_period)
         due = any(period and self.done % period == 0 for period in periods)
         if self.manager and (due or last or stop or self._is_over()):
             with trainer.timer.time("checkpointing"):
@@ -329,7 +317,7 @@ class Run:
         self.timeout.mark_iteration()
         up = self.timeout.check_save()
         # The clock of one process counts for all.
-        return from_main(up) if self.saving.get("checkpoint_must_save_by") else up
+        return from_main(up) if self.saving.checkpoint_must_save_by else up
 
     def _check_ranking(self, metrics: Mapping[str, float]) -> None:
         where, _, name = ((self.manager and self.manager.metric_name) or "").partition(":")

@@ -27,6 +27,13 @@ import torch
 from torch import optim
 from torch.optim import lr_scheduler
 
+from nemo_rl_ref.config.sections import (
+    MilestonesConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainedConfig,
+)
+
 OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
     f"torch.optim.{kind.__name__}": kind
     for kind in (
@@ -46,8 +53,24 @@ SCHEDULERS: dict[str, type[lr_scheduler.LRScheduler]] = {
 }  # fmt: skip
 
 
+def check_optimizer(section: TrainedConfig, key: str) -> None:
+    """Check names and arguments of optimizer and scheduler, on a parameter that stands for all.
+
+    Args:
+        section: The section ``policy`` or ``value``.
+        key: Its name, for messages.
+
+    Raises:
+        ValueError: As `make_optimizer` and `make_scheduler`.
+    """
+    trial = make_optimizer(
+        section.optimizer, [torch.nn.Parameter(torch.zeros(1))], f"{key}.optimizer"
+    )
+    make_scheduler(section.scheduler, trial, f"{key}.scheduler")
+
+
 def make_optimizer(
-    config: Mapping[str, Any],
+    config: OptimizerConfig,
     parameters: Iterable[torch.nn.Parameter],
     key: str = "policy.optimizer",
 ) -> optim.Optimizer:
@@ -63,15 +86,13 @@ def make_optimizer(
         ValueError: If the name is not in the list, or an argument is unknown or has a bad value.
             The message names the key.
     """
-    kwargs = {
-        name: _dtype(value, f"{key}.kwargs.{name}") for name, value in _kwargs(config, key).items()
-    }
+    kwargs = {name: _dtype(value, f"{key}.kwargs.{name}") for name, value in config.kwargs.items()}
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     return _build(config, OPTIMIZERS, key, (trainable,), kwargs)
 
 
 def make_scheduler(
-    config: Mapping[str, Any] | list[Mapping[str, Any]] | None,
+    config: SchedulerConfig | list[SchedulerConfig | MilestonesConfig] | None,
     optimizer: optim.Optimizer,
     key: str = "policy.scheduler",
 ) -> lr_scheduler.LRScheduler:
@@ -89,12 +110,10 @@ def make_scheduler(
     """
     if config is None:
         return lr_scheduler.LambdaLR(optimizer, _constant)
-    if isinstance(config, Mapping):
-        return _build(config, SCHEDULERS, key, (optimizer,), _kwargs(config, key))
-    if not isinstance(config, (list, tuple)) or not config:
-        raise ValueError(f"{key}: got {config!r}, expected a mapping with name, or a list of them")
-    named = [(i, entry) for i, entry in enumerate(config) if "milestones" not in entry]
-    milestones = [entry["milestones"] for entry in config if "milestones" in entry]
+    if isinstance(config, SchedulerConfig):
+        return _build(config, SCHEDULERS, key, (optimizer,), config.kwargs)
+    named = [(i, entry) for i, entry in enumerate(config) if isinstance(entry, SchedulerConfig)]
+    milestones = [entry.milestones for entry in config if isinstance(entry, MilestonesConfig)]
     wanted = len(named) - 1
     if len(milestones) != 1 or not _increasing(milestones[0]) or len(milestones[0]) != wanted:
         raise ValueError(
@@ -102,8 +121,7 @@ def make_scheduler(
             f"{wanted} increasing step number{'s' * (wanted != 1)} for {len(named)} schedulers"
         )
     schedulers = [
-        _build(entry, SCHEDULERS, f"{key}[{i}]", (optimizer,), _kwargs(entry, f"{key}[{i}]"))
-        for i, entry in named
+        _build(entry, SCHEDULERS, f"{key}.{i}", (optimizer,), entry.kwargs) for i, entry in named
     ]
     return lr_scheduler.SequentialLR(optimizer, schedulers, milestones[0])
 
@@ -112,28 +130,20 @@ def _constant(step: int) -> float:
     return 1.0
 
 
-def _increasing(steps: Any) -> bool:
-    whole = isinstance(steps, (list, tuple)) and all(isinstance(step, int) for step in steps)
-    return whole and all(a < b for a, b in zip((0, *steps), steps, strict=False))
-
-
-def _kwargs(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    kwargs = config.get("kwargs") or {}
-    if not isinstance(kwargs, Mapping):
-        raise ValueError(f"{key}.kwargs: got {kwargs!r}, expected a mapping")
-    return dict(kwargs)
+def _increasing(steps: list[int]) -> bool:
+    return all(a < b for a, b in zip((0, *steps), steps, strict=False))
 
 
 def _build(
-    config: Mapping[str, Any],
+    config: OptimizerConfig,
     allowed: Mapping[str, type],
     key: str,
     first: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    name = config.get("name")
+    name = config.name
     if name not in allowed:
-        near = difflib.get_close_matches(str(name), allowed, n=1)
+        near = difflib.get_close_matches(name, allowed, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"{key}.name: got {name!r}; {hint}It can be {', '.join(allowed)}")
     known = list(inspect.signature(allowed[name]).parameters)[len(first) :]

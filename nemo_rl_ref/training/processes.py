@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nemo_rl_ref.config.sections import TrainedConfig
 
 SHARDED = ("FSDP", "DEEPSPEED")
 
@@ -62,12 +64,12 @@ def accumulating(model: Any, accelerator: Any, *, last: bool) -> Iterator[None]:
         yield
 
 
-def prepare_deepspeed(accelerator: Any, section: Mapping[str, Any], key: str) -> None:
+def prepare_deepspeed(accelerator: Any, section: TrainedConfig, key: str) -> None:
     """Give DeepSpeed the settings that a run's configuration has; nothing where it is not used.
 
     Args:
         accelerator: The run's ``accelerate.Accelerator``.
-        section: ``train_micro_batch_size`` and ``max_grad_norm``.
+        section: The section that the model is trained by.
         key: The section's name.
 
     Raises:
@@ -78,9 +80,9 @@ def prepare_deepspeed(accelerator: Any, section: Mapping[str, Any], key: str) ->
     if key != "policy":
         raise ValueError(f"{key}: DeepSpeed trains one model here; train two with FSDP")
     accelerator.state.deepspeed_plugin.deepspeed_config.update(
-        train_micro_batch_size_per_gpu=section["train_micro_batch_size"],
+        train_micro_batch_size_per_gpu=section.train_micro_batch_size,
         gradient_accumulation_steps=1,  # the loss is divided by the counts of the global batch
-        gradient_clipping=section.get("max_grad_norm") or 0.0,
+        gradient_clipping=section.max_grad_norm or 0.0,
     )
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nemo_rl_ref.config.sections import PolicyConfig
 from nemo_rl_ref.files.whole import replacing
 from nemo_rl_ref.training.samples import Samples
 from nemo_rl_ref.training.step import next_token_logprobs
@@ -48,7 +49,7 @@ def add_reference_logprobs(
 
 
 def keep_reference_logprobs(
-    policy: Mapping[str, Any],
+    policy: PolicyConfig,
     sets: Sequence[Samples],
     load_model: Callable[[str], Any],
     accelerator: Any,
@@ -67,12 +68,12 @@ def keep_reference_logprobs(
     """
     from accelerate.utils import gather_object
 
-    chunks = _chunks(sets, policy["train_micro_batch_size"])
+    chunks = _chunks(sets, policy.train_micro_batch_size)
     fingerprint = _fingerprint(policy, chunks)
     path = folder / "reference_logprobs.safetensors" if folder else None
     rows = _read(path, fingerprint) if path else None
     if not all(gather_object([rows is not None])):  # processes may see different disks
-        model = load_model(policy["model_name"]).eval().to(accelerator.device)
+        model = load_model(policy.model_name).eval().to(accelerator.device)
         if accelerator.is_main_process:
             pairs = sum(len(numbers) for _, numbers in chunks)
             print(f"reference log-probabilities of {pairs} pairs", flush=True)
@@ -123,12 +124,12 @@ def _add(chunks: Sequence[_Chunk], rows: Sequence[Tensor]) -> None:
         samples.add(COLUMN, of_set)
 
 
-def _fingerprint(policy: Mapping[str, Any], chunks: Sequence[_Chunk]) -> str:
+def _fingerprint(policy: PolicyConfig, chunks: Sequence[_Chunk]) -> str:
     """A sum over what the log-probabilities depend on: model, precision and tokens."""
-    name = str(policy["model_name"])
+    name = str(policy.model_name)
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    summed = hashlib.sha256(json.dumps([COLUMN, name, policy["precision"], stats]).encode())
+    summed = hashlib.sha256(json.dumps([COLUMN, name, policy.precision, stats]).encode())
     for samples, numbers in chunks:
         summed.update(samples.batch(numbers)["input_ids"].numpy().tobytes())
     return summed.hexdigest()

@@ -13,6 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_rl_ref.config.sections import (
+    DataConfig,
+    DatasetConfig,
+    DPOSettings,
+    RMSettings,
+    SFTSettings,
+)
 from nemo_rl_ref.data.collate_fn import last_message_mask
 from nemo_rl_ref.data.datasets.preference_datasets import load_preference_dataset
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
@@ -144,7 +151,9 @@ class Samples:
             first = self._first[numbers]
             for number in (n for n in numbers if self._first[n] < 0):
                 lacking = ", ".join(self._fills.keys() - self._samples[number].keys())
-                raise ValueError(f"{self.places[number]}: the sample has no {lacking}; add it first")
+                raise ValueError(
+                    f"{self.places[number]}: the sample has no {lacking}; add it first"
+                )
         rows = first
         if self._rows > 1:
             rows = (first.unsqueeze(1) + torch.arange(self._rows)).flatten()
@@ -264,48 +273,49 @@ def order(samples: int, seed: int, epoch: int, num_workers: int = 1) -> tuple[in
 
 
 def load_datasets(
-    data: Mapping[str, Any], load: Callable[[dict[str, Any]], Any]
-) -> Iterator[tuple[str, dict[str, Any], Any]]:
+    data: DataConfig, load: Callable[[dict[str, Any]], Any]
+) -> Iterator[tuple[str, DatasetConfig, Any]]:
     """Load the datasets of a configuration.
 
     Args:
-        data: The section ``data``: ``train`` and ``validation``, each an entry or a list of them,
-            and ``default``, for what an entry leaves out.
+        data: The section ``data``.
         load: Loads the dataset of an entry.
 
     Yields:
-        ``train`` or ``validation``, the entry and the dataset.
+        ``train`` or ``validation``, the entry, filled up with ``data.default``, and the dataset.
 
     Raises:
         ValueError: What `load` raises, with the part's key before it.
         FileNotFoundError: Likewise.
     """
-    for part in ("train", "validation"):
-        entries = data.get(part) or []
-        for entry in [entries] if isinstance(entries, Mapping) else entries:
-            entry = dict(entry)
-            update_single_dataset_config(entry, data.get("default") or {})
+    for part, entries in (("train", data.train), ("validation", data.validation or [])):
+        for entry in (_filled(entry, data.default) for entry in entries):
             try:
-                dataset = load(entry)
+                dataset = load(entry.given())
             except (ValueError, FileNotFoundError) as error:
                 raise type(error)(f"data.{part}: {error}") from error
             yield part, entry, dataset
 
 
-def supervised_samples(
-    config: Mapping[str, Any], tokenizer: Any
-) -> tuple[Samples, dict[str, Samples]]:
+def _filled(entry: DatasetConfig, default: DatasetConfig | None) -> DatasetConfig:
+    """An entry, with what it leaves out taken from the default."""
+    given = entry.given()
+    update_single_dataset_config(given, default.given() if default else {})
+    return DatasetConfig(**given)
+
+
+def supervised_samples(settings: SFTSettings, tokenizer: Any) -> tuple[Samples, dict[str, Samples]]:
     """The training conversations, and the validation ones, if any, under ``default``.
 
     Args:
-        config: The configuration; read are ``data``, ``policy`` and ``sft``.
+        settings: The settings of the run.
         tokenizer: The tokenizer, with a chat template and a pad token.
 
     Raises:
-        ValueError: If there are no training data.
+        ValueError: If a dataset cannot be loaded.
         DataError: For a bad record.
     """
-    data = config["data"]
+    data = settings.data
     found: dict[str, list[tuple[Any, Any, str]]] = {"train": [], "validation": []}
     for part, _, dataset in load_datasets(data, load_response_dataset):
         parts = [(part, dataset.dataset, dataset.places)]
@@ -314,18 +324,20 @@ def supervised_samples(
         for name, records, places in parts:
             rows = zip(records, places, strict=True)
             found[name] += [(record, dataset.task_spec, place) for record, place in rows]
-    if not found["train"]:
-        raise ValueError("data.train: not set, expected a dataset or a list of them")
-    names = ("add_bos", "add_eos", "add_generation_prompt")
-    flags = {name: data[name] for name in names if name in data}
-    only_final = bool(config["sft"].get("only_unmask_final", False))
-    multiple = config["policy"].get("make_sequence_length_divisible_by") or 1
 
     def tokenize(record: tuple[dict[str, Any], Any], number: int) -> dict[str, Any]:
         datum, spec = record
-        limit = data["max_input_seq_length"]
-        sample = sft_processor(datum, spec, tokenizer, limit, number, **flags)
-        return flat_sample(sample, only_unmask_final=only_final)
+        sample = sft_processor(
+            datum,
+            spec,
+            tokenizer,
+            data.longest,
+            number,
+            add_bos=data.add_bos,
+            add_eos=data.add_eos,
+            add_generation_prompt=data.add_generation_prompt,
+        )
+        return flat_sample(sample, only_unmask_final=settings.sft.only_unmask_final)
 
     def samples(rows: list[tuple[Any, Any, str]]) -> Samples:
         return Samples(
@@ -333,7 +345,7 @@ def supervised_samples(
             [row[2] for row in rows],
             tokenize,
             pad_token_id=tokenizer.pad_token_id,
-            multiple=multiple,
+            multiple=settings.policy.make_sequence_length_divisible_by,
         )
 
     validation = found["validation"]
@@ -431,38 +443,36 @@ def preference_pairs(
 
 
 def preference_samples(
-    config: Mapping[str, Any], tokenizer: Any, *, add_loss_mask: bool
+    settings: DPOSettings | RMSettings, tokenizer: Any, *, add_loss_mask: bool
 ) -> tuple[Samples, dict[str, Samples]]:
     """The training pairs, and the validation pairs by name, that a configuration asks for.
 
     Args:
-        config: The configuration; read are ``data`` and ``policy``.
+        settings: The settings of the run.
         tokenizer: The tokenizer, with a chat template and a pad token.
         add_loss_mask: Whether batches have ``token_mask``.
 
     Raises:
-        ValueError: If there are no training data.
+        ValueError: If a dataset cannot be loaded.
         DataError: For a bad record.
     """
-    data, multiple = config["data"], config["policy"].get("make_sequence_length_divisible_by") or 1
+    data = settings.data
 
-    def samples(entry: Mapping[str, Any]) -> Samples:
-        entry = dict(entry)
-        update_single_dataset_config(entry, data.get("default") or {})
-        dataset = load_preference_dataset(entry)
+    def samples(entry: DatasetConfig) -> Samples:
         return preference_pairs(
-            dataset,
+            load_preference_dataset(_filled(entry, data.default).given()),
             tokenizer,
-            max_seq_length=data["max_input_seq_length"],
+            max_seq_length=data.longest,
             mask_too_long=True,
-            multiple=multiple,
+            multiple=settings.policy.make_sequence_length_divisible_by,
             add_loss_mask=add_loss_mask,
         )
 
-    if not isinstance(data.get("train"), Mapping):
-        raise ValueError(f"data.train: got {data.get('train')!r}, expected one dataset")
-    named = data.get("val_data_paths") or {}
-    sets = {n: {"dataset_name": "PreferenceDataset", "data_path": p} for n, p in named.items()}
-    if not sets and data.get("validation"):
-        sets = {"default": data["validation"]}
-    return samples(data["train"]), {name: samples(entry) for name, entry in sets.items()}
+    named = data.val_data_paths or {}
+    sets = {
+        name: DatasetConfig(dataset_name="PreferenceDataset", data_path=path)
+        for name, path in named.items()
+    }
+    if not sets and data.validation:
+        sets = {"default": data.validation}
+    return samples(data.train), {name: samples(entry) for name, entry in sets.items()}

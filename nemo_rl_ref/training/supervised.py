@@ -10,19 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nemo_rl_ref.algorithms.utils import maybe_pad_last_batch, set_seed
+from nemo_rl_ref.config.sections import RunSettings
+from nemo_rl_ref.config.settings import read_settings
 from nemo_rl_ref.training.checkpoints import load_checkpoint
 from nemo_rl_ref.training.loop import Run, make_trained
-from nemo_rl_ref.training.optimizers import make_optimizer, make_scheduler
+from nemo_rl_ref.training.optimizers import check_optimizer
 from nemo_rl_ref.training.processes import make_accelerator
 from nemo_rl_ref.training.progress import Timer
 from nemo_rl_ref.training.samples import Batches, Samples, digest
 from nemo_rl_ref.training.step import run_batch, update, weighted_means
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
+
+Settings = TypeVar("Settings", bound=RunSettings)
 
 
 @dataclass
@@ -30,7 +34,6 @@ class Task:
     """What one kind of training on fixed data is.
 
     Attributes:
-        section: Its section in the configuration: ``sft``, ``dpo`` or ``rm``.
         train: What to train on.
         validation: What to validate on, by name.
         load_model: Loads the model of a name or path.
@@ -45,7 +48,6 @@ class Task:
             checkpoints or None.
     """
 
-    section: str
     train: Samples
     validation: dict[str, Samples]
     load_model: Callable[[str | Path], Any]
@@ -55,21 +57,40 @@ class Task:
     prepare: Callable[[Any, list[Samples], Path | None], None] | None = None
 
 
+def read_supervised_settings(config: Mapping[str, Any], kind: type[Settings]) -> Settings:
+    """Read the settings of a run, and try its optimizer.
+
+    Args:
+        config: The whole configuration, resolved, a plain dict.
+        kind: `SFTSettings`, `DPOSettings` or `RMSettings` of `nemo_rl_ref.config.sections`.
+
+    Raises:
+        ValueError: If a setting cannot be used. The message names the key.
+    """
+    settings = read_settings(config, kind)
+    check_optimizer(settings.policy, "policy")
+    return settings
+
+
 class Supervised:
     """The trainer of a `Task`: a `Trainer` for data that are there before the run.
 
     Args:
         task: What to train.
-        config: The whole configuration, resolved, a plain dict.
+        settings: The settings of the run.
         tokenizer: The tokenizer.
+        config: The configuration that they were read from.
     """
 
     counters = ("epoch", "step", "total_steps", "consumed_samples", "total_valid_tokens")
 
-    def __init__(self, task: Task, config: dict[str, Any], tokenizer: Any):
-        self.task, self.config, self.tokenizer = task, config, tokenizer
-        self.name, self.section, self.policy = task.section, config[task.section], config["policy"]
-        self.accelerator = make_accelerator(self.policy["precision"])
+    def __init__(
+        self, task: Task, settings: RunSettings, tokenizer: Any, config: Mapping[str, Any]
+    ):
+        self.task, self.tokenizer = task, tokenizer
+        self.settings, self.section, self.policy = settings, settings.section, settings.policy
+        self.config = config
+        self.accelerator = make_accelerator(self.policy.precision)
         self.rows, self.timer = 2 if task.pairs else 1, Timer()
         self.batches = self._check()
         self.digest = digest(task.train.records)
@@ -81,28 +102,19 @@ class Supervised:
 
     def _check(self) -> Batches:
         """Settings that cannot be used are found before anything is loaded."""
-        task, name, ranks = self.task, self.task.section, self.accelerator.num_processes
-
-        def integer(tree: Mapping[str, Any], key: str, least: int, default: Any = None) -> int:
-            value = tree.get(key.rpartition(".")[2], default)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{key}: got {value!r}, expected an integer from {least} on")
-            return value
-
-        batch_size = integer(self.policy, "policy.train_global_batch_size", 1)
-        self.micro = integer(self.policy, "policy.train_micro_batch_size", 1)
-        self.val_batch = integer(self.section, f"{name}.val_global_batch_size", 1, batch_size)
-        self.val_micro = integer(self.section, f"{name}.val_micro_batch_size", 1, self.micro)
-        self.val_batches = integer(self.section, f"{name}.val_batches", -1, -1)
-        integer(self.section, f"{name}.val_period", -1, 0)
+        task, ranks, section = self.task, self.accelerator.num_processes, self.section
+        batch_size, self.micro = (
+            self.policy.train_global_batch_size,
+            self.policy.train_micro_batch_size,
+        )
         batches = Batches(
             len(task.train),
             batch_size,
-            integer(self.section, f"{name}.seed", 0, 42),
-            integer(self.section, f"{name}.max_num_epochs", 1, 1),
-            integer(self.section, f"{name}.max_num_steps", -1 if name == "rm" else 1, -1),
-            bool(self.config["data"].get("shuffle", True)),
-            integer(self.config["data"], "data.num_workers", 0, 1),
+            section.seed,
+            section.max_num_epochs,
+            section.max_num_steps,
+            self.settings.data.shuffle,
+            self.settings.data.num_workers,
         )
         if batch_size % ranks:
             raise ValueError(
@@ -121,12 +133,6 @@ class Supervised:
                 f"of a batch; set it to policy.train_global_batch_size, {batch_size}, and run one "
                 "process"
             )
-        # A name or argument that is wrong is found now, on a parameter that stands for all.
-        trial = make_optimizer(self.policy["optimizer"], [torch.nn.Parameter(torch.zeros(1))])
-        make_scheduler(self.policy.get("scheduler"), trial)
-        limit = self.policy.get("max_grad_norm")
-        if limit is not None and not (isinstance(limit, (int, float)) and limit > 0):
-            raise ValueError(f"policy.max_grad_norm: got {limit!r}, expected null or above 0")
         return batches
 
     def load(self, checkpoint: str | None = None) -> None:
@@ -136,16 +142,17 @@ class Supervised:
         self._tokenize("data.train", task.train, trained_on)
         self.validated_on: dict[str, range] = {}
         for name, samples in task.validation.items():
-            limit = self.val_batches * self.val_batch if self.val_batches > 0 else len(samples)
+            batches, size = self.section.val_batches, self.section.val_global_batch_size
+            limit = batches * size if batches > 0 else len(samples)
             self.validated_on[name] = range(min(limit, len(samples)))
             self._tokenize("data.validation", samples, self.validated_on[name])
         if task.prepare:
-            saving = self.config["checkpointing"]
-            folder = Path(saving["checkpoint_dir"]) if saving["enabled"] else None
+            saving = self.settings.checkpointing
+            folder = saving.checkpoint_dir if saving.enabled else None
             task.prepare(self.accelerator, [task.train, *task.validation.values()], folder)
         set_seed(self.batches.seed)
         weights, _ = CheckpointManager.get_resume_paths(checkpoint)
-        model = task.load_model(weights or self.policy["model_name"])
+        model = task.load_model(weights or self.policy.model_name)
         if self.accelerator.process_index:  # dropout differs between processes
             torch.manual_seed(self.batches.seed + self.accelerator.process_index)
         self.trained = make_trained(self.accelerator, model, self.policy)
@@ -156,7 +163,7 @@ class Supervised:
     def _tokenize(self, key: str, samples: Samples, numbers: Sequence[int]) -> None:
         """Tokenize, and say once how many samples are too long, not once for each."""
         dropped = samples.tokenize(numbers)
-        limit = self.config["data"]["max_input_seq_length"]
+        limit = self.settings.data.max_input_seq_length
         text = (
             f"{dropped} of {len(numbers)} samples are longer than data.max_input_seq_length={limit}"
         )
@@ -178,7 +185,7 @@ class Supervised:
                 batch,
                 self.accelerator,
                 micro_rows=self.micro * self.rows,
-                max_grad_norm=self.policy.get("max_grad_norm"),
+                max_grad_norm=self.policy.max_grad_norm,
                 rows=self.rows,
                 place=lambda number: self.task.train.places[numbers[number]],
             )
@@ -192,19 +199,23 @@ class Supervised:
 
     def validations(self, done: int) -> Iterator[tuple[str, dict[str, float]]]:
         """See `Trainer`. Each batch has the weight in a mean that NeMo RL gives it."""
-        task, model = self.task, self.trained.model
+        task, model, size = self.task, self.trained.model, self.section.val_global_batch_size
         model.eval()
         for name, samples in task.validation.items():
             results, numbers = [], self.validated_on[name]
-            for low in range(0, len(numbers), self.val_batch):
-                batch = samples.batch(numbers[low : low + self.val_batch])
+            for low in range(0, len(numbers), size):
+                batch = samples.batch(numbers[low : low + size])
                 weight = batch["sample_mask"].sum()
                 if not task.pairs:
                     weight = (batch["sample_mask"].unsqueeze(-1) * batch["token_mask"]).sum()
                 batch = maybe_pad_last_batch(batch, self.accelerator.num_processes, self.rows)
-                size = self.val_micro * self.rows
                 metrics = run_batch(
-                    model, task.loss_fn, batch, self.accelerator, micro_rows=size, backward=False
+                    model,
+                    task.loss_fn,
+                    batch,
+                    self.accelerator,
+                    micro_rows=self.section.val_micro_batch_size * self.rows,
+                    backward=False,
                 )
                 if weight > 0:
                     results.append((weight.item(), metrics))
@@ -215,13 +226,16 @@ class Supervised:
         model.train()
 
 
-def fit(task: Task, config: dict[str, Any], tokenizer: Any, **options: Any) -> dict[str, Any]:
-    """Train as a configuration says, from the last checkpoint if there is one.
+def fit(
+    task: Task, settings: RunSettings, tokenizer: Any, config: Mapping[str, Any], **options: Any
+) -> dict[str, Any]:
+    """Train as settings say, from the last checkpoint if there is one.
 
     Args:
         task: What to train.
-        config: The whole configuration, resolved, a plain dict.
+        settings: The settings of the run.
         tokenizer: Saved with the checkpoints.
+        config: The configuration that they were read from.
         **options: ``allow_config_changes`` and ``observe`` of `Run`.
 
     Returns:
@@ -232,4 +246,4 @@ def fit(task: Task, config: dict[str, Any], tokenizer: Any, **options: Any) -> d
         CheckpointError: If the checkpoint cannot be used, or none can be written.
         NotFinite: If a loss or gradient is not finite. The message names step, samples and layer.
     """
-    return Run(Supervised(task, config, tokenizer), **options).train()
+    return Run(Supervised(task, settings, tokenizer, config), **options).train()

@@ -58,16 +58,18 @@ class Trainer:
 def trainer_of(algorithm: str) -> Trainer:
     """The trainer of an algorithm; imports it."""
     from nemo_rl_ref.config.lists import NOT_HERE
+    from nemo_rl_ref.config.sections import DPOSettings, RMSettings, SFTSettings
+    from nemo_rl_ref.config.settings import used_keys
 
     if algorithm in ("grpo", "ppo"):
         from nemo_rl_ref import run_grpo
-        from nemo_rl_ref.rl.settings import NOT_HERE_IN_RL, USED_KEYS
-        from nemo_rl_ref.training.loop import USED_KEYS as EVERY_TRAINERS_KEYS
+        from nemo_rl_ref.rl.settings import NOT_HERE_IN_RL, GRPOSettings, PPOSettings
 
-        return Trainer(run_grpo.train, (*EVERY_TRAINERS_KEYS, *USED_KEYS), NOT_HERE_IN_RL)
-    names = {"sft": "run_sft", "dpo": "run_dpo", "rm": "run_rm"}
-    module = importlib.import_module(f"nemo_rl_ref.{names[algorithm]}")
-    return Trainer(module.train, module.USED, NOT_HERE)
+        used = used_keys(PPOSettings, GRPOSettings)
+        return Trainer(run_grpo.train, used, NOT_HERE_IN_RL)
+    module = importlib.import_module(f"nemo_rl_ref.run_{algorithm}")
+    kind = {"sft": SFTSettings, "dpo": DPOSettings, "rm": RMSettings}[algorithm]
+    return Trainer(module.train, used_keys(kind), NOT_HERE)
 
 
 def run_trial(

@@ -10,51 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Optional, TypedDict, Union
+from typing import Any, Literal, Optional, Union
 
 from nemo_rl_ref.files.sealed import flush, read_json, seal, steps_in
 
 PathLike = Union[str, "os.PathLike[Any]"]
-
-
-class PretrainedCheckpointConfig(TypedDict):
-    """Where Megatron weights lie. Not used here: this implementation has no Megatron."""
-
-    path: str
-    format: Literal["megatron_bridge", "megatron_lm"]
-
-
-class CheckpointingConfig(TypedDict):
-    """The section ``checkpointing`` of a configuration.
-
-    Read here are ``enabled``, ``checkpoint_dir``, ``metric_name`` (``val:`` or ``train:`` and the
-    metric), ``higher_is_better``, ``save_period`` in steps, ``keep_top_k``, ``ft_save_period``,
-    ``ft_keep_latest_k``, ``checkpoint_must_save_by`` and ``save_optimizer``.
-    """
-
-    enabled: bool
-    checkpoint_dir: PathLike
-    metric_name: str | None
-    higher_is_better: bool
-    save_period: int
-    keep_top_k: NotRequired[int]
-    ft_keep_latest_k: NotRequired[int | None]
-    ft_save_period: NotRequired[int]
-    checkpoint_must_save_by: NotRequired[str | None]
-    pretrained_checkpoint: NotRequired[PretrainedCheckpointConfig]
-    save_optimizer: NotRequired[bool]
-    model_save_format: NotRequired[str | None]
-    save_consolidated: NotRequired[bool]
-    model_cache_dir: NotRequired[str]
-    model_repo_id: NotRequired[str]
-    is_peft: NotRequired[bool]
-    peft_config: NotRequired[Any]
-    is_async: NotRequired[bool]
 
 
 class CheckpointManager:
@@ -65,14 +29,11 @@ class CheckpointManager:
     the newest besides. The latest is never removed, because a run resumes from it.
 
     Args:
-        config: The section ``checkpointing``.
-
-    Raises:
-        ValueError: If a value cannot be used. The message names the key.
+        config: The section ``checkpointing``, checked: see
+            `nemo_rl_ref.config.sections.CheckpointingConfig`.
     """
 
-    def __init__(self, config: CheckpointingConfig):
-        _check_config(config)
+    def __init__(self, config: Mapping[str, Any]):
         self.checkpoint_dir = Path(config["checkpoint_dir"])
         self.metric_name: str | None = config.get("metric_name")
         self.higher_is_better = config.get("higher_is_better", False)
@@ -218,20 +179,3 @@ def _history(folder: Path) -> dict[int, dict[str, Any]]:
     """The training info of every checkpoint that has one, by step."""
     paths = {step: folder / f"step_{step}" / "training_info.json" for step in steps_in(folder)}
     return {step: read_json(path) for step, path in paths.items() if path.exists()}
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    for key in ("checkpoint_dir", "save_period"):
-        if config.get(key) is None:
-            raise ValueError(f"checkpointing.{key}: not set, expected a value")
-    for key in ("save_period", "keep_top_k", "ft_keep_latest_k", "ft_save_period"):
-        value = config.get(key)
-        least = 1 if key.endswith("period") else 0
-        if value is not None and (not isinstance(value, int) or value < least):
-            raise ValueError(f"checkpointing.{key}: got {value!r}, expected {least} or more")
-    metric = config.get("metric_name")
-    if metric is not None and not re.match(r"(train|val):.", str(metric)):
-        raise ValueError(
-            f"checkpointing.metric_name: got {metric!r}, expected null, or 'val:' or 'train:' "
-            "followed by the name of a metric, such as 'val:val_loss'"
-        )

@@ -15,10 +15,7 @@ def convert_to_seconds(time_string: str) -> int:
         ValueError: If it is not of that form.
     """
     if not re.fullmatch(r"\d+:\d+:\d+:\d+", str(time_string)):
-        raise ValueError(
-            f"checkpointing.checkpoint_must_save_by: got {time_string!r}, expected DD:HH:MM:SS "
-            "such as '00:03:45:00'"
-        )
+        raise ValueError(f"got {time_string!r}, expected DD:HH:MM:SS such as '00:03:45:00'")
     days, hours, minutes, seconds = map(int, time_string.split(":"))
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 

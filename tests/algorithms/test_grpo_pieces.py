@@ -19,6 +19,7 @@ from nemo_rl_ref.algorithms.grpo import (
 )
 from nemo_rl_ref.algorithms.ppo import AsyncPPOConfig, PPOConfig
 from nemo_rl_ref.algorithms.reward_functions import RewardShapingConfig, apply_reward_shaping
+from nemo_rl_ref.config.sections import DataConfig
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.files.records import DataError
 from nemo_rl_ref.rl.rewards import (
@@ -267,9 +268,9 @@ def tokenizer():
     return tiny.load_tokenizer()
 
 
-def data_section(path, **more):
+def data_section(path, longest=8, default=None, **more):
     entry = {"data_path": str(path), "dataset_name": "ResponseDataset", "env_name": "math", **more}
-    return {"train": entry, "max_input_seq_length": 8}
+    return DataConfig(train=entry, max_input_seq_length=longest, shuffle=True, default=default)
 
 
 @pytest.fixture
@@ -285,15 +286,16 @@ def test_prompts(problems, tokenizer, tmp_path):
     assert validation == [] and [prompt.truth for prompt in train] == ["2", "23", "101", "5", "6"]
     assert train[1].text == "<s>22+1=" and tokenizer.decode(train[1].ids) == "<s>22+1="
     assert [prompt.weight for prompt in train] == [1.0] * 5
-    data = data_section(problems) | {"max_input_seq_length": 7}
-    short = load_prompts(data, tokenizer)[0]
+    short = load_prompts(data_section(problems, longest=7), tokenizer)[0]
     assert [prompt.weight for prompt in short] == [1.0, 1.0, 0.0, 1.0, 1.0]
     assert len(short[2].ids) == 4
+    whole = load_prompts(data_section(problems, longest=None), tokenizer)[0]
+    assert [prompt.weight for prompt in whole] == [1.0] * 5
 
     template = tmp_path / "prompt.txt"
     template.write_text("0+{}")
-    data = data_section(problems, split_validation_size=2, seed=3)
-    data["default"] = {"prompt_file": str(template), "env_name": "nothing"}
+    default = {"prompt_file": str(template), "env_name": "nothing"}
+    data = data_section(problems, default=default, split_validation_size=2, seed=3)
     train, held_out = load_prompts(data, tokenizer)
     assert len(train) == 3 and len(held_out) == 2
     assert all(prompt.text.startswith("<s>0+") for prompt in train + held_out)
@@ -308,8 +310,6 @@ def test_prompts_refuse(problems, tokenizer, tmp_path):
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             load_prompts(data_section(problems, **change), tokenizer)
-    with pytest.raises(ValueError, match="data.train: not set"):
-        load_prompts({"train": None}, tokenizer)
     problems.write_text('{"input": "1+1="}\n')
     with pytest.raises(DataError, match=r"problems.jsonl:1: no field 'output'"):
         load_prompts(data_section(problems), tokenizer)

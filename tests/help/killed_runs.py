@@ -25,7 +25,7 @@ from accelerate import Accelerator  # noqa: E402, F401
 from trainer_runs import model_with_dropout, run  # noqa: E402
 
 import nemo_rl_ref.files.metrics as metrics_file  # noqa: E402
-import nemo_rl_ref.training.loop as trainer  # noqa: E402
+import nemo_rl_ref.training.supervised as trainer  # noqa: E402
 import nemo_rl_ref.utils.checkpoint as checkpoint  # noqa: E402
 
 SETTINGS = {

@@ -10,7 +10,8 @@ from nemo_rl_ref.tiny.addition import answer, problems, prompt
 
 GENERATION = {
     "max_new_tokens": 5, "temperature": 1.0, "top_p": 1.0, "top_k": None,
-    "stop_token_ids": None, "stop_strings": None,
+    "val_temperature": 1.0, "val_top_p": 1.0, "val_top_k": None, "stop_token_ids": None,
+    "stop_strings": None,
 }  # fmt: skip
 OPTIMIZER = {"name": "torch.optim.AdamW", "kwargs": {"lr": 1e-3, "weight_decay": 0.0}}
 GAE = {
@@ -50,7 +51,8 @@ def settings(folder, changes=None, *, ppo=False):
         "policy": {
             "model_name": str(MODEL), "tokenizer": {"name": str(MODEL)}, **sizes,
             "logprob_batch_size": 16, "generation_batch_size": 64, "precision": "float32",
-            "max_total_sequence_length": 16, "max_grad_norm": 1.0, "optimizer": OPTIMIZER,
+            "max_total_sequence_length": 16,
+            "make_sequence_length_divisible_by": 1, "max_grad_norm": 1.0, "optimizer": OPTIMIZER,
             "generation": GENERATION,
         },
         "data": {
@@ -63,7 +65,7 @@ def settings(folder, changes=None, *, ppo=False):
             "enabled": False, "checkpoint_dir": str(Path(folder) / "checkpoints"),
             "metric_name": None, "higher_is_better": True, "save_period": 1,
         },
-        "logger": {"log_dir": str(Path(folder) / "logs")},
+        "logger": {"log_dir": str(Path(folder) / "logs"), "tensorboard_enabled": False},
     }  # fmt: skip
     if ppo:
         config["ppo"] = {**config.pop("grpo"), "ppo_epochs": 2, "adv_estimator": GAE}

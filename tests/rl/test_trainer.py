@@ -12,8 +12,9 @@ from rl_runs import GAE, settings
 
 from nemo_rl_ref import run_grpo, tiny
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+from nemo_rl_ref.config.sections import OnPolicyDistillationConfig
 from nemo_rl_ref.files.metrics import read_metrics
-from nemo_rl_ref.rl.settings import read_settings, teacher_name
+from nemo_rl_ref.rl.settings import check_processes, read_rl_settings, teacher_name
 from nemo_rl_ref.rl.trainer import RLTrainer
 from nemo_rl_ref.run_grpo import train
 from nemo_rl_ref.training.models import load_value_model, token_values
@@ -578,15 +579,15 @@ def test_more_refusals(tmp_path):
     with pytest.raises(ValueError, match="neither a section grpo nor a section ppo"):
         train({"policy": {}})
     with pytest.raises(ValueError, match="a multiple of the 3 processes"):
-        read_settings(settings(tmp_path), ranks=3)
+        check_processes(read_rl_settings(settings(tmp_path)), 3)
     with pytest.raises(ValueError, match="ppo.use_dynamic_sampling: got True"):
-        read_settings(settings(tmp_path, {"ppo.use_dynamic_sampling": True}, ppo=True))
+        read_rl_settings(settings(tmp_path, {"ppo.use_dynamic_sampling": True}, ppo=True))
     with pytest.raises(ValueError, match="ppo.adv_estimator.name: got 'grpo', expected gae or raw"):
         steps(settings(tmp_path, {"ppo.adv_estimator": {**GAE, "name": "grpo"}}, ppo=True))
     with pytest.raises(ValueError, match="on_policy_distillation: .* the same teacher"):
-        teacher_name({"on_policy_distillation": {"enabled": True}})
+        teacher_name(OnPolicyDistillationConfig(enabled=True))
     with pytest.warns(UserWarning, match="positive_example_nll_weight: without effect in GRPO"):
-        read_settings(settings(tmp_path, NLL))
+        read_rl_settings(settings(tmp_path, NLL))
 
 
 def test_the_loss_config_reaches_the_loss(tmp_path):

@@ -93,6 +93,17 @@ def test_another_configuration_is_refused_and_named(stopped):
     assert result["total_steps"] == 12
 
 
+def test_a_value_written_otherwise_is_the_same_configuration(stopped):
+    """In quotes, or as a whole number: what counts is what is read."""
+    changes = {
+        "data__shuffle": "true", "policy__train_global_batch_size": "8", "policy__max_grad_norm": 1,
+    }  # fmt: skip
+    result, _ = run("sft", stopped, **changes)
+    assert result["total_steps"] == 12
+    config = stopped / "run" / "step_12" / "config.yaml"
+    assert yaml.safe_load(config.read_text())["data"]["shuffle"] == "true"  # as it was given
+
+
 def test_changed_data_are_refused(stopped):
     message = "data.train: the data have changed since .*step_8 was written"
     with pytest.raises(ValueError, match=message):

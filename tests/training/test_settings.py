@@ -10,6 +10,8 @@ from trainer_runs import make_config, records, run, write_lines
 from nemo_rl_ref import run_dpo, run_rm, run_sft, tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
+from nemo_rl_ref.config.sections import DPOSettings
+from nemo_rl_ref.config.settings import read_settings
 from nemo_rl_ref.training.samples import preference_samples
 from nemo_rl_ref.training.supervised import Task, fit
 
@@ -26,8 +28,8 @@ ROOT = Path(__file__).parents[2]
         ),
         (
             "sft",
-            {"policy__train_micro_batch_size": "8"},
-            "policy.train_micro_batch_size: got '8', e",
+            {"policy__train_micro_batch_size": "eight"},
+            "policy.train_micro_batch_size: got 'eight', expected an integer from 1 on",
         ),
         ("sft", {"policy__train_global_batch_size": 64}, "got 64 with 40 samples in data.train"),
         (
@@ -55,7 +57,7 @@ ROOT = Path(__file__).parents[2]
         (
             "sft",
             {"checkpointing__save_period": 0},
-            "checkpointing.save_period: got 0, expected 1 or",
+            "checkpointing.save_period: got 0, expected an integer from 1 on",
         ),
         ("sft", {"checkpointing__checkpoint_must_save_by": "4h"}, "got '4h', expected DD:HH:MM:SS"),
         (
@@ -69,7 +71,7 @@ ROOT = Path(__file__).parents[2]
         (
             "rm",
             {"policy__reward_model_cfg__reward_model_type": "regression"},
-            "policy.reward_model_cfg.reward_model_type: got 'regression', expected 'bradley_terry'",
+            "policy.reward_model_cfg.reward_model_type: got 'regression', expected bradley_terry",
         ),
     ],
 )
@@ -112,13 +114,14 @@ def test_a_loss_that_needs_whole_batches_gets_them(tmp_path):
         needs_whole_batch = True
 
     config = make_config("dpo", tmp_path)
+    settings = read_settings(config, DPOSettings)
     tokenizer = get_tokenizer(config["policy"]["tokenizer"])
-    training, validation = preference_samples(config, tokenizer, add_loss_mask=True)
-    task = Task("dpo", training, validation, tiny.load_policy, Couples(DPOLossConfig()))
+    training, validation = preference_samples(settings, tokenizer, add_loss_mask=True)
+    task = Task(training, validation, tiny.load_policy, Couples(DPOLossConfig()))
     with pytest.raises(
         ValueError, match="train_micro_batch_size: Couples couples the samples of a"
     ):
-        fit(task, config, tokenizer)
+        fit(task, settings, tokenizer, config)
 
 
 # The command line

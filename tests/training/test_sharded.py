@@ -21,6 +21,8 @@ from trainer_runs import curve, make_config
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import NLLLossFn
 from nemo_rl_ref.algorithms.utils import get_tokenizer
+from nemo_rl_ref.config.sections import SFTSettings
+from nemo_rl_ref.config.settings import read_settings
 from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.training.checkpoints import Trained
 from nemo_rl_ref.training.processes import make_accelerator, prepare_deepspeed
@@ -146,7 +148,7 @@ def test_deepspeed_gets_the_runs_settings():
     stand_in = SimpleNamespace(
         distributed_type=DistributedType.DEEPSPEED, state=SimpleNamespace(deepspeed_plugin=plugin)
     )
-    section = {"train_micro_batch_size": 4, "max_grad_norm": None}
+    section = SimpleNamespace(train_micro_batch_size=4, max_grad_norm=None)
     prepare_deepspeed(stand_in, section, "policy")
     told = plugin.deepspeed_config
     assert told["train_micro_batch_size_per_gpu"] == 4 and told["gradient_clipping"] == 0.0
@@ -192,7 +194,9 @@ def no_steps(optimizer):
 
 def test_an_update_with_deepspeed_is_one_step(tmp_path):
     config = make_config("sft", tmp_path)
-    samples, _ = supervised_samples(config, get_tokenizer(config["policy"]["tokenizer"]))
+    samples, _ = supervised_samples(
+        read_settings(config, SFTSettings), get_tokenizer(config["policy"]["tokenizer"])
+    )
     models, metrics = [], []
     for deepspeed in (False, True):
         model = tiny.load_policy()

@@ -122,21 +122,3 @@ def test_resume_paths(tmp_path):
     assert (weights, optimizer) == (tmp_path / "value/weights", tmp_path / "value/optimizer")
     with pytest.warns(UserWarning, match="the optimizer starts afresh"):
         assert CheckpointManager.get_resume_paths(tmp_path)[1] is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"checkpoint_dir": None}, "checkpointing.checkpoint_dir: not set"),
-        ({"save_period": 0}, "checkpointing.save_period: got 0, expected 1 or more"),
-        ({"save_period": "10"}, "checkpointing.save_period: got '10', expected 1 or more"),
-        ({"keep_top_k": -1}, "checkpointing.keep_top_k: got -1, expected 0 or more"),
-        (
-            {"metric_name": "loss"},
-            "checkpointing.metric_name: got 'loss', expected null, or 'val:'",
-        ),
-    ],
-)
-def test_bad_settings(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        manager(tmp_path, **changes)
