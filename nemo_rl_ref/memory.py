@@ -49,7 +49,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -581,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         register_omegaconf_resolvers()
         config = apply_overrides(load_config(options.config), overrides)
-        config = dict(OmegaConf.to_container(config, resolve=True))  # pyright: ignore
+        config = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
         name = options.model or (config.get("policy") or {}).get("model_name")
         if not name:
             raise ValueError("policy.model_name: missing; give --model PATH")

@@ -56,13 +56,15 @@ def train(
     environment = load_object(env, "--env") if env else None
     trainer = RLTrainer(config, environment=environment, loss_fn=loss_fn, load=False)
     settings.check_prompts(trainer.cfg, trainer.train_prompts, trainer.val_prompts)
-    return Run(trainer, **options).train()["validation"]
+    run = Run(trainer, **options)  # pyright: ignore[reportArgumentType], see [tool.pyright]
+    return run.train()["validation"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train with the configuration on the command line, and return the exit status."""
     used = (*EVERY_TRAINERS_KEYS, *USED_KEYS)
-    return run(argv, __doc__.splitlines()[0], used, train, env=True, not_here=NOT_HERE_IN_RL)
+    title = (__doc__ or "").splitlines()[0]
+    return run(argv, title, used, train, env=True, not_here=NOT_HERE_IN_RL)
 
 
 if __name__ == "__main__":

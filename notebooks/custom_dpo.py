@@ -80,7 +80,7 @@ values(
 #| label: dpo-batch
 batch = next(preference_batches(train_pairs, tokenizer, batch_size=2))
 for name, tensor in batch.items():
-    print(f"{name:14} {str(tensor.dtype):14} {tuple(tensor.shape)}")
+    print(f"{name:14} {tensor.dtype!s:14} {tuple(tensor.shape)}")
 
 
 def token_table(batch):

@@ -35,10 +35,10 @@ from IPython.display import Markdown
 from omegaconf import OmegaConf
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.rl.rewards import exact_match
 from nemo_rl_ref.rl.rollouts import prompt_batches
 from nemo_rl_ref.rl.trainer import RLTrainer
+from nemo_rl_ref.show.values import values
 from nemo_rl_ref.utils.config import load_config, parse_hydra_overrides
 
 warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, not ours
@@ -222,8 +222,8 @@ grouped(
 
 # %%
 #| label: grpo-run
-from nemo_rl_ref.rl.generate import response_logprobs
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.rl.generate import response_logprobs
 
 
 def right_answers(prompts, tokenizer):

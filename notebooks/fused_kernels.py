@@ -26,8 +26,8 @@
 from IPython.display import Markdown
 from transformers import LlamaConfig
 
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.memory import Model, Step, compare, table
+from nemo_rl_ref.show.values import values
 
 # The sizes of Llama-3.1-8B. For your own model: Model.from_config("path/of/the/model").
 model = Model.from_config(
@@ -438,8 +438,8 @@ Markdown("\n".join(lines))
 import torch
 
 from nemo_rl_ref import tiny
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
+from nemo_rl_ref.show.values import values
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = tiny.load_tokenizer()

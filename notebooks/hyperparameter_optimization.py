@@ -32,8 +32,8 @@ from accelerate import Accelerator
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.preferences import load_preferences, preference_batches
+from nemo_rl_ref.show.values import values
 from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
 
 STEPS, PAIRS, SEEDS = 16, 32, 6
@@ -545,7 +545,7 @@ axes[-1].set_xlabel(RATE)
 # %%
 #| label: rate-beta-numbers
 best_rates = rates[accuracy.argmax(1)]
-ends = {name: row for name, row in (("low", 0), ("high", -1))}
+ends = {"low": 0, "high": -1}
 values(
     surface_fitted=MODELLED["fitted_to"],
     surface_correlation=f"{MODELLED['left_out_rank_correlation']:.2f}",

@@ -37,10 +37,10 @@ from IPython.display import Markdown
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.generation import answer_kl, sample_answers
-from nemo_rl_ref.show.figures import LINES, band, panels
 from nemo_rl_ref.preferences import load_preferences, preference_batches
+from nemo_rl_ref.show.figures import LINES, band, panels
+from nemo_rl_ref.show.values import values
 from nemo_rl_ref.tiny.addition import answer, is_correct, problems, prompt
 from nemo_rl_ref.training.step import add_reference_logprobs, evaluate, train
 

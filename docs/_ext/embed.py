@@ -156,5 +156,3 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.setup_extension("notebook_pages")
     app.add_directive("embed", Embed)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
-
-

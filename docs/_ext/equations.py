@@ -61,7 +61,7 @@ def start_checks(app: Sphinx) -> None:
         logger.info("checking the equations ...")
         # Into a file, which takes all at once. A full pipe makes the process wait in its write; if
         # it is stopped and continued there, the rest is lost where PYTHONUNBUFFERED is set.
-        app.equation_output = tempfile.TemporaryFile("w+", encoding="utf-8")
+        app.equation_output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         app.equation_checks = subprocess.Popen(
             [sys.executable, "-m", "nemo_rl_ref.equations", "--json"],
             cwd=root,

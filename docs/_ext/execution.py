@@ -252,16 +252,20 @@ def kernel_environment(root: Path, scratch: Path) -> dict[str, str]:
     # longer, makes a training step ten times slower on a busy machine. No spinning at all makes it
     # three times slower on a quiet one.
     threads = max(1, (os.cpu_count() or 1) // AT_ONCE)
-    return {"GOMP_SPINCOUNT": "3000", "OMP_NUM_THREADS": str(threads)} | os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONHASHSEED": "0",
-        "IPYTHONDIR": str(scratch / "ipython"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "SOURCE_DATE_EPOCH": "0",
-    }
+    return (
+        {"GOMP_SPINCOUNT": "3000", "OMP_NUM_THREADS": str(threads)}
+        | os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONHASHSEED": "0",
+            "IPYTHONDIR": str(scratch / "ipython"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TQDM_DISABLE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "SOURCE_DATE_EPOCH": "0",
+        }
+    )
 
 
 def make_client(content: Any, root: Path, scratch: Path) -> Any:

@@ -185,12 +185,13 @@ def _backward(
     logits = tensors[0]
     pieces = _pieces(logits)
     if len(pieces) == 1:
-        grad = _backward_piece(*tensors, temperature, has_ignored).to(logits.dtype)
+        grad = _backward_piece(*tensors, temperature=temperature, has_ignored=has_ignored)
+        grad = grad.to(logits.dtype)
         return grad if out is None else out.copy_(grad)
     grad = torch.empty_like(logits) if out is None else out
     for piece in pieces:
-        part = (None if tensor is None else tensor[piece] for tensor in tensors)
-        grad[piece] = _backward_piece(*part, temperature, has_ignored)
+        part = [None if tensor is None else tensor[piece] for tensor in tensors]
+        grad[piece] = _backward_piece(*part, temperature=temperature, has_ignored=has_ignored)
     return grad
 
 

@@ -90,7 +90,9 @@ class Samples:
         if self._per_sample > 1:
             rows = (first.unsqueeze(1) + torch.arange(self._per_sample)).flatten()
         cut, lengths = self._packed.padded(rows, self._fills, multiple=self._multiple)
-        batch: BatchedDataDict[Any] = BatchedDataDict(zip(("input_ids", "token_mask"), cut))
+        batch: BatchedDataDict[Any] = BatchedDataDict(
+            zip(("input_ids", "token_mask"), cut, strict=False)
+        )
         batch["input_lengths"] = lengths
         batch["sample_mask"] = self._weights[rows // self._per_sample]
         return batch
