@@ -184,7 +184,7 @@ class Model:
         kind = read.get("model_type")
         if kind not in MODELS:
             raise ValueError(f"model_type: got {kind!r}, expected one of {', '.join(MODELS)}")
-        sizes = {name: read.get(name) for name in _SIZES}
+        sizes: dict[str, Any] = {name: read.get(name) for name in _SIZES}
         sizes["num_key_value_heads"] = sizes["num_key_value_heads"] or sizes["num_attention_heads"]
         if missing := [name for name, size in sizes.items() if size is None and name != "head_dim"]:
             raise ValueError(f"config of a {kind}: no {', '.join(missing)}")
@@ -548,8 +548,8 @@ def measure_peak(run: Callable[[], Any], device: str | torch.device = "cpu") -> 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         run()
     events = [
-        (event.start_ns(), event.nbytes())
-        for event in found.profiler.kineto_results.events()
+        (event.start_ns(), event.nbytes())  # pyright: ignore[reportAttributeAccessIssue]
+        for event in found.profiler.kineto_results.events()  # pyright: ignore
         if event.name() == "[memory]"
     ]
     total = most = 0

@@ -77,7 +77,7 @@ same_length = sum(len(chosen) == len(rejected) for chosen, rejected in answers) 
 #| label: dpo-batch
 batch = train_pairs.batch([0, 1])
 for name, tensor in batch.items():
-    print(f"{name:14} {str(tensor.dtype):14} {tuple(tensor.shape)}")
+    print(f"{name:14} {tensor.dtype!s:14} {tuple(tensor.shape)}")
 
 # %%
 #| label: dpo-batch-table

@@ -232,8 +232,8 @@ grouped(
 
 # %%
 #| label: grpo-run
-from nemo_rl_ref.rl.generate import response_logprobs
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.rl.generate import response_logprobs
 
 
 def right_answers(prompts, tokenizer):

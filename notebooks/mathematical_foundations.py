@@ -24,6 +24,7 @@
 import torch
 
 from nemo_rl_ref.equations.world import World, ascend, expect, gradient, groups, kl, variance
+from nemo_rl_ref.show.values import values
 
 # %% [markdown]
 # ## Notation and the token-level MDP
@@ -1368,7 +1369,7 @@ for ratio, advantage in ((1.5, 1.0), (0.5, -1.0), (1.1, 1.0), (1.5, -1.0)):
     ppo, cispo = slope(ratio, advantage), slope(ratio, advantage, use_cispo=True)
     print(f"{ratio:6.1f} {advantage:10.0f} {ppo:7.2f} {cispo:7.2f}")
     assert abs(cispo - min(max(ratio, 0.8), 1.2) * advantage) < 1e-7
-    assert (ppo == 0.0) == (ratio > 1.2 and advantage > 0 or ratio < 0.8 and advantage < 0)
+    assert (ppo == 0.0) == ((ratio > 1.2 and advantage > 0) or (ratio < 0.8 and advantage < 0))
 
 # %%
 #| label: thm-gdpo-resolution

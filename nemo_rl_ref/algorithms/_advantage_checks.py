@@ -36,15 +36,18 @@ def check_like_mask(name: str, tensor: Tensor, mask: Tensor) -> None:
 
 def check_kl_logprobs(
     first: str, policy: Tensor | None, second: str, reference: Tensor | None, mask: Tensor
-) -> None:
-    """Checks that what a KL penalty in the reward is computed from is there."""
-    for name, tensor in ((first, policy), (second, reference)):
-        if tensor is None:
-            raise ValueError(
-                f"{name} is None, expected (B, S) log-probabilities: use_kl_in_reward=True "
-                "puts a KL penalty into the reward"
-            )
-        check_like_mask(name, tensor, mask)
+) -> tuple[Tensor, Tensor]:
+    """Return what a KL penalty in the reward is computed from, if it is there."""
+    why = ": use_kl_in_reward=True puts a KL penalty into the reward"
+    return given_logprobs(first, policy, mask, why), given_logprobs(second, reference, mask, why)
+
+
+def given_logprobs(name: str, tensor: Tensor | None, mask: Tensor, why: str = "") -> Tensor:
+    """Return log-probabilities that are needed, if they are there and have the mask's shape."""
+    if tensor is None:
+        raise ValueError(f"{name} is None, expected (B, S) log-probabilities{why}")
+    check_like_mask(name, tensor, mask)
+    return tensor
 
 
 def config_value(estimator: str, config: Mapping[str, Any], key: str) -> Any:

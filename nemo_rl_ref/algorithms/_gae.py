@@ -150,8 +150,8 @@ class GeneralizedAdvantageEstimator:
         token_rewards = rewards.new_zeros(mask.shape).scatter(1, last, rewards.unsqueeze(-1))
         if self.use_kl_in_reward and self.kl_coef > 0:
             names = ("logprobs", "reference_logprobs")
-            check_kl_logprobs(names[0], logprobs, names[1], reference_logprobs, mask)
-            kl = calculate_kl(logprobs, reference_logprobs, self.kl_type)
+            pair = check_kl_logprobs(names[0], logprobs, names[1], reference_logprobs, mask)
+            kl = calculate_kl(*pair, self.kl_type)
             token_rewards = token_rewards - self.kl_coef * kl
         return token_rewards
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from nemo_rl_ref.algorithms._advantage_checks import (
     check_kl_logprobs,
-    check_like_mask,
     check_mask,
     check_rewards,
     config_value,
+    given_logprobs,
 )
 from nemo_rl_ref.algorithms._group_advantages import AdvEstimatorConfig
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
@@ -106,8 +106,8 @@ class ReinforcePlusPlusAdvantageEstimator:
         advantages = advantages.unsqueeze(-1).expand(mask.shape)
         if self.use_kl_in_reward and self.kl_coef != 0:
             names = ("logprobs_policy", "logprobs_reference")
-            check_kl_logprobs(names[0], logprobs_policy, names[1], logprobs_reference, mask)
-            kl = calculate_kl(logprobs_policy, logprobs_reference, kl_type=self.kl_type)
+            pair = check_kl_logprobs(names[0], logprobs_policy, names[1], logprobs_reference, mask)
+            kl = calculate_kl(*pair, kl_type=self.kl_type)
             advantages = advantages - self.kl_coef * kl
         return normalize_over_tokens(advantages, mask, mask.sum())
 
@@ -222,14 +222,8 @@ class OPDAdvantageEstimator:
             ValueError: if log-probabilities are None or a shape does not fit.
         """
         check_mask(mask)
-        for name, tensor in (
-            ("teacher_logprobs", teacher_logprobs),
-            ("prev_logprobs", prev_logprobs),
-        ):
-            if tensor is None:
-                raise ValueError(f"{name} is None, expected (B, S) log-probabilities")
-            check_like_mask(name, tensor, mask)
-        gap = (teacher_logprobs - prev_logprobs).detach()
+        teacher = given_logprobs("teacher_logprobs", teacher_logprobs, mask)
+        gap = (teacher - given_logprobs("prev_logprobs", prev_logprobs, mask)).detach()
         advantages = gap * mask
         valid = advantages[mask.bool()]
         prefix = "on_policy_distillation"

@@ -230,7 +230,7 @@ def dynamic_sampling(
                 kept if batch_cache is None else BatchedDataDict.from_batches([batch_cache, kept])
             )
         found = 0 if batch_cache is None else len(batch_cache["filtered_reward"])
-        if found >= needed:
+        if batch_cache is not None and found >= needed:
             metrics = {"dynamic_sampling_num_discarded_valid_samples": found - needed}
             return batch_cache.slice(0, needed), True, batch_cache, metrics
         if dynamic_sampling_num_gen_batches > cfg.dynamic_sampling_max_gen_batches:

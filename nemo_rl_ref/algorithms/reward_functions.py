@@ -2,7 +2,7 @@
 """Changes of the reward that depend on the length of the response."""
 
 import warnings
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -72,7 +72,7 @@ def apply_reward_shaping(batch: BatchedDataDict, cfg: RewardShapingConfig) -> Ba
         return batch
     rewards = batch["total_reward"]
     if cfg.stop_properly_penalty_coef is not None:
-        shaped = _scale_truncated(batch, rewards, cfg)
+        shaped = _scale_truncated(batch, rewards, cfg, cfg.stop_properly_penalty_coef)
     else:
         shaped = rewards + _overlong_penalty(batch, rewards, cfg)
     batch["unshaped_total_reward"] = rewards.clone()
@@ -81,9 +81,8 @@ def apply_reward_shaping(batch: BatchedDataDict, cfg: RewardShapingConfig) -> Ba
 
 
 def _scale_truncated(
-    batch: BatchedDataDict, rewards: torch.Tensor, cfg: RewardShapingConfig
+    batch: BatchedDataDict, rewards: torch.Tensor, cfg: RewardShapingConfig, factor: float
 ) -> torch.Tensor:
-    factor = cfg.stop_properly_penalty_coef
     if not 0 <= factor <= 1:
         raise ValueError(f"stop_properly_penalty_coef is {factor}, expected 0 to 1")
     ignored = [
@@ -106,20 +105,13 @@ def _scale_truncated(
 def _overlong_penalty(
     batch: BatchedDataDict, rewards: torch.Tensor, cfg: RewardShapingConfig
 ) -> torch.Tensor:
-    for name in ("overlong_buffer_length", "overlong_buffer_penalty", "max_response_length"):
-        if getattr(cfg, name) is None:
-            raise ValueError(
-                f"reward_shaping.{name} is None, expected a number: shaping is enabled and "
-                "stop_properly_penalty_coef is not set"
-            )
-    if cfg.overlong_buffer_penalty < 0:
-        raise ValueError(
-            f"overlong_buffer_penalty is {cfg.overlong_buffer_penalty}, expected 0 or more"
-        )
-    if cfg.overlong_buffer_length < 1:
-        raise ValueError(
-            f"overlong_buffer_length is {cfg.overlong_buffer_length}, expected 1 or more"
-        )
+    buffer = _number(cfg, "overlong_buffer_length")
+    largest = _number(cfg, "overlong_buffer_penalty")
+    longest = _number(cfg, "max_response_length")
+    if largest < 0:
+        raise ValueError(f"overlong_buffer_penalty is {largest}, expected 0 or more")
+    if buffer < 1:
+        raise ValueError(f"overlong_buffer_length is {buffer}, expected 1 or more")
     lengths = batch.get("response_token_lengths")
     if lengths is None:
         lengths = [_first_response_length(log) for log in batch["message_log"]]
@@ -128,10 +120,20 @@ def _overlong_penalty(
         raise ValueError(
             f"batch has {len(lengths)} response lengths, expected {len(rewards)}, one a reward"
         )
-    exceeding = lengths - (cfg.max_response_length - cfg.overlong_buffer_length)
+    exceeding = lengths - (longest - buffer)
     # The order of operations is NeMo RL's, so that the last bit is, too.
-    penalty = -exceeding.double() / cfg.overlong_buffer_length * cfg.overlong_buffer_penalty
+    penalty = -exceeding.double() / buffer * largest
     return penalty.clamp(max=0).to(rewards.dtype)
+
+
+def _number(cfg: RewardShapingConfig, name: str) -> Any:
+    value = getattr(cfg, name)
+    if value is None:
+        raise ValueError(
+            f"reward_shaping.{name} is None, expected a number: shaping is enabled and "
+            "stop_properly_penalty_coef is not set"
+        )
+    return value
 
 
 def _first_response_length(message_log: list[dict]) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nemo_rl_ref.config.keys import (
     ConfigKeyError,
@@ -66,7 +66,7 @@ def read_config(
     config = apply_overrides(load_config(path), overrides)
     try:
         report = check_keys(config, used, ignored, overrides, not_here)
-        resolved = OmegaConf.to_container(config, resolve=True)
+        resolved = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
     except (ConfigKeyError, OmegaConfBaseException) as error:
         raise ConfigKeyError(f"{path}: {error}") from error
     empty = [key for key, value in flatten_keys(config).items() if value == "???"]

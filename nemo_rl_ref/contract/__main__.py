@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; None for those of the process.
     """
-    parser = _Parser(prog="python -m nemo_rl_ref.contract", description=__doc__.split("\n")[0])
+    description = (__doc__ or "").split("\n")[0]
+    parser = _Parser(prog="python -m nemo_rl_ref.contract", description=description)
     parser.add_argument("loss", nargs="?", help="package.module:LossClass; the module is imported")
     parser.add_argument("pairs", nargs="*", metavar="key=value", help="fields of its configuration")
     parser.add_argument("--junit", metavar="FILE", help="also write the report as JUnit XML")

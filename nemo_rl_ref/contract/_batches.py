@@ -84,15 +84,15 @@ class Batch:
 
     def columns(self, kept: Iterable[int]) -> Batch:
         """Returns the token columns named. Column 0 must be among them, in first place."""
-        kept = torch.tensor(list(kept))
+        columns = torch.tensor(list(kept))
 
         def cut(part: str, name: str, tensor: Tensor) -> Tensor:
             if name == "input_lengths" and part == "data":
-                return (kept < tensor.unsqueeze(-1)).sum(-1).to(tensor.dtype)
+                return (columns < tensor.unsqueeze(-1)).sum(-1).to(tensor.dtype)
             shift = self.shifts.get((part, name))
             if shift is None:
                 return tensor
-            return tensor[:, kept if shift == 0 else kept[1:] - 1]
+            return tensor[:, columns if shift == 0 else columns[1:] - 1]
 
         return self.map(cut)
 
@@ -219,7 +219,7 @@ def build_batch(inputs: Any, data: Any, dtype: torch.dtype, source: str) -> Batc
         {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in values.items()}
         for values in (inputs, data)
     ]
-    return Batch(*copies, shifts, free)
+    return Batch(copies[0], copies[1], shifts, free)
 
 
 def make_batch(

@@ -72,7 +72,7 @@ def counts_of_one(subject: Subject, batch: Batch) -> Finding:
     divisors = {"tokens": toks, "sequences": seqs, "none": 1.0}
     raw = call(subject.loss_fn, batch, (torch.tensor(1.0), torch.tensor(1.0)))
     metrics = {
-        name: value if is_extremum(name) else value / divisors.get(table.get(name), own)
+        name: value if is_extremum(name) else value / divisors.get(table.get(name, ""), own)
         for name, value in raw.metrics.items()
     }
     grads = {name: grad / own for name, grad in raw.grads.items()}

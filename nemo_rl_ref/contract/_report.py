@@ -104,9 +104,10 @@ class Report:
         """Returns the table as plain text, 100 columns wide. Needs rich."""
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=100, color_system=None, force_jupyter=False)
+        text = io.StringIO()
+        console = Console(file=text, width=100, color_system=None, force_jupyter=False)
         console.print(self)
-        return console.file.getvalue().rstrip("\n")
+        return text.getvalue().rstrip("\n")
 
     def __rich__(self) -> Any:
         """Returns the table that rich prints."""

@@ -169,7 +169,7 @@ def signature_of(kind: type) -> tuple[str, Any, dict[str, Any]]:
     config = None
     if parameter is not None:
         config = hints.get(parameter.name) or _config_by_name(kind)
-    name = parameter.name if config is not None else ""
+    name = parameter.name if parameter is not None and config is not None else ""
     others = {p.name: hints.get(p.name, str) for p in named if p.name != name}
     return name, config, others
 

@@ -91,7 +91,7 @@ class BCOPairLossFn(DPOLossFn):
         self, rewards: Tensor, sample_mask: Tensor, global_valid_seqs: Tensor, beta: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rewards = rewards.masked_fill(sample_mask == 0, 0.0)
-        _, *metrics = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)
+        metrics = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)[1:]
         scores = beta * rewards
         if self.delta == "batch":
             scores = scores - masked_mean(scores.detach(), sample_mask)
@@ -154,7 +154,7 @@ class AOTUnpairedLossFn(DPOLossFn):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sample_mask, average = data["sample_mask"], self.preference_average_log_probs
         log_ratios = response_log_ratios(next_token_logprobs, data, average)
-        _, *metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)
+        metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)[1:]
 
         upper, lower = self.sorted_quantities(next_token_logprobs, data)
         valid = sample_mask[::2] != 0
@@ -271,7 +271,7 @@ class KTOLossFn(DPOLossFn):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sample_mask, average = data["sample_mask"], self.preference_average_log_probs
         log_ratios = response_log_ratios(next_token_logprobs, data, average)
-        _, *metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)
+        metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)[1:]
 
         chosen, rejected = self.split_output_tensor(log_ratios)
         beta, z = self.reference_policy_kl_penalty, self.reference_point(data)

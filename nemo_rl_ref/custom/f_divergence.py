@@ -120,5 +120,5 @@ class FDivergenceDPOLossFn(DPOLossFn):
         rewards = rewards.masked_fill(sample_mask == 0, 0.0)
         scores = f_derivative(rewards, self.divergence, self.alpha, self.max_exponent)
         loss, *_ = super()._preference_loss(scores, sample_mask, global_valid_seqs, beta)
-        _, *metrics = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)
+        metrics = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)[1:]
         return loss, *metrics

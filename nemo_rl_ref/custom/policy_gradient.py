@@ -52,10 +52,9 @@ def positive_setting(cfg: ClippedPGLossConfig, key: str, default: float | None) 
         1.0
     """
     value = getattr(cfg, key, default)
-    number = isinstance(value, float | int) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):
-        raise ValueError(f"{key}: got {value!r}, expected a positive number")
-    return value
+    if isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < math.inf:
+        return value
+    raise ValueError(f"{key}: got {value!r}, expected a positive number")
 
 
 def zero_where_masked(
@@ -165,14 +164,14 @@ class TokenPGLossFn(ClippedPGLossFn):
         kind = self.truncated_importance_sampling_type
         high = self.truncated_importance_sampling_ratio
         low = self.truncated_importance_sampling_ratio_min or 0.0
+        if kind is None or high is None:
+            return weights
         if kind == "tis":
             return weights.clamp(low, high)
         if kind == "icepop":
             return weights * ((weights >= low) & (weights <= high))
-        if kind == "seq-mask-tis":
-            mean = masked_mean(differences, mask, dim=-1).exp().unsqueeze(-1)
-            return weights * ((mean >= low) & (mean <= high))
-        return weights
+        mean = masked_mean(differences, mask, dim=-1).exp().unsqueeze(-1)
+        return weights * ((mean >= low) & (mean <= high))
 
     def kl_estimates(self, logprobs: Tensor, data: Mapping[str, Any]) -> Tensor:
         """The estimate of KL(π_θ‖π_ref) at each token (B, S-1), nats."""

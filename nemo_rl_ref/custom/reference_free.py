@@ -57,7 +57,7 @@ class ReferenceFreeLossFn(DPOLossFn):
         self, rewards: Tensor, sample_mask: Tensor, global_valid_seqs: Tensor, beta: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rewards = rewards.masked_fill(sample_mask == 0, 0.0)
-        _, *metrics = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)
+        metrics = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)[1:]
         losses = self.pair_losses(*self.split_output_tensor(rewards), beta)
         loss = masked_mean(
             losses, sample_mask[::2], global_normalization_factor=global_valid_seqs / 2

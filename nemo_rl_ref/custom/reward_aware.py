@@ -108,7 +108,7 @@ class RPOLossFn(DPOLossFn):
         if self.preference_average_log_probs:
             log_ratios = log_ratios / token_mask.sum(-1).clamp(min=1)
         log_ratios = log_ratios.masked_fill(sample_mask == 0, 0.0)
-        _, *metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)
+        metrics = self._preference_loss(log_ratios, sample_mask, global_valid_seqs)[1:]
 
         rewards = data["gt_rewards"].masked_fill(sample_mask == 0, 0.0)
         chosen, rejected = self.split_output_tensor(log_ratios)

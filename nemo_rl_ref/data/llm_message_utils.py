@@ -108,7 +108,7 @@ def _stack(key: str, values: list[Tensor | None], width: int, pad_value: int) ->
     if len(kinds) > 1:
         found = sorted(f"{dtype} on {device}" for dtype, device in kinds)
         raise RuntimeError(f"key {key!r} has {', '.join(found)}, expected one dtype and device")
-    first = values[0]
+    first = next(value for value in values if value is not None)
     rows = first.new_full((len(values), width, *first.shape[1:]), pad_value)
     for row, value in zip(rows, values, strict=True):
         if value is not None:

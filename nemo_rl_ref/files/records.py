@@ -117,7 +117,7 @@ def _read_datasets(
     name = split or "train"
     if isinstance(found, datasets.DatasetDict):
         if name not in found:
-            raise ValueError(f"split: got {name!r}, but {path} has {', '.join(found)}")
+            raise ValueError(f"split: got {name!r}, but {path} has {', '.join(map(str, found))}")
         found = found[name]
     elif split:
         raise ValueError(f"split: got {split!r}, but {path} has no splits; set it to null")

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# cuda-core and cuda-bindings are compiled, without annotations:
+# pyright: reportAttributeAccessIssue=false
 """Compiles the CUDA kernels at first use, keeps them on disk, and launches them.
 
 A kernel is a template in a ``.cu`` file beside this module, such as
@@ -77,10 +79,11 @@ class Compiled:
         """
 
         def number(pattern: str, default: int | None = None) -> int:
-            found = re.search(pattern, self.log)
-            if found is None and default is None:
+            if found := re.search(pattern, self.log):
+                return int(found[1])
+            if default is None:
                 raise ValueError(f"{self.symbol}: the log has no {pattern!r}: {self.log!r}")
-            return int(found[1]) if found else default
+            return default
 
         return Resources(
             registers=number(r"Used (\d+) registers"),

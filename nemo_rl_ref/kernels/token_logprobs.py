@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ _LOG2_E = math.log2(math.e)
 def forward(
     logits: Tensor,
     targets: Tensor,
-    outputs: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    outputs: tuple[Tensor | None, ...],
     *,
     temperature: float,
     softcap: float | None = None,
@@ -77,8 +78,8 @@ def forward(
 def backward(
     logits: Tensor,
     targets: Tensor,
-    results: tuple[Tensor, Tensor, Tensor | None],
-    grads: tuple[Tensor | None, Tensor | None],
+    results: tuple[Tensor | None, ...],
+    grads: tuple[Tensor | None, ...],
     grad: Tensor,
     *,
     temperature: float,
@@ -146,7 +147,7 @@ def _block(logits: Tensor) -> int:
     return _SMALL_BLOCK if row_bytes <= _SMALL_ROW else _BLOCK
 
 
-def _rows(*tensors: Tensor) -> tuple[int, *tuple[tuple[int, int, int], ...]] | None:
+def _rows(*tensors: Tensor) -> tuple[Any, ...] | None:
     """How the kernels find the rows of tensors of one shape, (outer, inner, columns).
 
     Returns:

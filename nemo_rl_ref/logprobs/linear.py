@@ -18,7 +18,7 @@ its own, which takes a fifth product and no sum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -314,7 +314,8 @@ def forward(
         return logprobs, entropy, state
     if hidden.device.type == "cuda" and not kernels:  # the kernels look themselves
         inside = (targets >= 0) & (targets < v) | (targets == IGNORE_INDEX)
-        torch._assert_async(inside.all(), "a target is neither -100 nor in [0, V)")
+        message = "a target is neither -100 nor in [0, V)"
+        torch._assert_async(inside.all(), message)  # pyright: ignore[reportPrivateImportUsage]
     sizes = plan(hidden, weight, softcap, max_extra_bytes, return_entropy, kernels)
     row_step, column_step = sizes.forward
     tiles = _Tiles(
@@ -414,7 +415,7 @@ def backward(
     kernels: bool,
     results: tuple[Tensor, Tensor | None],
     grads: tuple[Tensor | None, Tensor | None],
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of hidden states, weight and bias; empty where not needed.
 
@@ -470,14 +471,13 @@ def backward(
 
 
 def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for what :func:`backward` returns."""
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    like = (hidden, weight, hidden if bias is None else bias)
-    return tuple(
-        tensor.new_empty(shape if need else (0,))
-        for tensor, shape, need in zip(like, shapes, needs, strict=True)
+    return (
+        hidden.new_empty(hidden.shape if needs[0] else (0,)),
+        weight.new_empty(weight.shape if needs[1] else (0,)),
+        (hidden if bias is None else bias).new_empty(weight.shape[:1] if needs[2] else (0,)),
     )
 
 
@@ -618,7 +618,7 @@ def linear_token_logprobs_backward_op(
             kernels,
             (state, entropy),
             (grad_logprobs, grad_entropy),
-            tuple(needs),
+            needs,
         )
 
 

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,10 +98,10 @@ def token_logprobs(
 
     if torch.is_grad_enabled() and logits.requires_grad:
         options = (temperature, return_entropy, has_ignored, inplace_backward)
-        outputs = _TokenLogprobs.apply(logits, targets, *options)
+        logprobs, entropy = _TokenLogprobs.apply(logits, targets, *options)
     else:
-        outputs = _forward(logits, targets, temperature, return_entropy, has_ignored)
-    return outputs if return_entropy else outputs[0]
+        logprobs, entropy = _forward(logits, targets, temperature, return_entropy, has_ignored)
+    return logprobs if entropy is None else (logprobs, entropy)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -153,7 +154,7 @@ def _forward(
     entropy = torch.empty_like(logprobs) if return_entropy else None
     for piece in pieces:
         logprobs[piece], piece_entropy = _forward_piece(logits[piece], targets[piece], *options)
-        if entropy is not None:
+        if entropy is not None and piece_entropy is not None:
             entropy[piece] = piece_entropy
     return logprobs, entropy
 
@@ -175,7 +176,7 @@ def _forward_piece(
 
 
 def _backward(
-    tensors: tuple[Tensor | None, ...],
+    tensors: tuple[Any, ...],
     temperature: float,
     has_ignored: bool,
     out: Tensor | None = None,
@@ -184,12 +185,13 @@ def _backward(
     logits = tensors[0]
     pieces = _pieces(logits)
     if len(pieces) == 1:
-        grad = _backward_piece(*tensors, temperature, has_ignored).to(logits.dtype)
+        grad = _backward_piece(*tensors, temperature=temperature, has_ignored=has_ignored)
+        grad = grad.to(logits.dtype)
         return grad if out is None else out.copy_(grad)
     grad = torch.empty_like(logits) if out is None else out
     for piece in pieces:
-        part = (None if tensor is None else tensor[piece] for tensor in tensors)
-        grad[piece] = _backward_piece(*part, temperature, has_ignored)
+        part = [None if tensor is None else tensor[piece] for tensor in tensors]
+        grad[piece] = _backward_piece(*part, temperature=temperature, has_ignored=has_ignored)
     return grad
 
 
@@ -210,8 +212,10 @@ def _backward_piece(
     a = None if grad_logprobs is None else grad_logprobs.unsqueeze(-1) / temperature
     if grad_entropy is None:
         grad = torch.softmax(_scaled(logits, temperature), -1, dtype=work_dtype(logits))
+        assert a is not None  # one of the two gradients is given
         grad.mul_(-a)
     else:
+        assert entropy is not None  # with its gradient
         b = grad_entropy.unsqueeze(-1) / temperature
         logp = _log_softmax(logits, temperature)
         grad = logp.exp()

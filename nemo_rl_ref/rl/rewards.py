@@ -155,7 +155,7 @@ def _number(text: str) -> Fraction | int | None:
     if text.isascii() and text.isdigit() and len(text) <= 100:
         return int(text)
     text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
-    percent = text.endswith("%") or text.endswith(r"\%")
+    percent = text.endswith("%")
     text = text.removesuffix("%").removesuffix("\\")
     fraction = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", text)
     if fraction:

@@ -164,7 +164,7 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Write tokenizer, weights, pairs and problems to ``--out``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ASSETS)
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)

@@ -31,9 +31,7 @@ def load_policy(model_name: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     kwargs.setdefault("dtype", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(model_name), use_safetensors=True, **kwargs
-    )
+    model = AutoModelForCausalLM.from_pretrained(str(model_name), use_safetensors=True, **kwargs)
     return model.train()
 
 

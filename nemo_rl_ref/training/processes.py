@@ -149,8 +149,8 @@ def whole_model(model: Any, copy: Any, accelerator: Any) -> Any:
 def _whole(parameter: Tensor) -> Tensor:
     if hasattr(parameter, "ds_id"):
         raise ValueError(
-            "deepspeed_config.zero_stage: got 3, expected at most 2: responses are sampled from whole "
-            "weights. FSDP gathers them"
+            "deepspeed_config.zero_stage: got 3, expected at most 2: responses are sampled from "
+            "whole weights. FSDP gathers them"
         )
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 

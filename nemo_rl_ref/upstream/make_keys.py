@@ -102,7 +102,7 @@ class _Classes:
     def masters(self) -> Iterator[tuple[Path, ast.ClassDef]]:
         """Every class called MasterConfig."""
         for (path, name), node in self.nodes.items():
-            if name == "MasterConfig":
+            if name == "MasterConfig" and isinstance(node, ast.ClassDef):
                 yield path, node
 
     def subclasses(self, name: str) -> Iterator[tuple[Path, ast.ClassDef]]:
@@ -116,8 +116,9 @@ class _Classes:
         """Adds the fields of a class, and those of its bases and subclasses, below `prefix`."""
         for base in node.bases:
             if isinstance(base, ast.Name) and (named := self.named(base.id, path)):
-                if isinstance(named[1], ast.ClassDef):
-                    self._add_fields(*named, prefix, found)
+                place, parent = named
+                if isinstance(parent, ast.ClassDef):
+                    self._add_fields(place, parent, prefix, found)
         self._add_fields(path, node, prefix, found)
         if node.name != "MasterConfig":
             for place, subclass in self.subclasses(node.name):
@@ -134,7 +135,10 @@ class _Classes:
         """Adds `key`, and what an annotation says is below it."""
         found.keys.add(key)
         for name in HELD_TOO.get(key, ()):
-            self.add_class(*self.named(name, module), f"{key}.", found)
+            place, held = self.named(name, module) or (module, None)
+            if not isinstance(held, ast.ClassDef):
+                raise ValueError(f"{key}: no class {name} in this checkout")
+            self.add_class(place, held, f"{key}.", found)
         match node:
             case ast.Constant(value=str(text)):
                 self.add_type(ast.parse(text, mode="eval").body, module, key, found)
@@ -155,10 +159,11 @@ class _Classes:
             case ast.Name(id="Any" | "dict" | "Dict"):
                 found.open.add(key.removesuffix(".*"))
             case ast.Name(id=name) if named := self.named(name, module):
-                if isinstance(named[1], ast.ClassDef):
-                    self.add_class(*named, f"{key}.", found)
+                place, meant = named
+                if isinstance(meant, ast.ClassDef):
+                    self.add_class(place, meant, f"{key}.", found)
                 else:
-                    self.add_type(named[1], named[0], key, found)
+                    self.add_type(meant, place, key, found)
 
     def _add_below(self, node: ast.expr, module: Path, key: str, found: _Found) -> None:
         """As `add_type`, without `key` itself: a list of numbers has no keys."""
@@ -260,7 +265,7 @@ def _collect(checkout: Path) -> _Found:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes ``keys.json`` and ``places.json`` beside this file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkout", type=Path, help="folder of a checkout of NVIDIA-NeMo/RL")
     checkout = parser.parse_args(argv).checkout
     try:

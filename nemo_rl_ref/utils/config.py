@@ -19,7 +19,7 @@ from __future__ import annotations
 import getpass
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -58,13 +58,13 @@ def merge_with_override(base_config: DictConfig, override_config: DictConfig) ->
     for key in list(override_config.keys()):
         if OmegaConf.is_missing(override_config, key):
             continue
-        if OmegaConf.is_interpolation(override_config, key):
+        if OmegaConf.is_interpolation(override_config, key):  # pyright: ignore
             continue
         section = override_config[key]
         if isinstance(section, DictConfig) and section.get("_override_", False):
             del section["_override_"]
             base_config.pop(key, None)
-    return OmegaConf.merge(base_config, override_config)
+    return cast("DictConfig", OmegaConf.merge(base_config, override_config))
 
 
 def load_config(config_path: str | Path) -> DictConfig:

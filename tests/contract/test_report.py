@@ -212,7 +212,7 @@ class ReadsMore(DPOLossFn):
 
 
 class Unannotatable(NLLLossFn):
-    def __init__(self, cfg: "OnlyForTypeCheckers" = None):  # noqa: F821
+    def __init__(self, cfg: "OnlyForTypeCheckers" = None):  # noqa: F821  # pyright: ignore
         super().__init__()
         self.cfg = cfg
 

@@ -42,7 +42,9 @@ def two_workers(tmp_path_factory):
         warnings.simplefilter("ignore")
         import ray
 
-        paths = os.pathsep.join(map(str, (Path(__file__).parents[1] / "help", Path(__file__).parents[2])))
+        paths = os.pathsep.join(
+            map(str, (Path(__file__).parents[1] / "help", Path(__file__).parents[2]))
+        )
         ray.init(
             num_cpus=2,
             include_dashboard=False,

@@ -262,7 +262,8 @@ class ClippedPGLossFn(LossFunction):
             global_valid_toks=global_valid_toks,
             plain=self._terms if self._has_own_parts() else None,
         )
-        metrics = dict(zip(TERMS, terms.tolist(), strict=True))  # the only wait for the device
+        # The only wait for the device.
+        metrics: dict[str, Any] = dict(zip(TERMS, terms.tolist(), strict=True))
         if self.truncated_importance_sampling_type is None:
             del metrics["is_oob_ratio"]
         if not data["sample_mask"].is_floating_point():

@@ -266,17 +266,17 @@ def importance_weights(
     else:
         weights = pg.importance_weights(prev_logprobs, generation_logprobs)
     kind = settings.truncated_importance_sampling_type
-    low = settings.truncated_importance_sampling_ratio_min
+    low = settings.truncated_importance_sampling_ratio_min or 0.0
     high = settings.truncated_importance_sampling_ratio
+    if kind is None or high is None:
+        return weights, None
     if kind == "tis":
-        return pg.truncate_weights(weights, 0.0 if low is None else low, high)
+        return pg.truncate_weights(weights, low, high)
     if kind == "icepop":
         return pg.zero_outside_weights(weights, low, high)
-    if kind == "seq-mask-tis":
-        return pg.zero_outside_sequences(
-            weights, prev_logprobs, generation_logprobs, token_mask, low, high
-        )
-    return weights, None
+    return pg.zero_outside_sequences(
+        weights, prev_logprobs, generation_logprobs, token_mask, low, high
+    )
 
 
 def kl_estimate(
@@ -329,8 +329,13 @@ class Parts(NamedTuple):
     @classmethod
     def of(cls, settings: Settings) -> Parts:
         """Return the functions above, with their settings."""
-        functions = (ratios, surrogate, importance_weights, kl_estimate, importance_metrics)
-        return cls(*(partial(function, settings) for function in functions))
+        return cls(
+            partial(ratios, settings),
+            partial(surrogate, settings),
+            partial(importance_weights, settings),
+            partial(kl_estimate, settings),
+            partial(importance_metrics, settings),
+        )
 
 
 def named_terms(

@@ -212,8 +212,8 @@ def reduce_tokens(
     token_mask: Tensor,
     sample_mask: Tensor,
     loss_type: LossType,
-    global_valid_seqs: Tensor,
-    global_valid_toks: Tensor,
+    global_valid_seqs: Tensor | float,
+    global_valid_toks: Tensor | float,
 ) -> Tensor:
     """The micro-batch's share of the mean over the global batch; scalar.
 
@@ -246,7 +246,7 @@ def mismatch_metrics(
     generation_logprobs: Tensor,
     mask: Tensor,
     kl_type: str,
-    global_valid_toks: Tensor,
+    global_valid_toks: Tensor | float,
 ) -> dict[str, Tensor]:
     """How far the trainer's π_old is from the inference engine's π_gen, on the sampled tokens.
 
@@ -275,7 +275,7 @@ def mismatch_metrics(
 
 @torch.no_grad()
 def ratio_metrics(
-    name: str, ratios: Tensor, mask: Tensor, global_valid_toks: Tensor
+    name: str, ratios: Tensor, mask: Tensor, global_valid_toks: Tensor | float
 ) -> dict[str, Any]:
     """Mean, minimum and maximum of ratios over unmasked tokens.
 
@@ -295,7 +295,7 @@ def ratio_metrics(
 
 @torch.no_grad()
 def entropy_estimate(
-    logprobs: Tensor, generation_logprobs: Tensor, mask: Tensor, global_valid_toks: Tensor
+    logprobs: Tensor, generation_logprobs: Tensor, mask: Tensor, global_valid_toks: Tensor | float
 ) -> Tensor:
     """-Σ (π_θ/π_gen) log π_θ over unmasked tokens, divided by the global token count; scalar.
 

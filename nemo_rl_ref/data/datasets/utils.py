@@ -54,7 +54,7 @@ def build_dataset(data_config: Mapping[str, Any], registry: Mapping[str, Any]) -
         ValueError: If the name is not in the registry, or there is no ``data_path``.
     """
     name = data_config.get("dataset_name")
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         near = difflib.get_close_matches(str(name), registry, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(

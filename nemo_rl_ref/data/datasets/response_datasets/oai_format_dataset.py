@@ -53,7 +53,9 @@ class OpenAIFormatDataset(Records):
     def format_data(self, data: dict[str, Any]) -> dict[str, Any]:
         """Return ``messages``, ``task_name`` and, if there are any, ``tools``."""
         messages = list(data[self.chat_key])
-        system = data.get(self.system_key, self.system_prompt)
+        system = self.system_prompt
+        if self.system_key is not None and self.system_key in data:
+            system = data[self.system_key]
         if system:
             messages = [{"role": "system", "content": system}, *messages]
         result = {"messages": messages, "task_name": self.task_name}
