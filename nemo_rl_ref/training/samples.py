@@ -151,9 +151,8 @@ class Samples:
             first = self._first[numbers]
             for number in (n for n in numbers if self._first[n] < 0):
                 lacking = ", ".join(self._fills.keys() - self._samples[number].keys())
-                raise ValueError(
-                    f"{self.places[number]}: the sample has no {lacking}; add it first"
-                )
+                place = self.places[number]
+                raise ValueError(f"{place}: the sample has no {lacking}; add it first")
         rows = first
         if self._rows > 1:
             rows = (first.unsqueeze(1) + torch.arange(self._rows)).flatten()

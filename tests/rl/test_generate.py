@@ -272,9 +272,9 @@ def test_samples_are_seeded_and_leave_the_generator_alone(reference, tokenizer):
 def test_greedy_does_not_depend_on_the_other_prompts(reference, tokenizer):
     prompts = ["1+2=", "98+76=", "5+60="]
     together = sample_responses(reference, tokenizer, prompts, max_new_tokens=5, temperature=0)
+    options = {"max_new_tokens": 5, "temperature": 0}
     alone = [
-        sample_responses(reference, tokenizer, [p], max_new_tokens=5, temperature=0).texts(tokenizer)
-        for p in prompts
+        sample_responses(reference, tokenizer, [p], **options).texts(tokenizer) for p in prompts
     ]
     assert together.texts(tokenizer) == [text for (text,) in alone]
 

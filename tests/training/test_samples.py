@@ -56,13 +56,13 @@ def test_the_order_is_that_of_nemo_rls_loader(seed, num_workers, epoch):
     assert list(order(7, seed, epoch, num_workers)) == expected
     assert order(7, seed, epoch, 3 * num_workers) == order(7, seed, epoch, num_workers)
     batches = Batches(7, 2, seed, max_epochs=3, num_workers=num_workers)
-    assert sum((batches[3 * epoch + step] for step in range(3)), []) == expected[:6]
+    assert [n for step in range(3) for n in batches[3 * epoch + step]] == expected[:6]
 
 
 def test_every_epoch_has_every_sample_once_and_its_own_order():
     batches = Batches(samples=20, batch_size=5, seed=7, max_epochs=3)
     assert len(batches) == 12 == len(list(batches)) and batches.per_epoch == 4
-    epochs = [sum(list(batches)[start : start + 4], []) for start in (0, 4, 8)]
+    epochs = [[n for step in range(4) for n in batches[4 * epoch + step]] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     same = Batches(samples=20, batch_size=5, seed=7, max_epochs=3, max_steps=9)
@@ -181,7 +181,8 @@ def test_batches_are_those_of_nemo_rls_collate_function(tokenizer, multiple):
     samples = preference_pairs(dataset, tokenizer, max_seq_length=16, multiple=multiple)
     numbers = [5, 0, 17]
     pairs = [preference_preprocessor(dataset[n], None, tokenizer, 16, n) for n in numbers]
-    batch, expected = samples.batch(numbers), preference_collate_fn(pairs, tokenizer, multiple, True)
+    batch = samples.batch(numbers)
+    expected = preference_collate_fn(pairs, tokenizer, multiple, True)
     assert batch.keys() == expected.keys()
     for name in expected:
         assert torch.equal(batch[name], expected[name]), name
