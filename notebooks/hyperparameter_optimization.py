@@ -759,7 +759,7 @@ for (task, group), found in EARLY.items():
 
 # %%
 #| label: pruning
-from nemo_rl_ref.tune.samplers import REDUCTION
+from nemo_rl_ref.tune.methods import REDUCTION
 
 
 def halve(runs, task, reduction=REDUCTION):
@@ -1134,7 +1134,7 @@ values(memory_error=f"{100 * memory_error:.1f}")
 
 # %%
 #| label: plan
-from nemo_rl_ref.tune.budget import make_plans
+from nemo_rl_ref.tune.plans import make_plans
 
 PLANS = {}
 for task, budget in itertools.product(POOL, (20, 60)):
@@ -1276,14 +1276,14 @@ for trial in study.trials:
 
 # %%
 #| label: live-best
-from nemo_rl_ref.tune.best import best_of
+from nemo_rl_ref.tune.outcome.best import best_of
 
 best = best_of(study)
 print(best.override_line)
 
 # %%
 #| label: live-again
-from nemo_rl_ref.tune.reevaluate import reevaluate
+from nemo_rl_ref.tune.outcome.reevaluate import reevaluate
 
 again = reevaluate(study, folder / "study", top=1, seeds=3, show=lambda line: None)
 print("\n".join(again.sentences()))
@@ -1302,8 +1302,8 @@ values(
 
 # %%
 #| label: live-report
-from nemo_rl_ref.tune.best import write_yaml
-from nemo_rl_ref.tune.report import write_report
+from nemo_rl_ref.tune.outcome.best import write_yaml
+from nemo_rl_ref.tune.outcome.report import write_report
 
 report = write_report(study, folder / "report.html", reevaluation=again)
 config = write_yaml(best, folder / "best.yaml")

@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import argparse
-import math
+import os
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nemo_rl_ref.tune.runner import Runner, run_trial
-from nemo_rl_ref.tune.samplers import PRUNERS, SAMPLERS
-from nemo_rl_ref.tune.spec import ALGORITHMS, LAUNCHERS
+from nemo_rl_ref.tune.methods import PRUNERS, SAMPLERS
+from nemo_rl_ref.tune.spec import LAUNCHERS
+from nemo_rl_ref.tune.trainers import ALGORITHMS
+from nemo_rl_ref.tune.trial import Runner, run_trial
 
 if TYPE_CHECKING:
-    from nemo_rl_ref.tune.study import Search
+    from optuna.trial import FrozenTrial
+
+    from nemo_rl_ref.tune.search import Search
 
 DESCRIPTION = """\
 Search for hyperparameters over the keys of a NeMo RL configuration.
@@ -33,7 +38,7 @@ example:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Make the parser of the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m nemo_rl_ref.tune",
         description=DESCRIPTION,
@@ -54,7 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
         "the direction is maximize or minimize and may be left out of names that end in loss, "
         "accuracy or reward. Several make a search for a Pareto front",
     )
-    add("--trials", type=int, default=30, metavar="N", help="finished trials; default: 30")
+    add(
+        "--trials",
+        type=int,
+        default=30,
+        metavar="N",
+        help="trials to finish; n processes may end with up to n - 1 more. Default: 30",
+    )
     add(
         "--sampler",
         choices=SAMPLERS,
@@ -77,12 +88,12 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--jobs",
         type=int,
-        default=1,
         metavar="N",
-        help="processes that train, each on one GPU, in turn, where there are several; default: 1",
+        help="start this command N times, each process on one GPU, in turn, where there are "
+        "several; default: 1. On Ray: trials at a time; default: as many as it has room for",
     )
     add("--threads", type=int, default=1, metavar="N", help="torch's, of each; default: 1")
-    add("--seed", type=int, default=0, metavar="N", help="of the sampler; default: 0")
+    add("--seed", type=int, metavar="N", help="of the sampler, for a search in one process")
     add(
         "--vary-seed",
         action="store_true",
@@ -104,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=60,
         metavar="SECONDS",
-        help="without a sign of life, after which a trial is given to another process; default: 60",
+        help="without a sign of life, after which a trial is run once more; default: 60",
     )
     add_engine(parser.add_argument_group("where trials run"))
     add_outcome(parser.add_argument_group("what is made of the study"))
@@ -112,13 +123,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_engine(group: argparse._ArgumentGroup) -> None:
-    """Options of Ray, and of trials that run NeMo RL."""
+    """Add the options of Ray, and of trials that run NeMo RL."""
     add = group.add_argument
     add(
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="processes of this machine, or Ray Tune; default: local",
+        help="processes of this machine, or Ray; default: local",
     )
     add(
         "--ray-address",
@@ -144,7 +155,7 @@ def add_engine(group: argparse._ArgumentGroup) -> None:
 
 
 def add_outcome(group: argparse._ArgumentGroup) -> None:
-    """Options of report, best configuration and re-evaluation."""
+    """Add the options of report, best configuration and re-evaluation."""
     add = group.add_argument
     add("--report", metavar="FILE", help="HTML report; default: report.html in the folder")
     add(
@@ -160,18 +171,21 @@ def add_outcome(group: argparse._ArgumentGroup) -> None:
         "fresh seeds, and say how sure it is that the best one is better",
     )
     add("--top", type=int, default=3, metavar="N", help="trials to re-evaluate; default: 3")
+    add("--only-trials", action="store_true", help="run trials, and leave the rest to another process")
 
 
 def check_together(options: argparse.Namespace) -> str | None:
-    """What is wrong with options that do not go together, or None."""
+    """Say what is wrong with options that do not go together, or None."""
     if (options.launcher == "nemo-rl") != bool(options.checkout):
         return "--launcher nemo-rl and --checkout FOLDER go together"
     if options.engine == "local" and (options.gpus_per_trial or options.ray_address):
         return "--gpus-per-trial and --ray-address are for --engine ray"
-    if options.reevaluate is not None and options.reevaluate < 1:
-        return f"--reevaluate: got {options.reevaluate}, expected 1 seed or more"
-    if options.top < 1:
-        return f"--top: got {options.top}, expected 1 or more"
+    for name in ("jobs", "reevaluate", "top"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            return f"--{name}: got {value}, expected 1 or more"
+    if options.seed is not None and options.engine == "local" and (options.jobs or 1) > 1:
+        return "--seed: with --jobs each process needs another; expected it with one process"
     if options.reevaluate and len(options.objective) > 1:
         return "--reevaluate compares by one objective"
     if options.choose and len(options.objective) == 1:
@@ -181,138 +195,186 @@ def check_together(options: argparse.Namespace) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 1 after an error, 130 if interrupted."""
-    parser = make_parser()
+    parser, argv = make_parser(), list(sys.argv[1:] if argv is None else argv)
     options, overrides = parser.parse_known_args(argv)
     if misspelt := [text for text in overrides if text.startswith("-")]:
         parser.error(f"{misspelt[0]}: no such option")
     if problem := check_together(options):
         parser.error(problem)
-    arguments = shlex.join(sys.argv[1:] if argv is None else argv)
-    return search(options, overrides, f"{parser.prog} {arguments}")
+    try:
+        return run(options, overrides, argv)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
-def search(options: argparse.Namespace, overrides: Sequence[str], again: str) -> int:
+def run(options: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str]) -> int:
     """Run a search as the options say.
 
     Args:
         options: Of the command.
         overrides: That all trials share.
-        again: The command, to say how to go on.
+        argv: The arguments of the command, to start it again, and to say how to go on.
 
     Returns:
         The exit status.
     """
-    from nemo_rl_ref.tune.best import check_rule
-    from nemo_rl_ref.tune.outcome import reevaluate_and_say, write_outcome
+    from nemo_rl_ref.tune.outcome.best import check_rule
+    from nemo_rl_ref.tune.outcome.write import write_outcome
+    from nemo_rl_ref.tune.search import SearchStopped, Settings, open_search, stopping_at_signals
     from nemo_rl_ref.tune.spec import make_spec
-    from nemo_rl_ref.tune.study import SearchStopped, Settings, Stopped, open_search
-    from nemo_rl_ref.tune.table import Display, describe_result
-    from nemo_rl_ref.utils.config import OverridesError
 
-    folder = options.folder or f"results/tune_{options.algorithm}"
-    names = [
-        "trials",
-        "sampler",
-        "pruner",
-        "seed",
-        "vary_seed",
-        "threads",
-        "max_failures",
-        "storage",
-        "name",
-        "grace",
-    ]
-    display = Display()
+    spec = make_spec(
+        options.algorithm, options.config, options.space, options.objective, overrides,
+        options.launcher,
+    )  # fmt: skip
+    check_rule(options.choose, [objective.metric for objective in spec.objectives])
+    names = (
+        "trials", "sampler", "pruner", "seed", "vary_seed", "threads", "max_failures", "storage",
+        "name", "grace",
+    )  # fmt: skip
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    folder, runner = options.folder or f"results/tune_{options.algorithm}", make_runner(options)
+    ray = options.engine == "ray"
+    opened = open_search(spec, settings, folder, runner=runner, listen=say, heartbeats=not ray)
+    again = f"python -m nemo_rl_ref.tune {shlex.join(argv)}"
+    print(describe_start(opened), flush=True)
+    status, result = 0, None
     try:
-        spec = make_spec(
-            options.algorithm, options.config, options.space, options.objective, overrides,
-            options.launcher,
-        )  # fmt: skip
-        check_rule(options.choose, [objective.metric for objective in spec.objectives])
-        runner = make_runner(options)
-        settings = Settings(**{name: getattr(options, name) for name in names})
-        opened = open_search(spec, settings, folder, runner=runner, listen=display)
-        print(describe_start(opened, options.jobs), flush=True)
+        if ray:
+            run_on_ray(opened, options)
+        elif (options.jobs or 1) > 1:
+            status = start_processes(argv, options.jobs)
+        else:
+            from nemo_rl_ref.tune.search import work
 
-        def outcome(result: object) -> None:
-            written = write_outcome(
-                opened.study, opened.folder, report=options.report, rule=options.choose,
-                reevaluation=result,
-            )  # fmt: skip
-            print("\n".join(written))
-
-        try:
-            with display:
-                run_engine(opened, options)
-        except Stopped:
-            done = f"{opened.finished()} of {opened.budget} trials are finished"
-            print(f"interrupted; {done}, and nothing is lost. To go on:\n  {again}")
-            return 130
-        except SearchStopped as error:
-            print(f"error: the search ended itself: {error}", file=sys.stderr)
-            print(f"{describe_result(opened)}\nTo go on after mending it:\n  {again}")
-            outcome(None)
-            return 1
-        print(describe_result(opened))
-        result = None
-        try:
-            if options.reevaluate:
-                result = reevaluate_and_say(
-                    opened.study, spec, opened.folder, top=options.top, seeds=options.reevaluate,
-                    runner=runner, threads=options.threads,
-                )  # fmt: skip
-        except KeyboardInterrupt:
-            print(f"interrupted; the runs so far are kept. To go on:\n  {again}")
-            return 130
-        finally:
-            outcome(result)
-    except (OverridesError, OSError, ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+            work(opened)
+        if options.reevaluate and not options.only_trials and not status:
+            with stopping_at_signals():
+                result = reevaluate(opened, options)
+    except KeyboardInterrupt:
+        done = f"{len(opened.finished())} of {opened.budget} trials are finished"
+        print(f"interrupted; {done}, and nothing is lost. To go on:\n  {again}")
+        return 130
+    except SearchStopped as error:
+        print(f"error: the search ended itself: {error}", file=sys.stderr)
+        print(f"To go on after mending it:\n  {again}")
+        status = 1
+    if options.only_trials:
+        return status
+    if (over := len(opened.finished()) - opened.budget) > 0:
+        print(f"{over} more than {opened.budget}: each process finishes the trial that it has begun")
+    written = write_outcome(
+        opened.study, opened.folder, report=options.report, rule=options.choose,
+        reevaluation=result,
+    )  # fmt: skip
+    print("\n".join(written))
+    return status
 
 
 def make_runner(options: argparse.Namespace) -> Runner:
-    """What runs a trial."""
+    """Make what runs a trial."""
     if options.launcher == "nemo-rl":
-        from nemo_rl_ref.tune.nemo_rl_launcher import launcher
+        from nemo_rl_ref.tune.engines.nemo_rl import launcher
 
         return launcher(options.checkout, command=shlex.split(options.launch_command))
     return run_trial
 
 
-def run_engine(opened: Search, options: argparse.Namespace) -> None:
-    """Run the trials, here or on Ray."""
-    from nemo_rl_ref.tune.study import run_search
+def run_on_ray(opened: Search, options: argparse.Namespace) -> None:
+    """Run the trials on Ray."""
+    from nemo_rl_ref.tune.engines.ray import work_on_ray
 
-    if options.engine == "local":
-        run_search(opened, options.jobs)
-        return
-    from nemo_rl_ref.tune.ray_engine import run_on_ray
-
-    run_on_ray(
+    work_on_ray(
         opened, cpus_per_trial=options.cpus_per_trial, gpus_per_trial=options.gpus_per_trial,
-        address=options.ray_address, cpus=math.ceil(options.jobs * options.cpus_per_trial) or None,
+        address=options.ray_address, jobs=options.jobs,
     )  # fmt: skip
 
 
-def describe_start(opened: Search, jobs: int) -> str:
-    """What is about to be done, in two lines."""
-    from nemo_rl_ref.tune.storage import FILE, address
+def start_processes(argv: Sequence[str], jobs: int) -> int:
+    """Start the same command so many times, and wait.
 
-    settings, spec = opened.settings, opened.spec
-    searched = len(spec.space.distributions())
+    Returns:
+        0 if one of them has finished the search; else 1. An interruption reaches all.
+    """
+    from nemo_rl_ref.tune.search import stopping_at_signals
+
+    line = [sys.executable, "-m", "nemo_rl_ref.tune", *argv, "--jobs", "1", "--only-trials"]
+    devices = visible_devices()
+    processes = []
+    with stopping_at_signals():
+        try:
+            for number in range(jobs):
+                device = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
+                processes.append(subprocess.Popen(line, env={**os.environ, **device}))
+            statuses = [process.wait() for process in processes]
+        except BaseException:
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                process.wait()
+            raise
+    for number, status in enumerate(statuses):
+        if status:
+            print(f"process {number} ended with status {status}", file=sys.stderr)
+    return 0 if 0 in statuses else 1
+
+
+def visible_devices() -> list[str]:
+    """List the GPUs that this process sees, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return [name.strip() for name in named.split(",")][:count] if named else [*map(str, range(count))]
+
+
+def reevaluate(opened: Search, options: argparse.Namespace) -> Any:
+    """Re-evaluate in ``reevaluation`` in the folder of a study, and say what was found."""
+    from nemo_rl_ref.tune.outcome.reevaluate import reevaluate as run_again
+    from nemo_rl_ref.tune.outcome.write import describe_reevaluation
+    from nemo_rl_ref.tune.search import torch_threads
+
+    with torch_threads(options.threads):
+        result = run_again(
+            opened.study, opened.folder / "reevaluation", top=options.top,
+            seeds=options.reevaluate, run_trial=opened.runner, spec=opened.spec,
+        )  # fmt: skip
+    print("\n".join(describe_reevaluation(result)))
+    return result
+
+
+def describe_start(opened: Search) -> str:
+    """Say what is about to be done, in a few lines."""
+    from nemo_rl_ref.tune.search import FILE, address
+
+    settings, searched = opened.settings, len(opened.spec.space.distributions())
     where = address(settings.storage or str(opened.folder / FILE))
-    start = (
+    lines = [
         f"study {opened.study.study_name}: {searched} keys searched with {settings.sampler}, "
-        f"pruner {settings.pruner}, {jobs} process(es); in {where}"
-    )
-    lines = [start]
-    if done := opened.finished():
+        f"pruner {settings.pruner}; in {where}"
+    ]
+    if done := len(opened.finished()):
         lines.append(f"goes on after {done} of {opened.budget} trials")
     if opened.budget < settings.trials:
         lines.append(f"the grid has {opened.budget} points, so there are {opened.budget} trials")
     return "\n".join(lines)
+
+
+def say(search: Search, trial: FrozenTrial) -> None:
+    """Print a finished trial, in one line."""
+    parts = [f"trial {trial.number:>4}  {trial.state.name.lower():8}"]
+    if reason := trial.user_attrs.get("failure"):
+        parts.append(reason)
+    elif trial.values:
+        metrics = (objective.metric for objective in search.spec.objectives)
+        parts += [f"{m} {v:.5g}" for m, v in zip(metrics, trial.values, strict=False)]
+    for key, value in trial.user_attrs.get("values", {}).items():
+        if search.spec.space.entries[key].search:
+            parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    parts.append(f"{trial.user_attrs.get('seconds', 0):.1f} s")
+    parts.append(f"({len(search.finished())}/{search.budget})")
+    print("  ".join(parts), flush=True)
 
 
 if __name__ == "__main__":

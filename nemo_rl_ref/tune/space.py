@@ -35,11 +35,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nemo_rl_ref.config.types import fits, key_types, problem_with_key, type_name
 
@@ -53,37 +63,91 @@ TIES = ("equals", "fraction_of", "divides", "product_of")
 OPTIONS = {"step": ("uniform", "int"), "fraction": ("fraction_of",), "at_most": ("divides",)}
 _NOTHING = object()
 
+Number = StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)]
+
 
 class SpaceError(ValueError):
     """A search space that cannot be used. The message names the key, what it has and should have."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What one key is searched over, or how it is tied.
+class Entry(BaseModel):
+    """What one key is searched over, or how it is tied, as the file has it.
 
-    Attributes:
-        key: The key.
-        search: ``uniform``, ``log_uniform``, ``int``, ``log_int`` or ``choice``; None if nothing
-            about the key is searched.
-        values: The two ends of a range, or the choices.
-        step: The distance of the values of a range; None for all.
-        tie: ``equals``, ``fraction_of``, ``divides`` or ``product_of``; None if it is not tied.
-        to: The keys, or numbers, that it is tied to.
-        fixed: The value of a fixed key, the fraction or the limit of a tie.
-        when: The values of other keys with which the key is part of a trial.
-        written: The entry as it is written, numbers read.
+    A field's description says what is expected of it, in an error.
     """
 
-    key: str
-    search: str | None = None
-    values: tuple[Any, ...] = ()
-    step: float | None = None
-    tie: str | None = None
-    to: tuple[Any, ...] = ()
-    fixed: Any = None
-    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    written: Any = None
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str = Field(exclude=True)
+    uniform: tuple[Number, Number] | None = Field(None, description="two numbers [low, high]")
+    log_uniform: tuple[Number, Number] | None = Field(None, description="two numbers [low, high]")
+    int_: tuple[StrictInt, StrictInt] | None = Field(
+        None, alias="int", description="two whole numbers [low, high]"
+    )
+    log_int: tuple[StrictInt, StrictInt] | None = Field(
+        None, description="two whole numbers [low, high]"
+    )
+    choice: list[Any] | None = Field(None, min_length=1, description="a list of values")
+    step: Number | None = Field(None, gt=0, description="a number above 0")
+    equals: str | None = Field(None, description="a key")
+    fraction_of: str | None = Field(None, description="a key")
+    fraction: Number | None = Field(None, gt=0, description="a number above 0")
+    divides: str | None = Field(None, description="a key")
+    at_most: StrictInt | None = Field(None, gt=0, description="a whole number from 1 on")
+    product_of: list[Number | str] | None = Field(
+        None, min_length=2, description="a list of keys and numbers"
+    )
+    value: Any = None
+    when: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, min_length=1, description="{KEY: value or [values]}"
+    )
+
+    @classmethod
+    def parse(cls, key: str, written: Any) -> Entry:
+        """Read the entry of a key.
+
+        Args:
+            key: The key.
+            written: What the file has for it; a value alone fixes the key.
+
+        Raises:
+            SpaceError: If it cannot be used.
+        """
+        if problem := problem_with_key(key):
+            raise SpaceError(f"{key}: got {key}, expected {problem}")
+        fields = written if isinstance(written, Mapping) else {"value": written}
+        try:
+            return cls(key=key, **_numbers(fields))
+        except ValidationError as error:
+            raise SpaceError(f"{key}: {_in_words(error, _numbers(fields))}") from error
+
+    @property
+    def search(self) -> str | None:
+        """``uniform``, ``log_uniform``, ``int``, ``log_int`` or ``choice``; None if not searched."""
+        return next((name for name in SEARCHED if self._of(name) is not None), None)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The two ends of a range, or the choices."""
+        values = tuple(self._of(self.search)) if self.search else ()
+        return tuple(map(float, values)) if self.search in ("uniform", "log_uniform") else values
+
+    @property
+    def tie(self) -> str | None:
+        """``equals``, ``fraction_of``, ``divides`` or ``product_of``; None if it is not tied."""
+        return next((name for name in TIES if self._of(name) is not None), None)
+
+    @property
+    def to(self) -> tuple[Any, ...]:
+        """The keys, or numbers, that it is tied to."""
+        to = self._of(self.tie) if self.tie else ()
+        return (to,) if isinstance(to, str) else tuple(to)
+
+    @property
+    def fixed(self) -> Any:
+        """The value of a fixed key, the fraction or the limit of a tie."""
+        option = {"fraction_of": self.fraction, "divides": self.at_most}
+        return option.get(self.tie) if self.tie else self.value
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -95,8 +159,11 @@ class Entry:
         """Whether the key takes whole numbers only."""
         return "int" in key_types(self.key) and "float" not in key_types(self.key)
 
+    def _of(self, name: str) -> Any:
+        return getattr(self, "int_" if name == "int" else name)
+
     def distribution(self) -> BaseDistribution | None:
-        """What Optuna draws under the key's name; None if nothing is drawn."""
+        """Say what Optuna draws under the key's name; None if nothing is drawn."""
         from optuna.distributions import (
             CategoricalDistribution,
             FloatDistribution,
@@ -113,18 +180,132 @@ class Entry:
         return FloatDistribution(low, high, log=self.search == "log_uniform", step=self.step)
 
     def draw(self, trial: Any) -> Any:
-        """The number or choice that a trial has for the key."""
+        """Take the number or choice that a trial has for the key."""
         if self.search == "choice":
             drawn = trial.suggest_categorical(self.key, [_encode(value) for value in self.values])
             return next(value for value in self.values if _same(_encode(value), drawn))
         low, high = self.values
-        if self.search in ("int", "log_int"):
-            return trial.suggest_int(
-                self.key, low, high, step=self.step or 1, log=self.search == "log_int"
+        whole, log = self.search in ("int", "log_int"), self.search in ("log_int", "log_uniform")
+        suggest = trial.suggest_int if whole else trial.suggest_float
+        return suggest(self.key, low, high, step=self.step or (1 if whole else None), log=log)
+
+    # Checks
+
+    @field_validator("when", mode="before")
+    @classmethod
+    def _lists(cls, when: Any) -> Any:
+        if not isinstance(when, Mapping):
+            return when
+        return {k: v if isinstance(v, list) else [v] for k, v in when.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Entry:
+        names = [name for name in type(self).model_fields if name in self.model_fields_set]
+        self._check_which([n.rstrip("_") for n in names if n not in ("key", "when")])
+        if self.search == "choice":
+            self._check_choices()
+        elif self.search:
+            self._check_range()
+        if self.tie is None and self.search is None:
+            self._check_type(self.value, "value")
+        return self
+
+    def _check_which(self, written: list[str]) -> None:
+        """One search, one tie, and beside them what belongs there."""
+        for names in (SEARCHED, TIES):
+            if len(both := [name for name in names if name in written]) > 1:
+                raise ValueError(f"got {' and '.join(both)}, expected one of them")
+        search, tie = self.search, self.tie
+        for option, beside in OPTIONS.items():
+            if option in written and not {search, tie} & set(beside):
+                raise ValueError(f"{option}: stands beside {' or '.join(beside)} only")
+        if tie is None and ("value" in written) == (search is not None):
+            expected = ", ".join((*SEARCHED, *TIES))
+            raise ValueError(
+                f"got {', '.join(written) or 'nothing'}, expected one of {expected}, or value"
             )
-        return trial.suggest_float(
-            self.key, low, high, step=self.step, log=self.search == "log_uniform"
-        )
+        if tie and "value" in written:
+            raise ValueError(f"got {tie} and value, expected one of them")
+        option = {"fraction_of": "fraction", "divides": "at_most"}.get(tie or "")
+        if tie and option is None and search:
+            raise ValueError(f"got {tie} and {search}, expected one of them")
+        if option and (option in written) == (search is not None):
+            got = f"{option} and {search}" if search else "neither"
+            raise ValueError(f"{tie}: got {got}, expected {option} or a distribution of it")
+        if tie == "product_of" and not any(isinstance(item, str) for item in self.to):
+            raise ValueError(f"product_of: got {_short(list(self.to))}, expected a key among them")
+        if tie == "divides" and not fits(1, key_types(self.key)):
+            raise ValueError(f"divides: it takes {_words(self.key)}, expected whole numbers")
+
+    def _check_choices(self) -> None:
+        for i, value in enumerate(self.values):
+            if any(_same(value, other) for other in self.values[:i]):
+                raise ValueError(f"choice: got {_short(value)} twice, expected it once")
+            if self.tie is None:
+                self._check_type(value, "choice")
+            elif not _is_number(value) or value <= 0 or (
+                self.tie == "divides" and not isinstance(value, int)
+            ):
+                kind = "whole numbers from 1 on" if self.tie == "divides" else "numbers above 0"
+                raise ValueError(f"choice: got {_short(value)}, expected {kind}")
+
+    def _check_range(self) -> None:
+        search, types, whole = self.search, key_types(self.key), self.search in ("int", "log_int")
+        low, high = self._of(search)
+        if not low < high:
+            raise ValueError(f"{search}: got low {low!r} and high {high!r}, expected low below high")
+        if search.startswith("log_") and low <= 0:
+            raise ValueError(f"{search}: got low {low!r}, expected above 0; a logarithm has no 0")
+        if self.tie == "fraction_of" and whole:
+            raise ValueError(f"{search}: fractions are real numbers, expected uniform")
+        if self.tie == "divides" and not whole:
+            raise ValueError(f"{search}: limits are whole numbers, expected int or log_int")
+        if self.tie is None and types and not {"int", "float"} & types:
+            raise ValueError(
+                f"{search}: got a range of numbers, but the key takes {_words(self.key)}; expected "
+                "choice"
+            )
+        if self.tie is None and types and not whole and "float" not in types:
+            raise ValueError(
+                f"{search}: got a range of real numbers, but the key takes {_words(self.key)}; "
+                f"expected {search.replace('uniform', 'int') if '_' in search else 'int'}"
+            )
+        self._check_step(low, high)
+
+    def _check_step(self, low: Any, high: Any) -> None:
+        step = self.step
+        if step is None:
+            return
+        if step > high - low or (self.search == "int" and not isinstance(step, int)):
+            what = "a whole number" if self.search == "int" else "a number"
+            raise ValueError(
+                f"step: got {step!r}, expected {what} above 0 and at most {high - low}"
+            )
+        steps = (Fraction(str(high)) - Fraction(str(low))) / Fraction(str(step))
+        if steps.denominator != 1:
+            raise ValueError(
+                f"step: got {step!r}, with which {high!r} is not reached from {low!r}; expected one "
+                f"that divides their distance, or {low + int(steps) * step!r} as the high end"
+            )
+
+    def _check_type(self, value: Any, where: str) -> None:
+        if not fits(value, key_types(self.key)):
+            raise ValueError(
+                f"{where}: got {_short(value)}, a {type_name(value)}, but the key takes "
+                f"{_words(self.key)}"
+            )
+
+
+def _in_words(error: ValidationError, written: Mapping[str, Any]) -> str:
+    """The first mistake that pydantic found in an entry: where, what it got, what it should be."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        return f"got {name}, expected one of {', '.join((*SEARCHED, *TIES, *OPTIONS))}, value, when"
+    field = Entry.model_fields["int_" if name == "int" else name]
+    return f"{name}: got {_short(written[name])}, expected {field.description}"
 
 
 class Space:
@@ -178,11 +359,14 @@ class Space:
         """
         if not isinstance(written, Mapping) or not written:
             raise SpaceError(f"got {_short(written)}, expected keys with what to search each over")
-        return cls({str(key): _parse(str(key), value) for key, value in written.items()}, base)
+        return cls({str(key): Entry.parse(str(key), value) for key, value in written.items()}, base)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries as they are written, in JSON's types."""
-        return {key: entry.written for key, entry in self.entries.items()}
+        return {
+            key: entry.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            for key, entry in self.entries.items()
+        }
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Space) and self.to_dict() == other.to_dict()
@@ -369,191 +553,6 @@ def _read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpaceError(f"cannot be read as YAML: {error}") from error
-
-
-def _parse(key: str, written: Any) -> Entry:
-    """One entry, checked by itself."""
-    if problem := problem_with_key(key):
-        raise SpaceError(f"{key}: got {key}, expected {problem}")
-    if not isinstance(written, Mapping):
-        fixed = _checked_value(key, written, "value")
-        return Entry(key, fixed=fixed, written={"value": fixed})
-    allowed = (*SEARCHED, *TIES, *OPTIONS, "value", "when")
-    for name in written:
-        if name not in allowed:
-            raise SpaceError(f"{key}: got {name}, expected one of {', '.join(allowed)}")
-    search, tie = _one_of(key, written, SEARCHED), _one_of(key, written, TIES)
-    numbers = {name: _numbers(item) for name, item in written.items() if name != "when"}
-    when = _parse_when(key, written.get("when", _NOTHING))
-    rewritten = {**numbers, **({"when": {k: list(v) for k, v in when.items()}} if when else {})}
-    for option, beside in OPTIONS.items():
-        if option in written and not {search, tie} & set(beside):
-            raise SpaceError(f"{key}: {option}: stands beside {' or '.join(beside)} only")
-    fixed = None
-    if tie is None:
-        if ("value" in written) == (search is not None):
-            raise SpaceError(
-                f"{key}: got {_list(written) or 'nothing'}, expected one of "
-                f"{', '.join((*SEARCHED, *TIES))}, or value"
-            )
-        if search is None:
-            fixed = _checked_value(key, numbers["value"], "value")
-    else:
-        fixed = _parse_tie_number(key, tie, search, numbers)
-    return Entry(
-        key,
-        search,
-        _parse_values(key, search, tie, numbers) if search else (),
-        numbers.get("step"),
-        tie,
-        _parse_tie(key, tie, numbers[tie]) if tie else (),
-        fixed,
-        when,
-        rewritten,
-    )
-
-
-def _one_of(key: str, written: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    found = [name for name in names if name in written]
-    if len(found) > 1:
-        raise SpaceError(f"{key}: got {' and '.join(found)}, expected one of them")
-    return found[0] if found else None
-
-
-def _parse_when(key: str, when: Any) -> dict[str, tuple[Any, ...]]:
-    if when is _NOTHING:
-        return {}
-    if not isinstance(when, Mapping) or not when:
-        raise SpaceError(f"{key}: when: got {_short(when)}, expected {{KEY: value or [values]}}")
-    found = {}
-    for other, values in when.items():
-        values = _numbers(values if isinstance(values, list) else [values])
-        if not values:
-            raise SpaceError(f"{key}: when: {other}: got no value, expected at least one")
-        found[str(other)] = tuple(values)
-    return found
-
-
-def _parse_tie(key: str, tie: str, to: Any) -> tuple[Any, ...]:
-    if tie == "product_of":
-        fine = isinstance(to, list) and len(to) > 1
-        fine = fine and all(isinstance(item, str) or _is_number(item) for item in to)
-        if not fine or not any(isinstance(item, str) for item in to):
-            raise SpaceError(
-                f"{key}: product_of: got {_short(to)}, expected a list of keys and numbers"
-            )
-        return tuple(to)
-    if not isinstance(to, str):
-        raise SpaceError(f"{key}: {tie}: got {_short(to)}, expected a key")
-    if tie == "divides" and not fits(1, key_types(key)):
-        raise SpaceError(f"{key}: divides: it takes {_words(key)}, expected whole numbers")
-    return (to,)
-
-
-def _parse_tie_number(key: str, tie: str, search: str | None, numbers: Mapping[str, Any]) -> Any:
-    """The fraction or the limit of a tie, unless it is searched."""
-    option = {"fraction_of": "fraction", "divides": "at_most"}.get(tie)
-    if "value" in numbers:
-        raise SpaceError(f"{key}: got {tie} and value, expected one of them")
-    if option is None:
-        if search:
-            raise SpaceError(f"{key}: got {tie} and {search}, expected one of them")
-        return None
-    if (option in numbers) == (search is not None):
-        got = f"{option} and {search}" if search else "neither"
-        raise SpaceError(f"{key}: {tie}: got {got}, expected {option} or a distribution of it")
-    if search:
-        return None
-    value = numbers[option]
-    whole = option == "at_most"
-    if not _is_number(value) or value <= 0 or (whole and not isinstance(value, int)):
-        kind = "a whole number from 1 on" if whole else "a number above 0"
-        raise SpaceError(f"{key}: {option}: got {_short(value)}, expected {kind}")
-    return value
-
-
-def _parse_values(
-    key: str, search: str, tie: str | None, numbers: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """The ends of a range or the choices. With a tie they are fractions or limits."""
-    values = numbers[search]
-    if search == "choice":
-        return _parse_choices(key, values, tie)
-    if not isinstance(values, list) or len(values) != 2 or not all(map(_is_number, values)):
-        raise SpaceError(f"{key}: {search}: got {_short(values)}, expected two numbers [low, high]")
-    low, high = values
-    whole = search in ("int", "log_int")
-    if whole and not all(isinstance(value, int) for value in values):
-        raise SpaceError(f"{key}: {search}: got {_list(values)}, expected whole numbers")
-    if not low < high:
-        raise SpaceError(
-            f"{key}: {search}: got low {low!r} and high {high!r}, expected low below high"
-        )
-    if search.startswith("log_") and low <= 0:
-        raise SpaceError(
-            f"{key}: {search}: got low {low!r}, expected above 0; a logarithm has no 0"
-        )
-    types = key_types(key)
-    if tie == "fraction_of":
-        if whole:
-            raise SpaceError(f"{key}: {search}: fractions are real numbers, expected uniform")
-    elif tie == "divides":
-        if not whole:
-            raise SpaceError(f"{key}: {search}: limits are whole numbers, expected int or log_int")
-    elif types and not {"int", "float"} & types:
-        raise SpaceError(
-            f"{key}: {search}: got a range of numbers, but the key takes {_words(key)}; "
-            "expected choice"
-        )
-    elif types and not whole and "float" not in types:
-        raise SpaceError(
-            f"{key}: {search}: got a range of real numbers, but the key takes {_words(key)}; "
-            f"expected {search.replace('uniform', 'int') if '_' in search else 'int'}"
-        )
-    _check_step(key, search, low, high, numbers.get("step"))
-    return (low, high) if whole else (float(low), float(high))
-
-
-def _check_step(key: str, search: str, low: Any, high: Any, step: Any) -> None:
-    if step is None:
-        return
-    kind = int if search == "int" else (int, float)
-    if not _is_number(step) or not isinstance(step, kind) or not 0 < step <= high - low:
-        what = "a whole number" if search == "int" else "a number"
-        raise SpaceError(
-            f"{key}: step: got {_short(step)}, expected {what} above 0 and at most {high - low}"
-        )
-    steps = (Fraction(str(high)) - Fraction(str(low))) / Fraction(str(step))
-    if steps.denominator != 1:
-        top = low + int(steps) * step
-        raise SpaceError(
-            f"{key}: step: got {step!r}, with which {high!r} is not reached from {low!r}; expected "
-            f"one that divides their distance, or {top!r} as the high end"
-        )
-
-
-def _parse_choices(key: str, values: Any, tie: str | None) -> tuple[Any, ...]:
-    if not isinstance(values, list) or not values:
-        raise SpaceError(f"{key}: choice: got {_short(values)}, expected a list of values")
-    for i, value in enumerate(values):
-        if any(_same(value, other) for other in values[:i]):
-            raise SpaceError(f"{key}: choice: got {_short(value)} twice, expected it once")
-        if tie is None:
-            _checked_value(key, value, "choice")
-        elif not _is_number(value) or value <= 0 or (tie == "divides" and type(value) is not int):
-            kind = "whole numbers from 1 on" if tie == "divides" else "numbers above 0"
-            raise SpaceError(f"{key}: choice: got {_short(value)}, expected {kind}")
-    return tuple(values)
-
-
-def _checked_value(key: str, value: Any, where: str) -> Any:
-    value = _numbers(value)
-    if not fits(value, key_types(key)):
-        raise SpaceError(
-            f"{key}: {where}: got {_short(value)}, a {type_name(value)}, but the key takes "
-            f"{_words(key)}"
-        )
-    return value
 
 
 # Small things

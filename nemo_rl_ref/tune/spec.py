@@ -18,10 +18,9 @@ from nemo_rl_ref.config.keys import KeyReport, flatten_keys, nearest_key
 from nemo_rl_ref.config.read import read_config
 from nemo_rl_ref.config.types import key_types, type_name
 from nemo_rl_ref.tune.space import RANGES, Space, SpaceError, overrides
+from nemo_rl_ref.tune.trainers import ALGORITHMS, runner_of
 from nemo_rl_ref.utils.config import load_config
 
-#: The algorithms that can be searched: those that this package trains.
-ALGORITHMS = ("sft", "dpo", "rm", "grpo", "ppo")
 #: What runs a trial: this package's trainers, or NeMo RL itself.
 LAUNCHERS = ("here", "nemo-rl")
 #: Last words of a metric's name that say which way is better.
@@ -223,10 +222,8 @@ def _read(spec: Spec, lines: Sequence[str]) -> tuple[dict[str, Any], KeyReport]:
     """The configuration with overrides, its keys checked against what will read it."""
     if spec.launcher == "nemo-rl":  # no key is unknown to NeMo RL; what it reads, it decides
         return read_config(spec.config, lines, (), {}, {})
-    from nemo_rl_ref.tune.runner import trainer_of
-
-    trainer = trainer_of(spec.algorithm)
-    return read_config(spec.config, lines, trainer.used, not_here=trainer.not_here)
+    runner = runner_of(spec.algorithm)
+    return read_config(spec.config, lines, runner.used, not_here=runner.not_here)
 
 
 def _check_space(space: Space, spec: Spec, base: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from nemo_rl_ref.tune.runner import TrialFailed
+from nemo_rl_ref.tune.trial import TrialFailed
 from nemo_rl_ref.tune.space import Space
 from nemo_rl_ref.tune.spec import Objective, Spec
 
@@ -37,6 +37,9 @@ def run(spec, values, folder, *, seed=None, observe=None):
     note(folder, "began")
     if pipe := os.environ.get("STAND_IN_PIPE"):
         os.write(int(pipe), b".")
+    gate = os.environ.get("STAND_IN_GATE")
+    while gate and not os.path.exists(gate):
+        time.sleep(0.05)
     seconds = float(os.environ.get("STAND_IN_SECONDS", "0"))
     for step in range(1, 10):
         time.sleep(seconds / 9)

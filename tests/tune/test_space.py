@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from optuna.trial import FixedTrial
 
 from nemo_rl_ref.config.types import key_types
-from nemo_rl_ref.tune.samplers import SearchError, grid_points
+from nemo_rl_ref.tune.methods import SearchError, grid_points
 from nemo_rl_ref.tune.space import Space, SpaceError, override_line
 from nemo_rl_ref.upstream import load_manifest
 from nemo_rl_ref.utils.config import (

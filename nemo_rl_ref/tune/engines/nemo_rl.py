@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_ref.tune.runner import Observe, TrialFailed
+from nemo_rl_ref.tune.trial import Observe, TrialFailed
 from nemo_rl_ref.tune.space import overrides
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def launcher(
     poll: float = 1.0,
     checkpoints: bool = False,
 ) -> Callable[..., dict[str, float]]:
-    """A runner of trials, with the signature of `nemo_rl_ref.tune.runner.run_trial`.
+    """A runner of trials, with the signature of `nemo_rl_ref.tune.trial.run_trial`.
 
     Args:
         checkout: A checkout of NeMo RL.

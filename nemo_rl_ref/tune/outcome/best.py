@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
-from nemo_rl_ref.tune._reading import Reading, values_of
+from nemo_rl_ref.files.whole import write_text
+from nemo_rl_ref.tune.space import override_line
+from nemo_rl_ref.tune.spec import Objective
 
 #: The file that NeMo RL's script of an algorithm takes where none is given.
 NEMO_RL_CONFIGS = {
@@ -72,83 +74,113 @@ class Best:
     command: str
 
 
+def written_spec(study: Study) -> dict[str, Any]:
+    """Read what a study searches, as it wrote it.
+
+    Raises:
+        ValueError: If it is not a study of this package.
+    """
+    if "spec" not in study.user_attrs:
+        raise ValueError(
+            f"study {study.study_name!r} has no attribute 'spec', so its configuration is not "
+            "known; expected a study made by nemo_rl_ref.tune"
+        )
+    return study.user_attrs["spec"]
+
+
+def objectives_of(study: Study) -> list[Objective]:
+    """Read the objectives of a study."""
+    return [Objective.parse(text) for text in written_spec(study)["objectives"]]
+
+
+def ranked(study: Study) -> list[FrozenTrial]:
+    """List the complete trials whose values are finite, the best in the first objective first."""
+    sign = -1 if objectives_of(study)[0].direction == "maximize" else 1
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    usable = [trial for trial in trials if all(map(math.isfinite, trial.values))]
+    return sorted(usable, key=lambda trial: (sign * trial.values[0], trial.number))
+
+
 def choose(study: Study, rule: str | None = None) -> tuple[FrozenTrial, str]:
     """Choose the best trial of a study.
 
     Args:
         study: The study.
         rule: How to choose from a front of several objectives, see above. With one objective the
-            trial with the best value is chosen, the earlier of equals, and bounds do not exist.
+            trial with the best value is chosen, the earlier of equals.
 
     Returns:
         The trial, and how it was chosen, in words.
 
     Raises:
-        NoBest: If no trial is complete, or none keeps the bounds.
+        NoBest: If no trial is complete with finite values, or none keeps the bounds.
         ValueError: If the rule cannot be read, or names what is no objective.
     """
-    return _choose(Reading(study), rule)
-
-
-def _choose(reading: Reading, rule: str | None) -> tuple[FrozenTrial, str]:
-    if not reading.finished:
-        raise NoBest(f"study {reading.name!r}: no trial is complete, so there is no best one")
-    if reading.single:
-        if rule not in (None, "knee", reading.objectives[0]):
+    objectives, trials = objectives_of(study), ranked(study)
+    metrics = [objective.metric for objective in objectives]
+    if not trials:
+        raise NoBest(f"study {study.study_name!r}: no trial is complete, so there is no best one")
+    if len(objectives) == 1:
+        if rule not in (None, "knee", *metrics):
             raise ValueError(
-                f"rule: got {rule!r}; the study has one objective, {reading.objectives[0]}, "
-                "and its best value is the rule"
+                f"rule: got {rule!r}; the study has one objective, {metrics[0]}, and its best "
+                "value is the rule"
             )
-        ranked = reading.ranked()
-        if not ranked:
-            raise NoBest(f"study {reading.name!r}: no complete trial has a finite value")
-        extreme = "highest" if reading.sign(0) > 0 else "lowest"
-        return ranked[0], f"the {extreme} {reading.objectives[0]}"
+        extreme = "highest" if objectives[0].direction == "maximize" else "lowest"
+        return trials[0], f"the {extreme} {metrics[0]}"
+    signs = [1 if objective.direction == "maximize" else -1 for objective in objectives]
+    numbers = {trial.number for trial in study.best_trials}
+    front = sorted((t for t in trials if t.number in numbers), key=lambda t: t.number)
     if rule in (None, "knee"):
-        return _knee(reading), (
+        return _knee(front, signs), (
             "the trial of the Pareto front nearest to the ideal point, each objective scaled to "
             "[0, 1] over the front"
         )
-    return _bounded(reading, rule)
+    at, bounds = _parse_rule(rule, metrics)
+    keeps = {"<=": float.__le__, ">=": float.__ge__}
+    kept = [t for t in front if all(keeps[op](t.values[i], bound) for i, op, bound in bounds)]
+    where = rule.partition(" where ")[2].strip()
+    if not kept:
+        raise NoBest(f"rule: no trial of the front keeps {where!r}")
+    best = max(kept, key=lambda trial: (signs[at] * trial.values[at], -trial.number))
+    among = f" among those with {where}" if bounds else ""
+    return best, f"the best {metrics[at]} on the Pareto front{among}"
 
 
-def _knee(reading: Reading) -> FrozenTrial:
-    front = [t for t in reading.front if all(map(math.isfinite, t.values))]
-    if not front:
-        raise NoBest(f"study {reading.name!r}: no complete trial has finite values")
+def _knee(front: Sequence[FrozenTrial], signs: Sequence[int]) -> FrozenTrial:
     columns = []
-    for i in range(len(reading.directions)):
-        scores = [reading.sign(i) * trial.values[i] for trial in front]
+    for i, sign in enumerate(signs):
+        scores = [sign * trial.values[i] for trial in front]
         best, width = max(scores), max(scores) - min(scores)
         columns.append([(best - score) / width if width else 0.0 for score in scores])
     distances = [math.hypot(*row) for row in zip(*columns, strict=True)]
     return front[distances.index(min(distances))]
 
 
-def check_rule(rule: str | None, objectives: Sequence[str]) -> None:
+def check_rule(rule: str | None, metrics: Sequence[str]) -> None:
     """Raise unless a rule can be read, before any trial runs.
 
     Args:
         rule: See the module.
-        objectives: Names of the objectives.
+        metrics: The objectives.
 
     Raises:
         ValueError: If it cannot, with what was expected.
     """
     if rule not in (None, "knee"):
-        _parse_rule(rule, objectives)
+        _parse_rule(rule, metrics)
 
 
-def _parse_rule(rule: str, names: Sequence[str]) -> tuple[int, list[tuple[int, str, float]]]:
+def _parse_rule(rule: str, metrics: Sequence[str]) -> tuple[int, list[tuple[int, str, float]]]:
     """The index of the objective, and the bounds: index, ``<=`` or ``>=``, number."""
 
     def index(name: str) -> int:
-        if name not in names:
+        if name not in metrics:
             raise ValueError(
                 f"rule: got {name!r} in {rule!r}, expected knee, or one of the objectives "
-                f"{', '.join(names)}"
+                f"{', '.join(metrics)}"
             )
-        return names.index(name)
+        return metrics.index(name)
 
     metric, _, conditions = rule.partition(" where ")
     bounds = []
@@ -157,91 +189,61 @@ def _parse_rule(rule: str, names: Sequence[str]) -> tuple[int, list[tuple[int, s
         if match is None:
             raise ValueError(
                 f"rule: got {condition!r} in {rule!r}, expected OBJECTIVE <= NUMBER or "
-                f"OBJECTIVE >= NUMBER with an objective of {', '.join(names)}"
+                f"OBJECTIVE >= NUMBER with an objective of {', '.join(metrics)}"
             )
         bounds.append((index(match[1]), match[2], float(match[3])))
     return index(metric.strip()), bounds
 
 
-def _bounded(reading: Reading, rule: str) -> tuple[FrozenTrial, str]:
-    objective, bounds = _parse_rule(rule, reading.objectives)
-    kept = [
-        trial
-        for trial in reading.front
-        if all((trial.values[i] <= b) if op == "<=" else (trial.values[i] >= b)
-               for i, op, b in bounds)
-    ]  # fmt: skip
-    if not kept:
-        raise NoBest(f"rule: no trial of the front keeps {rule.partition(' where ')[2]!r}")
-    sign = reading.sign(objective)
-    best = max(kept, key=lambda trial: (sign * trial.values[objective], -trial.number))
-    where = f" among those with {rule.partition(' where ')[2].strip()}" if bounds else ""
-    return best, f"the best {reading.objectives[objective]} on the Pareto front{where}"
-
-
 def best_of(study: Study, rule: str | None = None) -> Best:
-    """The best trial of a study with its configuration, checked.
+    """Take the best trial of a study with its configuration, checked.
 
     The YAML is loaded again and equals the configuration that was searched with the overrides of
-    the trial; the override line is split as a shell does, parsed with Hydra's parser, and gives the
-    same.
+    the trial.
 
     Args:
         study: A study of this package.
         rule: How to choose from a front, see `choose`.
 
-    Returns:
-        What was chosen.
-
     Raises:
         NoBest: As `choose`.
-        ValueError: If the study has no ``spec``, or YAML or override line do not give back the
-            trial's configuration.
+        ValueError: If the study has no ``spec``, the configuration has changed since, or the YAML
+            does not load as the trial's configuration.
     """
-    reading = Reading(study)
-    return _best(reading, *_choose(reading, rule))
+    return best_from(study, *choose(study, rule))
 
 
 def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> Best:
-    """As `best_of`, for a given trial."""
-    return _best(Reading(study), trial, how)
-
-
-def _best(reading: Reading, trial: FrozenTrial, how: str) -> Best:
-    from nemo_rl_ref.tune.space import override_line
-
-    if not reading.spec:
-        raise ValueError(
-            f"study {reading.name!r} has no attribute 'spec', so its configuration is not known; "
-            "expected a study made by nemo_rl_ref.tune"
-        )
-    algorithm, path = reading.spec["algorithm"], reading.spec["config"]
-    given = list(reading.spec["overrides"])
-    _check_unchanged(reading, path, given)
-    values = values_of(trial)
+    """Take a given trial as `best_of` takes the best one."""
+    spec = written_spec(study)
+    algorithm, path, given = spec["algorithm"], spec["config"], list(spec["overrides"])
+    _check_unchanged(study, path, given)
+    values = trial.user_attrs["values"]
     line = override_line(values, _keys_of_both(path, given, algorithm))
     config = resolved_config(path, [*given, *shlex.split(line)])
-    scores = dict(zip(reading.objectives, trial.values or (), strict=False))
+    metrics = [objective.metric for objective in objectives_of(study)]
+    scores = dict(zip(metrics, trial.values or (), strict=False))
     shown = ", ".join(f"{name} {value:.6g}" for name, value in scores.items())
     module = f"nemo_rl_ref.run_{'grpo' if algorithm == 'ppo' else algorithm}"
     words = ["python", "-m", module, "--config", str(path), *given]
     command = f"{shlex.join(words)} {line}".rstrip()
     comment = (
-        f"# Trial {trial.number} of the study {reading.name!r}: {shown}.\n# Chosen as {how}.\n"
-        f"# Made from {path}" + (f" with {' '.join(given)}" if given else "")
+        f"# Trial {trial.number} of the study {study.study_name!r}: {shown}.\n"
+        f"# Chosen as {how}.\n# Made from {path}" + (f" with {' '.join(given)}" if given else "")
         + ("\n# and " + line if line else "") + "\n"
     )  # fmt: skip
     yaml = comment + _dump(config)
-    _check_loads(yaml, config)
+    with tempfile.TemporaryDirectory() as folder:
+        if _load(yaml, Path(folder, "best.yaml")) != config:
+            raise ValueError("the YAML of the best trial does not load as its configuration")
     return Best(trial.number, scores, values, line, config, yaml, how, command)
 
 
-def _check_unchanged(reading: Reading, path: str, given: Sequence[str]) -> None:
+def _check_unchanged(study: Study, path: str, given: Sequence[str]) -> None:
     """Raise if the configuration is no longer what the study searched."""
     from nemo_rl_ref.config.keys import flatten_keys
 
-    now = flatten_keys(resolved_config(path, given))
-    then = reading.attributes.get("base") or {}
+    now, then = flatten_keys(resolved_config(path, given)), study.user_attrs.get("base") or {}
     different = [
         f"{key}: {value!r} then, {now.get(key, 'absent')!r} now"
         for key, value in then.items()
@@ -267,7 +269,7 @@ def _keys_of_both(path: str, given: Sequence[str], algorithm: str) -> dict[str, 
 
 
 def resolved_config(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """A configuration with overrides, resolved, as a plain dict.
+    """Load a configuration with overrides, resolved, as a plain dict.
 
     Args:
         path: A YAML file of NeMo RL's form.
@@ -277,14 +279,19 @@ def resolved_config(path: str | Path, overrides: Sequence[str]) -> dict[str, Any
         OverridesError: As `nemo_rl_ref.utils.config.parse_hydra_overrides`.
         FileNotFoundError: As `nemo_rl_ref.utils.config.load_config`.
     """
+    from nemo_rl_ref.utils.config import load_config
+
+    return _resolved(load_config(path), overrides)
+
+
+def _resolved(config: Any, overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from nemo_rl_ref.config.read import apply_overrides
-    from nemo_rl_ref.utils.config import load_config, register_omegaconf_resolvers
+    from nemo_rl_ref.utils.config import register_omegaconf_resolvers
 
     register_omegaconf_resolvers()
-    config = apply_overrides(load_config(path), overrides)
-    return OmegaConf.to_container(config, resolve=True)
+    return OmegaConf.to_container(apply_overrides(config, overrides), resolve=True)
 
 
 def _dump(config: Mapping[str, Any]) -> str:
@@ -293,21 +300,14 @@ def _dump(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _check_loads(text: str, config: Mapping[str, Any]) -> None:
-    """The text, read as NeMo RL reads a file, is the configuration."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "best.yaml")
-        path.write_text(text, encoding="utf-8")
-        again = resolved_config(path, [])
-    if again != config:
-        different = sorted(k for k in {*again, *config} if again.get(k) != config.get(k))
-        raise ValueError(
-            f"the YAML of the best trial does not load as its configuration: {different} differ"
-        )
+def _load(text: str, path: Path) -> dict[str, Any]:
+    """Write a configuration, and read it as NeMo RL reads a file."""
+    write_text(path, text)
+    return resolved_config(path, [])
 
 
 def write_yaml(best: Best, path: str | Path) -> Path:
-    """Write the configuration of a chosen trial, at once or not at all.
+    """Write the configuration of a chosen trial, whole or not at all.
 
     Args:
         best: From `best_of`.
@@ -316,11 +316,8 @@ def write_yaml(best: Best, path: str | Path) -> Path:
     Returns:
         The path.
     """
-    path = Path(path)
-    write_atomically(path, best.yaml)
-    if resolved_config(path, []) != best.config:
-        raise ValueError(f"{path} does not load as the configuration that was written to it")
-    return path
+    write_text(path, best.yaml)
+    return Path(path)
 
 
 def check_with_nemo_rl(
@@ -346,43 +343,14 @@ def check_with_nemo_rl(
     """
     from omegaconf import OmegaConf
 
-    from nemo_rl_ref.config.read import apply_overrides
     from nemo_rl_ref.upstream import load_manifest
-    from nemo_rl_ref.utils.config import register_omegaconf_resolvers
 
     if algorithm not in NEMO_RL_CONFIGS:
         raise ValueError(f"algorithm: got {algorithm!r}, expected one of {[*NEMO_RL_CONFIGS]}")
-    overrides = shlex.split(line)
-    checkout = checkout or os.environ.get("NEMO_RL_CHECKOUT")
-    name = NEMO_RL_CONFIGS[algorithm]
+    checkout, name = checkout or os.environ.get("NEMO_RL_CHECKOUT"), NEMO_RL_CONFIGS[algorithm]
     if checkout:
-        return resolved_config(Path(checkout, "examples/configs", name), overrides)
-    register_omegaconf_resolvers()
+        return resolved_config(Path(checkout, "examples/configs", name), shlex.split(line))
     config = OmegaConf.create({})
     for key, value in load_manifest()["configs"][name].items():
         OmegaConf.update(config, key, value, force_add=True)
-    apply_overrides(config, overrides)
-    return OmegaConf.to_container(config, resolve=True)
-
-
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write a file whole: a reader sees the old one or the new one, also after a crash.
-
-    Args:
-        path: The file. Its folder is made.
-        text: Its content, written as UTF-8.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    return _resolved(config, shlex.split(line))

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A search on Ray: its trials in actors, on one machine or a cluster. ::
+
+    study = optimize_on_ray(spec, folder="results/tune_dpo", trials=100, gpus_per_trial=1)
+
+Actors run trials. The process that calls this function, the driver, alone holds the study: it asks
+for trials, hears of each validation, lets Optuna's pruner decide, and tells how a trial ended. A
+trial whose actor died is queued once more; so are, when a search goes on, those that a killed driver
+left running. Therefore no other process may work on the study meanwhile. Otherwise it is a study as
+any: either engine goes on with what the other began.
+
+On a cluster the configuration, the data and this package must be at the same paths on every node,
+and the study's folder on a shared disk if the trials' logs are to be kept together. With the
+launcher for NeMo RL a trial is itself a program that asks the same cluster for GPUs; give the trials
+``gpus_per_trial=0`` then, or both wait for each other.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from optuna.exceptions import TrialPruned
+from optuna.trial import TrialState
+
+from nemo_rl_ref.tune.search import (
+    Search,
+    SearchStopped,
+    Settings,
+    StudyError,
+    Watcher,
+    open_search,
+    stopping_at_signals,
+    torch_threads,
+)
+from nemo_rl_ref.tune.spec import Spec
+from nemo_rl_ref.tune.trial import Runner, TrialFailed, reason_of, run_trial
+
+#: Ray's settings, unless the environment has them: nothing is sent home, and a trial without GPUs
+#: of its own sees those of the machine.
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+#: Seconds that actors have to end their trials when the search is ended.
+_LAST_WORDS = 10.0
+
+
+def optimize_on_ray(
+    spec: Spec,
+    *,
+    folder: str | Path,
+    cpus_per_trial: float = 1,
+    gpus_per_trial: float = 0,
+    address: str | None = None,
+    jobs: int | None = None,
+    runner: Runner = run_trial,
+    listen: Any = None,
+    **settings: Any,
+) -> optuna.Study:
+    """Search until all trials are finished, trials running on Ray.
+
+    Args:
+        spec: What is searched.
+        folder: Of the study: its storage and the output of its trials.
+        cpus_per_trial: CPUs that Ray reserves for a trial.
+        gpus_per_trial: GPUs that Ray reserves for a trial; a fraction lets several share one.
+        address: Of a Ray cluster, ``auto`` for the one that this machine is part of. None uses the
+            Ray that this process is connected to, or starts one on this machine.
+        jobs: Trials at a time; None for as many as the CPUs and GPUs allow.
+        runner: Runs a trial; Ray's workers must be able to import it.
+        listen: Called with the search and each finished trial.
+        **settings: See `nemo_rl_ref.tune.search.Settings`.
+
+    Returns:
+        The study.
+
+    Raises:
+        StudyError: If the study of that name is of another search, or a setting is wrong.
+        SearchError: If sampler or pruner cannot be used for the search.
+        SearchStopped: As `nemo_rl_ref.tune.search.work`.
+        Stopped: If it was asked to end. The trials that ran are queued again.
+    """
+    search = open_search(
+        spec, Settings(**settings), folder, runner=runner, listen=listen, heartbeats=False
+    )
+    work_on_ray(
+        search, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial, address=address,
+        jobs=jobs,
+    )  # fmt: skip
+    return search.study
+
+
+def work_on_ray(
+    search: Search,
+    *,
+    cpus_per_trial: float = 1,
+    gpus_per_trial: float = 0,
+    address: str | None = None,
+    jobs: int | None = None,
+) -> None:
+    """As `optimize_on_ray`, for a search that is open.
+
+    Args:
+        search: From `nemo_rl_ref.tune.search.open_search`, without heartbeats.
+        cpus_per_trial: See `optimize_on_ray`, as what follows.
+        gpus_per_trial: See there.
+        address: See there.
+        jobs: See there.
+    """
+    wanted = {"CPU": cpus_per_trial, "GPU": gpus_per_trial}
+    if min(wanted.values()) < 0 or not any(wanted.values()):
+        raise StudyError(
+            f"cpus_per_trial, gpus_per_trial: got {cpus_per_trial} and {gpus_per_trial}, expected "
+            "none below 0 and one above"
+        )
+    cpus = math.ceil(jobs * cpus_per_trial) if jobs else None
+    with stopping_at_signals(), _ray(address, cpus):
+        most = _most_at_once(wanted)
+        _Driver(search, wanted, min(jobs or most, most)).run()
+
+
+class _Worker:
+    """An actor. Its trial runs in a thread that waits at each validation for the driver's word."""
+
+    def __init__(self, cwd: str, threads: int):
+        self._events: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._words: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._threads, self._ended = threads, False
+        if os.path.isdir(cwd):
+            os.chdir(cwd)
+
+    def begin(self, *trial: Any) -> tuple[Any, ...]:
+        """Begin a trial; returns what happens first."""
+        threading.Thread(target=self._run, args=trial, daemon=True).start()
+        return self._events.get()
+
+    def go_on(self, word: bool) -> tuple[Any, ...]:
+        """Go on after a validation, or end the trial; returns what happens next."""
+        self._words.put(word)
+        return self._events.get()
+
+    def end(self) -> None:
+        """End the trial at its next step, so that a program that it runs is ended too."""
+        self._ended = True
+
+    def _run(
+        self, runner: Runner, spec: Spec, values: dict[str, Any], folder: Path, seed: int
+    ) -> None:
+        start, last, reason, metrics = time.perf_counter(), 0, None, {}
+
+        def observe(step: int, found: Mapping[str, float]) -> None:
+            nonlocal last
+            first, last = not last, step
+            if self._ended:
+                raise TrialPruned
+            if first or any(name.startswith("val:") for name in found):
+                self._events.put(("step", step, dict(found)))
+                if not self._words.get():
+                    raise TrialPruned
+
+        try:
+            with torch_threads(self._threads):
+                metrics = dict(runner(spec, values, folder, seed=seed, observe=observe))
+        except TrialPruned:
+            reason = "ended by the driver"
+        except Exception as error:  # of the runner: a reason for the study
+            reason = error.reason if isinstance(error, TrialFailed) else reason_of(error)
+        self._events.put(("end", round(time.perf_counter() - start, 3), last, reason, metrics))
+
+
+@dataclass
+class _Running:
+    """A trial that an actor runs, and why the driver has ended it."""
+
+    worker: Any
+    trial: optuna.Trial
+    watcher: Watcher
+    ended: Exception | None = None
+
+
+class _Driver:
+    """Asks the study for trials, has actors run them, and tells the study.
+
+    Args:
+        search: The search.
+        wanted: CPUs and GPUs of a trial.
+        most: Trials at a time.
+    """
+
+    def __init__(self, search: Search, wanted: Mapping[str, float], most: int):
+        self.search, self.study, self.most = search, search.study, most
+        resources = {"num_cpus": wanted["CPU"], "num_gpus": wanted["GPU"]}
+        self.actor = ray.remote(max_concurrency=2, **resources)(_Worker)
+        self.idle: list[Any] = []
+        self.running: dict[Any, _Running] = {}
+
+    def run(self) -> None:
+        """Run trials until all are finished."""
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            self._fail_and_queue(trial.number)  # its driver, or its process, is gone
+        try:
+            while True:
+                while len(self.running) < self.most and self._has_room():
+                    self._begin(self.study.ask())
+                if not self.running:
+                    return
+                ready, _ = ray.wait(list(self.running), timeout=1.0)
+                for event in ready:
+                    self._hear(self.running.pop(event), event)
+        finally:  # where it was interrupted, or has ended itself
+            workers = [one.worker for one in self.running.values()]
+            ray.wait([worker.end.remote() for worker in workers] or [ray.put(0)], timeout=1.0)
+            if self.running:
+                ray.wait(list(self.running), num_returns=len(self.running), timeout=_LAST_WORDS)
+            for one in self.running.values():
+                self._fail_and_queue(one.trial.number)
+            for worker in (*workers, *self.idle):
+                ray.kill(worker)
+
+    def _has_room(self) -> bool:
+        waiting = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        may_draw = self.search.settings.sampler != "grid"
+        left = self.search.budget - len(self.search.finished()) - len(self.running)
+        return left > 0 and bool(waiting or may_draw)
+
+    def _begin(self, trial: optuna.Trial) -> None:
+        try:
+            values, folder, seed = self.search.begin(trial)
+        except ValueError as error:  # a tie without a result: the space's fault
+            self._fail(trial, reason_of(error))
+            raise
+        cwd, threads = os.getcwd(), self.search.settings.threads
+        worker = self.idle.pop() if self.idle else self.actor.remote(cwd, threads)
+        spec, runner = self.search.spec, self.search.runner
+        event = worker.begin.remote(runner, spec, values, folder.resolve(), seed)
+        self.running[event] = _Running(worker, trial, Watcher(spec, trial))
+
+    def _hear(self, one: _Running, event: Any) -> None:
+        try:
+            kind, *found = ray.get(event)
+        except ray.exceptions.RayActorError as error:
+            why = " ".join(str(error).split()).split(". ")[0]
+            self._fail_and_queue(one.trial.number, most=1)
+            print(f"trial {one.trial.number}: its actor died: {why}"[:300], flush=True)
+            return
+        if kind == "end":
+            self.idle.append(one.worker)
+            self._tell(one, *found)
+            return
+        try:
+            one.watcher(*found)
+        except (TrialPruned, TrialFailed, SearchStopped) as error:
+            one.ended = error
+        self.running[one.worker.go_on.remote(one.ended is None)] = one
+
+    def _tell(
+        self, one: _Running, seconds: float, step: int, reason: str | None, metrics: dict[str, float]
+    ) -> None:
+        trial = one.trial
+        trial.set_user_attr("seconds", seconds)
+        trial.set_user_attr("steps", step)
+        try:
+            if one.ended is not None:
+                raise one.ended
+            if reason is not None:
+                raise TrialFailed(reason)
+            self.study.tell(trial, one.watcher.values(metrics))
+        except TrialPruned:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        except (TrialFailed, SearchStopped) as error:
+            self._fail(trial, str(error))
+            if isinstance(error, SearchStopped):
+                raise
+        self.search.note(self.study.trials[trial.number])
+
+    def _fail(self, trial: optuna.Trial, reason: str) -> None:
+        trial.set_user_attr("failure", reason)
+        self.study.tell(trial, state=TrialState.FAIL)
+
+    def _fail_and_queue(self, number: int, most: int | None = None) -> None:
+        """Queue a trial once more under a new number, unless that was done `most` times."""
+        self.study.tell(number, state=TrialState.FAIL)
+        self.search.run_again(number, most)
+
+
+@contextmanager
+def _ray(address: str | None, cpus: int | None) -> Iterator[None]:
+    """Connect to Ray; one that was started here is ended again."""
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        # Its workers import what this process can import: the runner, and this package.
+        paths = os.pathsep.join(path for path in sys.path if path)
+        options = {
+            "num_cpus": cpus,
+            "include_dashboard": False,
+            # Ray gives the interpreter to a shell as it is; its path may hold a space.
+            "runtime_env": {
+                "env_vars": {"PYTHONPATH": paths},
+                "py_executable": shlex.quote(sys.executable),
+            },
+        }
+    ray.init(log_to_driver=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _most_at_once(wanted: Mapping[str, float]) -> int:
+    """How many trials the nodes can run; Ray would wait forever for one that fits on none."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fit = [
+        min(int(node.get(name, 0) / number) for name, number in wanted.items() if number)
+        for node in nodes
+    ]
+    if sum(fit) == 0:
+        most = {name: max(node.get(name, 0) for node in nodes) for name in wanted}
+        raise StudyError(
+            f"cpus_per_trial, gpus_per_trial: got {wanted['CPU']:g} and {wanted['GPU']:g}, but no "
+            f"node has them; the most on one node are {most['CPU']:g} and {most['GPU']:g}"
+        )
+    return sum(fit)
