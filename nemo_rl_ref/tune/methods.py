@@ -9,23 +9,9 @@ import warnings
 from typing import Any
 
 import optuna
+from optuna import pruners, samplers
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import (
-    BasePruner,
-    HyperbandPruner,
-    MedianPruner,
-    NopPruner,
-    SuccessiveHalvingPruner,
-)
-from optuna.samplers import (
-    BaseSampler,
-    CmaEsSampler,
-    GPSampler,
-    QMCSampler,
-    RandomSampler,
-    TPESampler,
-)
 
 from nemo_rl_ref.tune.space import Space, SpaceError
 from nemo_rl_ref.tune.spec import Spec
@@ -42,14 +28,14 @@ class SearchError(ValueError):
     """A sampler or pruner that cannot be used for a search."""
 
 
-def make_sampler(name: str, spec: Spec, seed: int | None = None) -> BaseSampler:
-    """Make one of Optuna's samplers.
+def make_sampler(name: str, spec: Spec, seed: int | None = None) -> samplers.BaseSampler:
+    """Make one of Optuna's samplers; a grid is queued point by point, so its sampler draws nothing.
 
     Args:
-        name: One of `SAMPLERS`. A grid is queued point by point, so its sampler draws nothing.
+        name: One of `SAMPLERS`.
         spec: The search.
-        seed: The seed; None for another one in each process, as several processes need. The
-            quasi-random sequence, which they share, has seed 0 then.
+        seed: None for another one in each process, as several processes need. The quasi-random
+            sequence, which they share, has seed 0 then.
 
     Raises:
         SearchError: If the sampler cannot be used for this search.
@@ -66,20 +52,20 @@ def make_sampler(name: str, spec: Spec, seed: int | None = None) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if name == "cmaes":
-            return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+            return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         if name == "gp":
-            return GPSampler(seed=seed, warn_independent_sampling=False)
+            return samplers.GPSampler(seed=seed, warn_independent_sampling=False)
         if name == "qmc":
-            return QMCSampler(scramble=True, seed=seed or 0, warn_independent_sampling=False)
-        return TPESampler(seed=seed) if name == "tpe" else RandomSampler(seed=seed)
+            return samplers.QMCSampler(
+                scramble=True, seed=seed or 0, warn_independent_sampling=False
+            )
+        return (
+            samplers.TPESampler(seed=seed) if name == "tpe" else samplers.RandomSampler(seed=seed)
+        )
 
 
-def make_pruner(name: str, spec: Spec) -> BasePruner:
+def make_pruner(name: str, spec: Spec) -> pruners.BasePruner:
     """Make one of Optuna's pruners; the first rung is the configuration's first validation.
-
-    Args:
-        name: One of `PRUNERS`.
-        spec: The search.
 
     Raises:
         SearchError: If the pruner cannot be used for the search.
@@ -87,7 +73,7 @@ def make_pruner(name: str, spec: Spec) -> BasePruner:
     if name not in PRUNERS:
         raise SearchError(f"pruner: got {name!r}, expected {', '.join(PRUNERS)}")
     if name == "none":
-        return NopPruner()
+        return pruners.NopPruner()
     if len(spec.objectives) > 1:
         raise SearchError(
             f"pruner: got {name} with {len(spec.objectives)} objectives; a trial that is behind in "
@@ -107,22 +93,16 @@ def make_pruner(name: str, spec: Spec) -> BasePruner:
         )
     first = spec.val_period
     if name == "median":
-        return MedianPruner(n_startup_trials=5)
+        return pruners.MedianPruner(n_startup_trials=5)
     if name == "successive-halving":
-        return SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
-    return HyperbandPruner(
+        return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=REDUCTION)
+    return pruners.HyperbandPruner(
         min_resource=first, max_resource=spec.max_steps or "auto", reduction_factor=REDUCTION
     )
 
 
 def grid_points(space: Space) -> list[dict[str, Any]]:
-    """List the points of a space; a conditional key is absent where its condition is not met.
-
-    Args:
-        space: The space. Each searched key has finitely many values.
-
-    Returns:
-        Drawn values by key, as Optuna stores them.
+    """List the points of a space: drawn values by key, absent where a condition is not met.
 
     Raises:
         SearchError: If a key has more than finitely many values, there are too many points, or a
@@ -130,7 +110,9 @@ def grid_points(space: Space) -> list[dict[str, Any]]:
     """
     values = {key: _values(key, dist, space) for key, dist in space.distributions().items()}
     if (count := math.prod(map(len, values.values()))) > MOST_POINTS:
-        raise SearchError(f"sampler: got a grid of {count:,} points, expected at most {MOST_POINTS:,}")
+        raise SearchError(
+            f"sampler: got a grid of {count:,} points, expected at most {MOST_POINTS:,}"
+        )
     points = {}
     for point in itertools.product(*values.values()):
         trial = optuna.trial.FixedTrial(dict(zip(values, point, strict=True)))

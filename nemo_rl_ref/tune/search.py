@@ -9,13 +9,11 @@ while it trains. A trial without one for a grace period belongs to a process tha
 failed, and queued once more with its values, under a new number that names the old
 (``RetryHeartbeatStaleTrialCallback.retry_history``). The two count once.
 
-A process that finds only as many trials left as others run waits for them, at most for a grace
-period: then those of dead processes are back in the queue. After that it goes on, so n processes may
-end with up to n - 1 trials more than asked.
-
-The one gap: a process that dies after Optuna has given it a trial and before its first sign of life,
-within milliseconds. That trial stays ``RUNNING``. It counts for nothing, and another is run instead;
-of a grid, that point is missing.
+A process that finds only as many trials left as others run waits for them for a grace period; by
+then those of dead processes are back in the queue. Then it goes on, so n processes may end with up
+to n - 1 trials more than asked. The one gap is a process that dies within the milliseconds between
+Optuna's giving it a trial and the first sign of life: that trial stays ``RUNNING`` and counts for
+nothing, another is run instead, and a grid lacks a point.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ import re
 import signal
 import socket
 import sqlite3
-import sys
 import threading
 import time
 import warnings
@@ -47,6 +44,8 @@ from nemo_rl_ref.tune.methods import grid_points, make_pruner, make_sampler
 from nemo_rl_ref.tune.spec import Spec
 from nemo_rl_ref.tune.trial import Runner, TrialFailed, cause_of, reason_of, run_trial
 
+#: Called with the search and each trial that this process has finished.
+Listener = Callable[["Search", FrozenTrial], None]
 #: The file of a study in its folder.
 FILE = "study.db"
 #: Sections of a configuration that may differ when a study goes on.
@@ -74,13 +73,11 @@ class Settings:
     """How a search is run.
 
     Attributes:
-        trials: Trials to finish: complete, pruned or failed. One that was killed and run again
-            counts once.
+        trials: Trials to finish: complete, pruned or failed. One that is run again counts once.
         sampler: One of `nemo_rl_ref.tune.methods.SAMPLERS`.
         pruner: One of `nemo_rl_ref.tune.methods.PRUNERS`.
-        seed: Of the sampler; None for another in each process. With a seed, a study that one
-            process makes in one go can be made again; it draws other values where it was
-            interrupted.
+        seed: Of the sampler; None for another in each process. With one, a study that one process
+            makes without a pause can be made again.
         vary_seed: Train trial n with the configuration's seed + n instead of its seed. Must be the
             same for all of a study.
         threads: Torch's threads.
@@ -88,8 +85,7 @@ class Settings:
             never.
         storage: A database in SQLAlchemy's form; None for a SQLite file in the folder.
         name: The study's name in the storage; None for the folder's.
-        grace: Seconds without a sign of life after which the process of a trial counts as dead;
-            there is a sign every sixth part of it, at least every second.
+        grace: Seconds without a sign of life after which the process of a trial counts as dead.
     """
 
     trials: int = 30
@@ -125,10 +121,10 @@ class Search:
         settings: How.
         folder: Of the study; trial n has ``trial_n`` in it.
         runner: Runs a trial.
-        listen: Called with the search and each trial that this process has finished.
+        listen: Told of each trial that this process has finished.
         budget: Trials to finish: those of the settings, at most the points of a grid.
         began: When this process began.
-        current: The number of the trial that this process runs; None between two.
+        current: The number of the trial that it runs; None between two.
     """
 
     study: optuna.Study
@@ -136,7 +132,7 @@ class Search:
     settings: Settings
     folder: Path
     runner: Runner
-    listen: Callable[[Search, FrozenTrial], None] | None = None
+    listen: Listener | None = None
     budget: int = 0
     began: datetime = field(default_factory=datetime.now)
     current: int | None = None
@@ -164,11 +160,7 @@ class Search:
             time.sleep(_PERIOD)
 
     def begin(self, trial: optuna.Trial) -> tuple[dict[str, Any], Path, int]:
-        """Draw a trial's values and write down what is known at its start.
-
-        Returns:
-            The values by key, the trial's folder, and the seed of its training.
-        """
+        """Begin a trial: draw and note its values by key, its folder, and its training's seed."""
         varied = trial.number if self.settings.vary_seed else 0
         seed = trial.user_attrs.get("seed", self.spec.seed + varied)  # one that is run again has it
         trial.set_user_attr("seed", seed)
@@ -184,9 +176,8 @@ class Search:
         try:
             values, folder, seed = self.begin(trial)
             start = time.perf_counter()
-            return watcher.values(
-                self.runner(self.spec, values, folder, seed=seed, observe=watcher)
-            )
+            metrics = self.runner(self.spec, values, folder, seed=seed, observe=watcher)
+            return watcher.values(metrics)
         except (TrialPruned, UpdateFinishedTrialError):
             raise
         except Exception as error:
@@ -198,11 +189,7 @@ class Search:
             trial.set_user_attr("steps", watcher.step)
 
     def note(self, trial: FrozenTrial) -> None:
-        """Tell the listener that this process has finished a trial.
-
-        Raises:
-            SearchStopped: If too many trials have failed of one cause since this process began.
-        """
+        """Tell the listener that this process has finished a trial, and count failures."""
         self.current = None
         if self.listen:
             self.listen(self, trial)
@@ -215,68 +202,46 @@ class Search:
             study.stop()
 
     def run_again(self, number: int, most: int | None = None) -> None:
-        """Queue a trial that has ended without a result, under a new number that names the old.
-
-        Args:
-            number: Of the trial.
-            most: How often a trial is run again at most; None for no limit.
-        """
+        """Queue a trial that has no result under a new number, unless that was done `most` times."""
         with quiet():
             RetryHeartbeatStaleTrialCallback(most)(self.study, self.study.trials[number])
 
 
 class Watcher:
-    """Watches a training: reports validations, prunes, and finds what is not as it should be.
-
-    Args:
-        spec: The search.
-        trial: The trial.
-    """
+    """Watches a training: reports validations, prunes, and finds what is not as it should be."""
 
     def __init__(self, spec: Spec, trial: optuna.Trial):
         self.spec, self.trial = spec, trial
         self.step = 0
-        self.seen: dict[str, None] = {}
-        self.checked: set[str] = set()
+        self.seen: set[str] = set()
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Look at a step; the trainer calls this.
-
-        Args:
-            step: Steps done.
-            metrics: Metrics of the step, and of the validation if there was one.
+        """Look at the metrics of a step, and of its validation; the trainer calls this.
 
         Raises:
             TrialPruned: If the trial is not worth going on with.
             TrialFailed: If an objective is not a finite number.
             SearchStopped: If the run does not log an objective.
         """
-        self.step = step
-        self.seen.update(dict.fromkeys(metrics))
-        for source in {name.partition(":")[0] for name in metrics} - self.checked:
-            self.checked.add(source)
-            self._check_names(source)
-        objectives = self.spec.objectives
+        self.step, objectives = step, self.spec.objectives
+        self.seen.update(metrics)
         for objective in objectives:
-            value = metrics.get(objective.metric)
-            if value is not None and not math.isfinite(value):
-                raise TrialFailed(f"step {step}: {objective.metric} is {value}")
-        if len(objectives) == 1 and step and any(name.startswith("val:") for name in metrics):
-            value = metrics.get(objectives[0].metric)
-            if value is not None:
-                self.trial.report(value, step)
-                # A run that has come to its end is complete, wherever it stands.
-                if step < (self.spec.max_steps or math.inf) and self.trial.should_prune():
-                    raise TrialPruned
+            source = objective.metric.partition(":")[0]
+            there = sorted(name for name in metrics if name.startswith(f"{source}:"))
+            if there and objective.metric not in self.seen:
+                raise _not_logged(objective.metric, there)
+            self._check_number(objective.metric, metrics.get(objective.metric, 0.0))
+        value = metrics.get(objectives[0].metric)
+        validated = any(name.startswith("val:") for name in metrics)
+        if len(objectives) == 1 and step and validated and value is not None:
+            self.trial.report(value, step)
+            # A run that has come to its end is complete, wherever it stands.
+            if step < (self.spec.max_steps or math.inf) and self.trial.should_prune():
+                raise TrialPruned
 
-    def _check_names(self, source: str) -> None:
-        there = [name for name in self.seen if name.startswith(f"{source}:")]
-        for objective in self.spec.objectives:
-            if objective.metric.startswith(f"{source}:") and objective.metric not in there:
-                raise SearchStopped(
-                    f"objective: got {objective.metric}, which the run does not log; it logs "
-                    f"{', '.join(sorted(there))}"
-                )
+    def _check_number(self, metric: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrialFailed(f"step {self.step}: {metric} is {value}")
 
     def values(self, metrics: Mapping[str, float]) -> list[float]:
         """Take the objectives from the metrics at the end of a run.
@@ -285,18 +250,19 @@ class Watcher:
             TrialFailed: If one is not a finite number.
             SearchStopped: If the run did not log one.
         """
-        found = []
-        for objective in self.spec.objectives:
-            if objective.metric not in metrics:
-                raise SearchStopped(
-                    f"objective: got {objective.metric}, which the run did not log; it logged "
-                    f"{', '.join(sorted(metrics)) or 'nothing'}"
-                )
-            value = float(metrics[objective.metric])
-            if not math.isfinite(value):
-                raise TrialFailed(f"step {self.step}: {objective.metric} is {value}")
-            found.append(value)
-        return found
+        names = [objective.metric for objective in self.spec.objectives]
+        for name in names:
+            if name not in metrics:
+                raise _not_logged(name, sorted(metrics))
+            self._check_number(name, metrics[name])
+        return [float(metrics[name]) for name in names]
+
+
+def _not_logged(metric: str, there: list[str]) -> SearchStopped:
+    return SearchStopped(
+        f"objective: got {metric}, which the run does not log; it logs "
+        f"{', '.join(there) or 'nothing'}"
+    )
 
 
 def check_failures(search: Search) -> None:
@@ -320,7 +286,7 @@ def open_search(
     folder: str | Path,
     *,
     runner: Runner = run_trial,
-    listen: Callable[[Search, FrozenTrial], None] | None = None,
+    listen: Listener | None = None,
     heartbeats: bool = True,
 ) -> Search:
     """Open a study, or make it; a grid is queued whole.
@@ -330,7 +296,7 @@ def open_search(
         settings: How.
         folder: Of the study. It is made.
         runner: Runs a trial.
-        listen: Called with the search and each trial that this process has finished.
+        listen: Told of each finished trial.
         heartbeats: Whether trials send signs of life: those of Optuna's own loop do.
 
     Raises:
@@ -343,13 +309,10 @@ def open_search(
     folder = Path(folder)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        study_name=settings.name or folder.resolve().name,
-        storage=_open_storage(settings, folder, heartbeats),
+        study_name=settings.name or folder.resolve().name, load_if_exists=True,
+        storage=_open_storage(settings, folder, heartbeats), sampler=sampler, pruner=pruner,
         directions=[objective.direction for objective in spec.objectives],
-        sampler=sampler,
-        pruner=pruner,
-        load_if_exists=True,
-    )
+    )  # fmt: skip
     _claim_study(study, spec, settings)
     if settings.seed is not None:  # one that goes on must not draw the same again
         done = len(study.get_trials(deepcopy=False))
@@ -362,8 +325,8 @@ def open_search(
     return Search(study, spec, settings, folder, runner, listen, budget)
 
 
-def _open_storage(settings: Settings, folder: Path, heartbeats: bool) -> RDBStorage:
-    from sqlalchemy.exc import OperationalError, SQLAlchemyError
+def _open_storage(settings: Settings, folder: Path, heartbeats: bool, again: int = 4) -> RDBStorage:
+    from sqlalchemy.exc import SQLAlchemyError
 
     folder.mkdir(parents=True, exist_ok=True)
     url = settings.storage or f"sqlite:///{(folder / FILE).resolve()}"
@@ -371,25 +334,21 @@ def _open_storage(settings: Settings, folder: Path, heartbeats: bool) -> RDBStor
         with closing(sqlite3.connect(folder / FILE, timeout=_PATIENCE)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     options = {"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite:") else {}
-    for attempt in range(5):
-        try:
-            with quiet():
-                return RDBStorage(
-                    url,
-                    engine_kwargs=options,
-                    heartbeat_interval=settings.heartbeat if heartbeats else None,
-                    grace_period=settings.grace,
-                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
-                )
-        except SQLAlchemyError as error:
-            if isinstance(error, OperationalError) and "already exists" in str(error) and attempt < 4:
-                time.sleep(_PERIOD)  # another process makes the same tables
-                continue
-            raise ValueError(
-                f"storage: got {address(url)}, expected a database as sqlite:///study.db or "
-                f"postgresql://user@host/name: {str(error).splitlines()[0]}"
-            ) from error
-    raise AssertionError("unreachable")
+    try:
+        with quiet():
+            return RDBStorage(
+                url, engine_kwargs=options, grace_period=settings.grace,
+                heartbeat_interval=settings.heartbeat if heartbeats else None,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+            )  # fmt: skip
+    except SQLAlchemyError as error:
+        if "already exists" in str(error) and again:  # another process has just made the tables
+            time.sleep(2 * _PERIOD)
+            return _open_storage(settings, folder, heartbeats, again - 1)
+        raise ValueError(
+            f"storage: got {address(url)}, expected a database as sqlite:///study.db or "
+            f"postgresql://user@host/name: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def address(url: str) -> str:
@@ -399,40 +358,34 @@ def address(url: str) -> str:
 
 def _claim_study(study: optuna.Study, spec: Spec, settings: Settings) -> None:
     """Write what the study searches, or check that it searches the same."""
-    ours = {"spec": spec.to_dict(), "base": spec.base, "vary_seed": settings.vary_seed}
-    ours["base"] = {k: v for k, v in ours["base"].items() if not k.startswith(_MAY_CHANGE)}
+    base = {key: v for key, v in spec.base.items() if not key.startswith(_MAY_CHANGE)}
+    ours = {"base": base, "vary_seed": settings.vary_seed, "spec": spec.to_dict()}
     if "spec" not in study.user_attrs:
         if study.get_trials(deepcopy=False):
             raise StudyError(
                 f"study {study.study_name}: got a study with trials that are not of this program, "
                 "expected a new name"
             )
-        for name in ("base", "vary_seed", "spec"):  # the last one says that all are there
-            study.set_user_attr(name, ours[name])
-    theirs = study.user_attrs  # also after writing: another process may have been faster
-    if differences := list(_differences(theirs, ours)):
-        shown = "\n  ".join([*differences[:8], *(["…"] if len(differences) > 8 else [])])
+        for name, value in ours.items():  # the last one says that all are there
+            study.set_user_attr(name, value)
+    then, now = _by_key(study.user_attrs), _by_key(ours)  # another process may have been faster
+    pairs = {key: (then.get(key, "absent"), now.get(key, "absent")) for key in {**then, **now}}
+    different = [f"{key}: {a} then, {b} now" for key, (a, b) in pairs.items() if a != b]
+    if different:
+        shown = "\n  ".join([*different[:8], *(["…"] if len(different) > 8 else [])])
         raise StudyError(
             f"study {study.study_name}: its trials are of another search:\n  {shown}\n"
             "Give what it was begun with, or a new folder (and name)"
         )
 
 
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[str]:
-    """What two searches differ in, a line each."""
-    then, now = theirs["spec"], ours["spec"]
-    for name in ("algorithm", "launcher", "objectives"):
-        if then[name] != now[name]:
-            yield f"{name}: {then[name]} then, {now[name]} now"
-    for what, old, new in (
-        ("space", then["space"], now["space"]),
-        ("configuration", theirs["base"], ours["base"]),
-    ):
-        for key in {**old, **new}:
-            if old.get(key, "absent") != new.get(key, "absent"):
-                yield f"{what}: {key}: {old.get(key, 'absent')} then, {new.get(key, 'absent')} now"
-    if theirs["vary_seed"] != ours["vary_seed"]:
-        yield f"vary_seed: {theirs['vary_seed']} then, {ours['vary_seed']} now"
+def _by_key(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for all of a study, by a name for each part."""
+    spec = attributes["spec"]
+    found = {name: spec[name] for name in ("algorithm", "launcher", "objectives")}
+    found |= {f"space: {key}": value for key, value in spec["space"].items()}
+    found |= {f"configuration: {key}": value for key, value in attributes["base"].items()}
+    return found | {"vary_seed": attributes["vary_seed"]}
 
 
 # Running it
@@ -443,28 +396,22 @@ def optimize(
     *,
     folder: str | Path,
     runner: Runner = run_trial,
-    listen: Callable[[Search, FrozenTrial], None] | None = None,
+    listen: Listener | None = None,
     **settings: Any,
 ) -> optuna.Study:
-    """Search until all trials are finished.
-
-    A study that was interrupted goes on. Several calls, in several processes, can work on one.
+    """Search until all trials are finished; a study that was interrupted goes on.
 
     Args:
         spec: What is searched.
-        folder: Of the study: its storage and the output of its trials.
+        folder: Of the study: its database and the output of its trials.
         runner: Runs a trial.
         listen: Called with the search and each trial that this process has finished.
         **settings: See `Settings`.
 
-    Returns:
-        The study.
-
     Raises:
-        StudyError: If the study of that name is of another search, or a setting is wrong.
-        SearchError: If sampler or pruner cannot be used for the search.
-        SearchStopped: If the search ends itself, see `work`.
-        Stopped: If it was asked to end.
+        StudyError: If a setting is wrong, or as `open_search`.
+        SearchError: As `open_search`.
+        SearchStopped: As `work`, as `Stopped`.
     """
     search = open_search(spec, Settings(**settings), folder, runner=runner, listen=listen)
     work(search)
@@ -474,21 +421,16 @@ def optimize(
 def work(search: Search) -> None:
     """Run trials in this process until all are finished, whoever finishes them.
 
-    Args:
-        search: From `open_search`.
-
     Raises:
         SearchStopped: If the search ends itself: the objective is not logged, or too many trials
             failed of one cause.
         Stopped: If it was asked to end. The trial that ran is queued again.
     """
     with stopping_at_signals(), torch_threads(search.settings.threads):
-        more = search.has_room()
-        while more:
+        while search.has_room():
             try:
-                search.study.optimize(
-                    search.objective, callbacks=[search.after], catch=(TrialFailed,)
-                )
+                callbacks = [search.after]
+                search.study.optimize(search.objective, callbacks=callbacks, catch=(TrialFailed,))
                 return
             except KeyboardInterrupt:
                 if search.current is not None:
@@ -497,7 +439,6 @@ def work(search: Search) -> None:
             except (UpdateFinishedTrialError, ValueError):
                 if not _was_taken(search):
                     raise
-            more = search.has_room()
 
 
 def _was_taken(search: Search) -> bool:
@@ -524,6 +465,8 @@ def stopping_at_signals() -> Iterator[None]:
         return
 
     def stop(number: int, _: Any) -> None:
+        for one in before:  # a second one must not interrupt what is put in order after the first
+            signal.signal(one, signal.SIG_IGN)
         raise Stopped(signal.Signals(number).name)
 
     before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -536,17 +479,12 @@ def stopping_at_signals() -> Iterator[None]:
 
 @contextmanager
 def torch_threads(number: int) -> Iterator[None]:
-    """Let torch compute with so many threads, also if it is imported only now."""
-    before, torch = os.environ.get("OMP_NUM_THREADS"), sys.modules.get("torch")
-    threads = torch.get_num_threads() if torch else None
-    os.environ["OMP_NUM_THREADS"] = str(number)
-    if torch:
-        torch.set_num_threads(number)
+    """Let torch compute with so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
     try:
         yield
     finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
-        if torch:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(before)

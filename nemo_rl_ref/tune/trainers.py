@@ -30,11 +30,7 @@ class AlgorithmRunner:
 
 @cache
 def runner_of(algorithm: str) -> AlgorithmRunner:
-    """Import the runner of an algorithm.
-
-    Args:
-        algorithm: One of `ALGORITHMS`.
-    """
+    """Import the runner of an algorithm."""
     from nemo_rl_ref.config.lists import NOT_HERE
 
     if algorithm in ("grpo", "ppo"):

@@ -10,11 +10,13 @@ from __future__ import annotations
 import gc
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nemo_rl_ref.config.read import read_config
+from nemo_rl_ref.tune.space import overrides
 from nemo_rl_ref.tune.trainers import runner_of
 
 if TYPE_CHECKING:
@@ -48,13 +50,10 @@ def run_trial(
 ) -> dict[str, float]:
     """Train once, in this process.
 
-    What the trainer prints goes to ``output.txt`` in the folder, its logs beside it. There are no
-    checkpoints.
-
     Args:
         spec: The search.
         values: The values of this trial by key.
-        folder: Where its files go.
+        folder: Where its logs go, and ``output.txt`` with what it prints.
         seed: The seed of the training; None for the configuration's.
         observe: Called after steps with the metrics, ``train:…`` and ``val:…``.
 
@@ -78,7 +77,8 @@ def run_trial(
                 from_observe.append(error)
                 raise
 
-    with _printing_to(folder / "output.txt"):
+    output = (folder / "output.txt").open("w", encoding="utf-8")
+    with output, redirect_stdout(output), redirect_stderr(output):
         try:
             config = trial_config(spec, values, folder, seed)
             runner_of(spec.algorithm).train(config, observe=watch)
@@ -93,19 +93,10 @@ def run_trial(
     raise failed
 
 
-@contextmanager
-def _printing_to(path: Path) -> Iterator[None]:
-    with path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        yield
-
-
 def trial_config(
     spec: Spec, values: Mapping[str, Any], folder: Path, seed: int | None
 ) -> dict[str, Any]:
     """Read the configuration of a trial: values set, logs in the folder, no checkpoints."""
-    from nemo_rl_ref.config.read import read_config
-    from nemo_rl_ref.tune.space import overrides
-
     runner = runner_of(spec.algorithm)
     ours = {"checkpointing.enabled": False, "logger.log_dir": str(folder)}
     if seed is not None:

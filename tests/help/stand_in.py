@@ -6,9 +6,9 @@ import os
 import time
 from pathlib import Path
 
-from nemo_rl_ref.tune.trial import TrialFailed
 from nemo_rl_ref.tune.space import Space
 from nemo_rl_ref.tune.spec import Objective, Spec
+from nemo_rl_ref.tune.trial import TrialFailed
 
 LR, BETA = "policy.optimizer.kwargs.lr", "dpo.reference_policy_kl_penalty"
 SPACE = {LR: {"log_uniform": [1e-6, 1e-2]}, BETA: {"uniform": [0.01, 1.0]}}

@@ -237,7 +237,12 @@ def test_an_interrupted_trial_is_run_again_under_a_number_that_names_it_and_coun
     before = opened(tmp_path, trials=3, vary_seed=True).study.trials
     assert [trial.state.name for trial in before] == ["COMPLETE", "FAIL", "WAITING"]
     study = search(tmp_path, trials=3, vary_seed=True)
-    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert [trial.state.name for trial in study.trials] == [
+        "COMPLETE",
+        "FAIL",
+        "COMPLETE",
+        "COMPLETE",
+    ]
     again = study.trials[2]
     with quiet():
         assert RetryHeartbeatStaleTrialCallback.retry_history(again) == [1]

@@ -114,7 +114,7 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path, capfd, monkeypatch):
     def interrupted(*args):
         raise Stopped("SIGINT")
 
-    monkeypatch.setattr("nemo_rl_ref.tune.search.work", interrupted)
+    monkeypatch.setattr("nemo_rl_ref.tune.__main__.work", interrupted)
     arguments = command(tmp_path, "--trials", "9")
     assert main(arguments) == 130
     output = capfd.readouterr().out

@@ -6,13 +6,12 @@
 Actors run trials. The process that calls this function, the driver, alone holds the study: it asks
 for trials, hears of each validation, lets Optuna's pruner decide, and tells how a trial ended. A
 trial whose actor died is queued once more; so are, when a search goes on, those that a killed driver
-left running. Therefore no other process may work on the study meanwhile. Otherwise it is a study as
-any: either engine goes on with what the other began.
+left running. Therefore no other process may work on the study meanwhile. Either engine goes on with
+what the other began.
 
-On a cluster the configuration, the data and this package must be at the same paths on every node,
-and the study's folder on a shared disk if the trials' logs are to be kept together. With the
-launcher for NeMo RL a trial is itself a program that asks the same cluster for GPUs; give the trials
-``gpus_per_trial=0`` then, or both wait for each other.
+On a cluster the configuration, the data and this package must be at the same paths on every node.
+With the launcher for NeMo RL a trial is itself a program that asks the same cluster for GPUs; give
+the trials ``gpus_per_trial=0`` then, or both wait for each other.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
 from nemo_rl_ref.tune.search import (
+    Listener,
     Search,
     SearchStopped,
     Settings,
@@ -48,8 +48,7 @@ from nemo_rl_ref.tune.search import (
 from nemo_rl_ref.tune.spec import Spec
 from nemo_rl_ref.tune.trial import Runner, TrialFailed, reason_of, run_trial
 
-#: Ray's settings, unless the environment has them: nothing is sent home, and a trial without GPUs
-#: of its own sees those of the machine.
+#: Ray's settings: nothing is sent home; a trial without GPUs of its own sees the machine's.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 #: Seconds that actors have to end their trials when the search is ended.
 _LAST_WORDS = 10.0
@@ -64,58 +63,25 @@ def optimize_on_ray(
     address: str | None = None,
     jobs: int | None = None,
     runner: Runner = run_trial,
-    listen: Any = None,
+    listen: Listener | None = None,
     **settings: Any,
 ) -> optuna.Study:
     """Search until all trials are finished, trials running on Ray.
 
     Args:
         spec: What is searched.
-        folder: Of the study: its storage and the output of its trials.
-        cpus_per_trial: CPUs that Ray reserves for a trial.
-        gpus_per_trial: GPUs that Ray reserves for a trial; a fraction lets several share one.
-        address: Of a Ray cluster, ``auto`` for the one that this machine is part of. None uses the
-            Ray that this process is connected to, or starts one on this machine.
+        folder: Of the study.
+        cpus_per_trial: What Ray reserves for a trial.
+        gpus_per_trial: The same; a fraction lets several trials share one.
+        address: Of a Ray cluster, ``auto`` for this machine's. None uses the Ray that this process
+            is connected to, or starts one.
         jobs: Trials at a time; None for as many as the CPUs and GPUs allow.
         runner: Runs a trial; Ray's workers must be able to import it.
-        listen: Called with the search and each finished trial.
+        listen: Told of each finished trial.
         **settings: See `nemo_rl_ref.tune.search.Settings`.
 
-    Returns:
-        The study.
-
     Raises:
-        StudyError: If the study of that name is of another search, or a setting is wrong.
-        SearchError: If sampler or pruner cannot be used for the search.
-        SearchStopped: As `nemo_rl_ref.tune.search.work`.
-        Stopped: If it was asked to end. The trials that ran are queued again.
-    """
-    search = open_search(
-        spec, Settings(**settings), folder, runner=runner, listen=listen, heartbeats=False
-    )
-    work_on_ray(
-        search, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial, address=address,
-        jobs=jobs,
-    )  # fmt: skip
-    return search.study
-
-
-def work_on_ray(
-    search: Search,
-    *,
-    cpus_per_trial: float = 1,
-    gpus_per_trial: float = 0,
-    address: str | None = None,
-    jobs: int | None = None,
-) -> None:
-    """As `optimize_on_ray`, for a search that is open.
-
-    Args:
-        search: From `nemo_rl_ref.tune.search.open_search`, without heartbeats.
-        cpus_per_trial: See `optimize_on_ray`, as what follows.
-        gpus_per_trial: See there.
-        address: See there.
-        jobs: See there.
+        StudyError: If no node has room for a trial. All errors of `optimize` too.
     """
     wanted = {"CPU": cpus_per_trial, "GPU": gpus_per_trial}
     if min(wanted.values()) < 0 or not any(wanted.values()):
@@ -123,10 +89,14 @@ def work_on_ray(
             f"cpus_per_trial, gpus_per_trial: got {cpus_per_trial} and {gpus_per_trial}, expected "
             "none below 0 and one above"
         )
+    search = open_search(
+        spec, Settings(**settings), folder, runner=runner, listen=listen, heartbeats=False
+    )
     cpus = math.ceil(jobs * cpus_per_trial) if jobs else None
     with stopping_at_signals(), _ray(address, cpus):
         most = _most_at_once(wanted)
         _Driver(search, wanted, min(jobs or most, most)).run()
+    return search.study
 
 
 class _Worker:
@@ -189,13 +159,7 @@ class _Running:
 
 
 class _Driver:
-    """Asks the study for trials, has actors run them, and tells the study.
-
-    Args:
-        search: The search.
-        wanted: CPUs and GPUs of a trial.
-        most: Trials at a time.
-    """
+    """Asks the study for trials, has actors run them, `most` at a time, and tells the study."""
 
     def __init__(self, search: Search, wanted: Mapping[str, float], most: int):
         self.search, self.study, self.most = search, search.study, most
@@ -219,9 +183,9 @@ class _Driver:
                     self._hear(self.running.pop(event), event)
         finally:  # where it was interrupted, or has ended itself
             workers = [one.worker for one in self.running.values()]
-            ray.wait([worker.end.remote() for worker in workers] or [ray.put(0)], timeout=1.0)
             if self.running:
-                ray.wait(list(self.running), num_returns=len(self.running), timeout=_LAST_WORDS)
+                _ = [worker.end.remote() for worker in workers]
+                ray.wait(list(self.running), num_returns=len(workers), timeout=_LAST_WORDS)
             for one in self.running.values():
                 self._fail_and_queue(one.trial.number)
             for worker in (*workers, *self.idle):
@@ -234,11 +198,7 @@ class _Driver:
         return left > 0 and bool(waiting or may_draw)
 
     def _begin(self, trial: optuna.Trial) -> None:
-        try:
-            values, folder, seed = self.search.begin(trial)
-        except ValueError as error:  # a tie without a result: the space's fault
-            self._fail(trial, reason_of(error))
-            raise
+        values, folder, seed = self.search.begin(trial)
         cwd, threads = os.getcwd(), self.search.settings.threads
         worker = self.idle.pop() if self.idle else self.actor.remote(cwd, threads)
         spec, runner = self.search.spec, self.search.runner
@@ -255,7 +215,7 @@ class _Driver:
             return
         if kind == "end":
             self.idle.append(one.worker)
-            self._tell(one, *found)
+            self._tell(one, found)
             return
         try:
             one.watcher(*found)
@@ -263,10 +223,8 @@ class _Driver:
             one.ended = error
         self.running[one.worker.go_on.remote(one.ended is None)] = one
 
-    def _tell(
-        self, one: _Running, seconds: float, step: int, reason: str | None, metrics: dict[str, float]
-    ) -> None:
-        trial = one.trial
+    def _tell(self, one: _Running, end: list[Any]) -> None:
+        trial, (seconds, step, reason, metrics) = one.trial, end
         trial.set_user_attr("seconds", seconds)
         trial.set_user_attr("steps", step)
         try:
@@ -278,14 +236,11 @@ class _Driver:
         except TrialPruned:
             self.study.tell(trial, state=TrialState.PRUNED)
         except (TrialFailed, SearchStopped) as error:
-            self._fail(trial, str(error))
+            trial.set_user_attr("failure", str(error))
+            self.study.tell(trial, state=TrialState.FAIL)
             if isinstance(error, SearchStopped):
                 raise
         self.search.note(self.study.trials[trial.number])
-
-    def _fail(self, trial: optuna.Trial, reason: str) -> None:
-        trial.set_user_attr("failure", reason)
-        self.study.tell(trial, state=TrialState.FAIL)
 
     def _fail_and_queue(self, number: int, most: int | None = None) -> None:
         """Queue a trial once more under a new number, unless that was done `most` times."""
@@ -303,17 +258,11 @@ def _ray(address: str | None, cpus: int | None) -> Iterator[None]:
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"address": address}
     if address is None:
-        # Its workers import what this process can import: the runner, and this package.
+        # Its workers import what this process can import: the runner, and this package. Ray gives
+        # the interpreter to a shell as it is; its path may hold a space.
         paths = os.pathsep.join(path for path in sys.path if path)
-        options = {
-            "num_cpus": cpus,
-            "include_dashboard": False,
-            # Ray gives the interpreter to a shell as it is; its path may hold a space.
-            "runtime_env": {
-                "env_vars": {"PYTHONPATH": paths},
-                "py_executable": shlex.quote(sys.executable),
-            },
-        }
+        python = {"env_vars": {"PYTHONPATH": paths}, "py_executable": shlex.quote(sys.executable)}
+        options = {"num_cpus": cpus, "include_dashboard": False, "runtime_env": python}
     ray.init(log_to_driver=False, **options)
     try:
         yield
@@ -324,14 +273,11 @@ def _ray(address: str | None, cpus: int | None) -> Iterator[None]:
 def _most_at_once(wanted: Mapping[str, float]) -> int:
     """How many trials the nodes can run; Ray would wait forever for one that fits on none."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = [
-        min(int(node.get(name, 0) / number) for name, number in wanted.items() if number)
-        for node in nodes
-    ]
-    if sum(fit) == 0:
-        most = {name: max(node.get(name, 0) for node in nodes) for name in wanted}
+    needed = {name: number for name, number in wanted.items() if number}
+    fit = sum(min(int(n.get(name, 0) / x) for name, x in needed.items()) for n in nodes)
+    if not fit:
         raise StudyError(
-            f"cpus_per_trial, gpus_per_trial: got {wanted['CPU']:g} and {wanted['GPU']:g}, but no "
-            f"node has them; the most on one node are {most['CPU']:g} and {most['GPU']:g}"
+            f"cpus_per_trial, gpus_per_trial: got {wanted['CPU']:g} and {wanted['GPU']:g}, which no "
+            f"node has; expected at most {[{k: n.get(k, 0) for k in wanted} for n in nodes]}"
         )
-    return sum(fit)
+    return fit

@@ -19,7 +19,6 @@ With several objectives there is a front of best trials, and one is chosen by a 
 from __future__ import annotations
 
 import math
-import os
 import re
 import shlex
 import tempfile
@@ -28,12 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import OmegaConf
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from nemo_rl_ref.config.keys import flatten_keys
+from nemo_rl_ref.config.read import apply_overrides
 from nemo_rl_ref.files.whole import write_text
 from nemo_rl_ref.tune.space import override_line
 from nemo_rl_ref.tune.spec import Objective
+from nemo_rl_ref.upstream import load_manifest
+from nemo_rl_ref.utils.config import load_config, register_omegaconf_resolvers
 
 #: The file that NeMo RL's script of an algorithm takes where none is given.
 NEMO_RL_CONFIGS = {
@@ -56,8 +61,8 @@ class Best:
     Attributes:
         trial: Its number.
         scores: Its values by objective.
-        values: Every value that it sets, by dotted path.
-        override_line: The same as one line of overrides in Hydra's grammar, quoted for a shell.
+        values: Every value that it sets, by key.
+        override_line: The same in Hydra's grammar, quoted for a shell.
         config: The whole configuration, resolved, a plain dict.
         yaml: The same as text.
         rule: How it was chosen, in words.
@@ -75,11 +80,7 @@ class Best:
 
 
 def written_spec(study: Study) -> dict[str, Any]:
-    """Read what a study searches, as it wrote it.
-
-    Raises:
-        ValueError: If it is not a study of this package.
-    """
+    """Read what a study of this package searches, as it wrote it."""
     if "spec" not in study.user_attrs:
         raise ValueError(
             f"study {study.study_name!r} has no attribute 'spec', so its configuration is not "
@@ -102,19 +103,14 @@ def ranked(study: Study) -> list[FrozenTrial]:
 
 
 def choose(study: Study, rule: str | None = None) -> tuple[FrozenTrial, str]:
-    """Choose the best trial of a study.
-
-    Args:
-        study: The study.
-        rule: How to choose from a front of several objectives, see above. With one objective the
-            trial with the best value is chosen, the earlier of equals.
+    """Choose the best trial of a study by a rule, see above; of equal ones the earlier.
 
     Returns:
         The trial, and how it was chosen, in words.
 
     Raises:
         NoBest: If no trial is complete with finite values, or none keeps the bounds.
-        ValueError: If the rule cannot be read, or names what is no objective.
+        ValueError: As `parse_rule`.
     """
     objectives, trials = objectives_of(study), ranked(study)
     metrics = [objective.metric for objective in objectives]
@@ -130,13 +126,14 @@ def choose(study: Study, rule: str | None = None) -> tuple[FrozenTrial, str]:
         return trials[0], f"the {extreme} {metrics[0]}"
     signs = [1 if objective.direction == "maximize" else -1 for objective in objectives]
     numbers = {trial.number for trial in study.best_trials}
-    front = sorted((t for t in trials if t.number in numbers), key=lambda t: t.number)
-    if rule in (None, "knee"):
+    front = [trial for trial in trials if trial.number in numbers]
+    parsed = parse_rule(rule, metrics)
+    if parsed is None:
         return _knee(front, signs), (
             "the trial of the Pareto front nearest to the ideal point, each objective scaled to "
             "[0, 1] over the front"
         )
-    at, bounds = _parse_rule(rule, metrics)
+    at, bounds = parsed
     keeps = {"<=": float.__le__, ">=": float.__ge__}
     kept = [t for t in front if all(keeps[op](t.values[i], bound) for i, op, bound in bounds)]
     where = rule.partition(" where ")[2].strip()
@@ -157,22 +154,20 @@ def _knee(front: Sequence[FrozenTrial], signs: Sequence[int]) -> FrozenTrial:
     return front[distances.index(min(distances))]
 
 
-def check_rule(rule: str | None, metrics: Sequence[str]) -> None:
-    """Raise unless a rule can be read, before any trial runs.
+def parse_rule(
+    rule: str | None, metrics: Sequence[str]
+) -> tuple[int, list[tuple[int, str, float]]] | None:
+    """Read a rule, so that a wrong one is refused before any trial runs.
 
-    Args:
-        rule: See the module.
-        metrics: The objectives.
+    Returns:
+        The index of the objective among the metrics, and the bounds: index, ``<=`` or ``>=``,
+        number; None for the knee.
 
     Raises:
-        ValueError: If it cannot, with what was expected.
+        ValueError: If it cannot be read, with what was expected.
     """
-    if rule not in (None, "knee"):
-        _parse_rule(rule, metrics)
-
-
-def _parse_rule(rule: str, metrics: Sequence[str]) -> tuple[int, list[tuple[int, str, float]]]:
-    """The index of the objective, and the bounds: index, ``<=`` or ``>=``, number."""
+    if rule in (None, "knee"):
+        return None
 
     def index(name: str) -> int:
         if name not in metrics:
@@ -196,19 +191,12 @@ def _parse_rule(rule: str, metrics: Sequence[str]) -> tuple[int, list[tuple[int,
 
 
 def best_of(study: Study, rule: str | None = None) -> Best:
-    """Take the best trial of a study with its configuration, checked.
-
-    The YAML is loaded again and equals the configuration that was searched with the overrides of
-    the trial.
-
-    Args:
-        study: A study of this package.
-        rule: How to choose from a front, see `choose`.
+    """Take the best trial of a study with its configuration.
 
     Raises:
         NoBest: As `choose`.
-        ValueError: If the study has no ``spec``, the configuration has changed since, or the YAML
-            does not load as the trial's configuration.
+        ValueError: As `choose`, or if the study has no ``spec``, the configuration has changed
+            since, or the YAML does not load as the trial's configuration.
     """
     return best_from(study, *choose(study, rule))
 
@@ -232,17 +220,16 @@ def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> 
         f"# Chosen as {how}.\n# Made from {path}" + (f" with {' '.join(given)}" if given else "")
         + ("\n# and " + line if line else "") + "\n"
     )  # fmt: skip
-    yaml = comment + _dump(config)
+    text = comment + _dump(config)
     with tempfile.TemporaryDirectory() as folder:
-        if _load(yaml, Path(folder, "best.yaml")) != config:
+        write_text(copy := Path(folder, "best.yaml"), text)
+        if resolved_config(copy, []) != config:
             raise ValueError("the YAML of the best trial does not load as its configuration")
-    return Best(trial.number, scores, values, line, config, yaml, how, command)
+    return Best(trial.number, scores, values, line, config, text, how, command)
 
 
 def _check_unchanged(study: Study, path: str, given: Sequence[str]) -> None:
     """Raise if the configuration is no longer what the study searched."""
-    from nemo_rl_ref.config.keys import flatten_keys
-
     now, then = flatten_keys(resolved_config(path, given)), study.user_attrs.get("base") or {}
     different = [
         f"{key}: {value!r} then, {now.get(key, 'absent')!r} now"
@@ -258,99 +245,23 @@ def _check_unchanged(study: Study, path: str, given: Sequence[str]) -> None:
 
 def _keys_of_both(path: str, given: Sequence[str], algorithm: str) -> dict[str, Any]:
     """The keys that the searched configuration and NeMo RL's own file have; others need ``++``."""
-    from nemo_rl_ref.config.keys import flatten_keys
-    from nemo_rl_ref.config.read import apply_overrides
-    from nemo_rl_ref.upstream import load_manifest
-    from nemo_rl_ref.utils.config import load_config
-
     ours = flatten_keys(apply_overrides(load_config(path), given))
     theirs = load_manifest()["configs"][NEMO_RL_CONFIGS[algorithm]]
     return {key: value for key, value in ours.items() if key in theirs}
 
 
 def resolved_config(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Load a configuration with overrides, resolved, as a plain dict.
-
-    Args:
-        path: A YAML file of NeMo RL's form.
-        overrides: In Hydra's grammar.
-
-    Raises:
-        OverridesError: As `nemo_rl_ref.utils.config.parse_hydra_overrides`.
-        FileNotFoundError: As `nemo_rl_ref.utils.config.load_config`.
-    """
-    from nemo_rl_ref.utils.config import load_config
-
-    return _resolved(load_config(path), overrides)
-
-
-def _resolved(config: Any, overrides: Sequence[str]) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    from nemo_rl_ref.config.read import apply_overrides
-    from nemo_rl_ref.utils.config import register_omegaconf_resolvers
-
+    """Load a YAML file of NeMo RL's form with overrides, resolved, as a plain dict."""
     register_omegaconf_resolvers()
-    return OmegaConf.to_container(apply_overrides(config, overrides), resolve=True)
+    config = apply_overrides(load_config(path), overrides)
+    return OmegaConf.to_container(config, resolve=True)
 
 
 def _dump(config: Mapping[str, Any]) -> str:
-    import yaml
-
     return yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _load(text: str, path: Path) -> dict[str, Any]:
-    """Write a configuration, and read it as NeMo RL reads a file."""
-    write_text(path, text)
-    return resolved_config(path, [])
-
-
 def write_yaml(best: Best, path: str | Path) -> Path:
-    """Write the configuration of a chosen trial, whole or not at all.
-
-    Args:
-        best: From `best_of`.
-        path: The file. Its folder is made.
-
-    Returns:
-        The path.
-    """
+    """Write the configuration of a chosen trial, whole or not at all; returns the path."""
     write_text(path, best.yaml)
     return Path(path)
-
-
-def check_with_nemo_rl(
-    line: str, algorithm: str, checkout: str | Path | None = None
-) -> dict[str, Any]:
-    """Load NeMo RL's own configuration of an algorithm with an override line.
-
-    The line is split as a shell does, parsed by Hydra's own parser and applied as NeMo RL's
-    ``parse_hydra_overrides`` does.
-
-    Args:
-        line: Overrides in Hydra's grammar, quoted for a shell.
-        algorithm: ``sft``, ``dpo``, ``rm``, ``grpo`` or ``ppo``.
-        checkout: A checkout of NeMo RL, whose file and loader are taken; else
-            ``NEMO_RL_CHECKOUT``; else the keys and values of the file as they are in the manifest.
-
-    Returns:
-        The configuration, interpolations resolved.
-
-    Raises:
-        ValueError: If the algorithm is not one of these.
-        OverridesError: If an override does not parse, or names a key that the file does not have.
-    """
-    from omegaconf import OmegaConf
-
-    from nemo_rl_ref.upstream import load_manifest
-
-    if algorithm not in NEMO_RL_CONFIGS:
-        raise ValueError(f"algorithm: got {algorithm!r}, expected one of {[*NEMO_RL_CONFIGS]}")
-    checkout, name = checkout or os.environ.get("NEMO_RL_CHECKOUT"), NEMO_RL_CONFIGS[algorithm]
-    if checkout:
-        return resolved_config(Path(checkout, "examples/configs", name), shlex.split(line))
-    config = OmegaConf.create({})
-    for key, value in load_manifest()["configs"][name].items():
-        OmegaConf.update(config, key, value, force_add=True)
-    return _resolved(config, shlex.split(line))

@@ -2,10 +2,10 @@
 """Is the best trial better than the default? Its configuration is run again over fresh seeds.
 
 The value that a search reports for its best trial is the best of many noisy ones, so it is too good
-on average, and the more trials there were, the more so: the winner's curse. Here the top candidates
-and the configuration as it was before the search run on seeds that no trial of the search used.
-What a seed decides (the order of the data, the sampled responses) is then partly the same for all
-of them, so they are compared by their differences on the same seed: ``scipy.stats.ttest_rel``.
+on average: the winner's curse. Here the top candidates and the configuration as it was before the
+search run on seeds that no trial used. What a seed decides (the order of the data, the sampled
+responses) is then partly the same for all of them, so they are compared by their differences on the
+same seed: ``scipy.stats.ttest_rel``.
 
 interval
     Student's t interval of the mean difference: it covers the true one in 95 % of repetitions if
@@ -53,12 +53,8 @@ DEFAULT = "default"
 class Run:
     """One training of the re-evaluation.
 
-    Attributes:
-        candidate: ``default`` or ``trial 17``.
-        seed: Its seed.
-        value: The objective at the end; None if the run failed.
-        failure: Why it failed; None if it did not.
-        seconds: How long it took.
+    `candidate` is ``default`` or ``trial 17``; `value` is the objective at the end, None where the
+    run failed, for the reason `failure`.
     """
 
     candidate: str
@@ -74,50 +70,38 @@ class Comparison:
 
     Attributes:
         name: ``trial 17``.
-        values: What the candidate sets, by key.
         search_value: The value that the search reported for it.
         failed: Number of the candidate's runs that failed.
+        pairs: Number of seeds on which both have a value; without any, what follows is None.
+        mean: Mean of the objective over these seeds.
+        default_mean: That of the default.
         optimism: The search's value minus `mean`, turned so that positive is too good.
-        pairs: Number of seeds on which both have a value.
-        mean: Mean of the objective over the seeds of `pairs`; None without any.
-        default_mean: That of the default over the same seeds.
         mean_difference: Mean of the paired differences, positive where the candidate is better.
-        low: Lower end of its interval; None where there is none.
-        high: Upper end.
-        low_simultaneous: The same for all candidates at once.
-        high_simultaneous: Upper end of it.
-        probability: That the true mean difference is positive, see the module; None if undefined.
         wins: Fraction of the seeds on which the candidate is better; a tie is half a win.
+        low: Lower end of the interval of the mean difference, as `high`; None without one.
+        low_simultaneous: The same for all candidates at once, as `high_simultaneous`.
+        probability: That the true mean difference is positive, see the module; None if undefined.
     """
 
     name: str
-    values: Mapping[str, Any]
     search_value: float
     failed: int
-    optimism: float | None
     pairs: int
     mean: float | None = None
     default_mean: float | None = None
+    optimism: float | None = None
     mean_difference: float | None = None
+    wins: float | None = None
     low: float | None = None
     high: float | None = None
     low_simultaneous: float | None = None
     high_simultaneous: float | None = None
     probability: float | None = None
-    wins: float | None = None
 
 
 @dataclass(frozen=True)
 class Reevaluation:
-    """What `reevaluate` found.
-
-    Attributes:
-        metric: The objective.
-        level: Of the intervals.
-        seeds: The seeds.
-        comparisons: In the order of the search: the first is its best trial.
-        runs: All runs.
-    """
+    """What `reevaluate` found, for an objective on some seeds; the search's best trial first."""
 
     metric: str
     level: float
@@ -138,24 +122,23 @@ class Reevaluation:
     def sentences(self) -> list[str]:
         """Say in words what was found."""
         winner, count, seeds = self.winner, len(self.comparisons), len(self.seeds)
-        found = [
+        start = (
             f"{count} candidate{'s' * (count != 1)} and the default, each on {seeds} "
             f"seed{'s' * (seeds != 1)} that the search did not use, compared by {self.metric} on "
             "the same seed."
-        ]
-        if winner.mean is None or winner.mean_difference is None:
-            return [*found, f"{winner.name} and the default have no seed on which both finished."]
-        optimism = winner.optimism or 0
-        side = "better than" if optimism > 0 else "worse than"
-        by = f"{abs(optimism):.4g} {side} that" if optimism else "the same"
-        found.append(
+        )
+        if winner.mean is None:
+            return [start, f"{winner.name} and the default have no seed on which both finished."]
+        side = "better than" if winner.optimism > 0 else "worse than"
+        by = f"{abs(winner.optimism):.4g} {side} that" if winner.optimism else "the same"
+        optimism = (
             f"The search reported {winner.search_value:.4g} for its best, {winner.name}. Over fresh "
             f"seeds it has {winner.mean:.4g} on average: the search's value was {by}. The best of "
             "many noisy values is too good on average, so the mean over fresh seeds is the one to "
             "quote."
         )
-        if winner.low is None or winner.high is None:
-            return [*found, _why_no_interval(winner)]
+        if winner.low is None:
+            return [start, optimism, _why_no_interval(winner)]
         better = "better" if winner.mean_difference > 0 else "worse"
         by = f"{better} by {abs(winner.mean_difference):.4g}" if winner.mean_difference else "equal"
         verdict = (
@@ -163,56 +146,17 @@ class Reevaluation:
             if winner.low <= 0 <= winner.high
             else f"The interval does not contain zero: it is {better} than the default."
         )
-        found.append(
+        difference = (
             f"Against the default it is {by} on average, {self.level:.0%} interval {winner.low:.4g} "
             f"to {winner.high:.4g} ({winner.pairs} pairs, better on {winner.wins:.0%} of the seeds). "
             "The probability that its mean over seeds beats the default's is "
             f"{_percent(winner.probability)} (posterior under a normal model of the differences "
             f"with a flat prior). {verdict}"
         )
-        usable = [c for c in self.comparisons if c.low_simultaneous is not None]
-        best = max(usable, key=lambda c: c.mean_difference)
-        if best is not winner:
-            found.append(
-                f"On these seeds {best.name} has a higher mean improvement than {winner.name}. It "
-                "was picked because of these runs, so read its simultaneous interval: "
-                f"{best.low_simultaneous:.4g} to {best.high_simultaneous:.4g}."
-            )
-        return found
-
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Write columns and rows of text: a row for each candidate, the default last."""
-        columns = [
-            "configuration", "in the search", "mean", "pairs", "failed", "difference",
-            f"{self.level:.0%} interval", "simultaneous", "P(better)", "wins",
-        ]  # fmt: skip
-        rows = [
-            [
-                c.name, f"{c.search_value:.4g}", _or_dash(c.mean), str(c.pairs), str(c.failed),
-                _or_dash(c.mean_difference, "+.4g"), _interval(c.low, c.high),
-                _interval(c.low_simultaneous, c.high_simultaneous), _percent(c.probability),
-                _or_dash(c.wins, ".0%"),
-            ]
-            for c in self.comparisons
-        ]  # fmt: skip
-        default = [r.value for r in self.runs if r.candidate == DEFAULT and r.value is not None]
-        failed = sum(r.candidate == DEFAULT for r in self.failures)
-        mean = statistics.fmean(default) if default else None
-        rows.append([DEFAULT, "—", _or_dash(mean), str(len(default)), str(failed), *["—"] * 5])
-        return columns, rows
+        return [start, optimism, difference]
 
 
-def _or_dash(value: float | None, how: str = ".4g") -> str:
-    return "—" if value is None else format(value, how)
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "—" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-
-
-def _percent(probability: float | None) -> str:
-    if probability is None:
-        return "—"
+def _percent(probability: float) -> str:
     if not 0.001 <= probability <= 0.999:
         return "> 99.9%" if probability > 0.5 else "< 0.1%"
     return f"{probability:.1%}"
@@ -221,11 +165,8 @@ def _percent(probability: float | None) -> str:
 def _why_no_interval(comparison: Comparison) -> str:
     if comparison.pairs < 2:
         return "One pair of runs has no spread, so there is no interval: run more seeds."
-    return (
-        f"All {comparison.pairs} differences to the default are the same number, "
-        f"{comparison.mean_difference:.4g}, so their spread is zero and there is no interval. Does "
-        "the objective depend on the seed?"
-    )
+    same = f"{comparison.pairs} differences to the default are the same number"
+    return f"All {same}, {comparison.mean_difference:.4g}: does the objective depend on the seed?"
 
 
 def compare(
@@ -236,21 +177,17 @@ def compare(
     level: float = 0.95,
     candidates: int = 1,
 ) -> dict[str, Any]:
-    """Compare two configurations on the seeds that both have.
+    """Compare two configurations, given as values by seed, on the seeds that both have.
 
     Args:
-        candidate: Value by seed.
-        default: Value by seed.
+        candidate: The one.
+        default: The other.
         maximize: Whether more is better.
         level: Of the intervals, between 0 and 1.
         candidates: Number of candidates that the simultaneous interval is for.
 
     Returns:
-        The fields of `Comparison` that follow from the values: ``pairs`` and, where there is one,
-        those after it.
-
-    Raises:
-        ValueError: If the level is not between 0 and 1.
+        The fields of `Comparison` that follow from the values, ``pairs`` and others.
     """
     if not 0 < level < 1:
         raise ValueError(f"level: got {level!r}, expected a number between 0 and 1")
@@ -260,12 +197,9 @@ def compare(
     differences = [a - b for a, b in zip(better, worse, strict=True)]
     found: dict[str, Any] = {"pairs": len(seeds)}
     if seeds:
-        found |= {
-            "mean": statistics.fmean(ours),
-            "default_mean": statistics.fmean(theirs),
-            "mean_difference": statistics.fmean(differences),
-            "wins": sum((d > 0) + 0.5 * (d == 0) for d in differences) / len(seeds),
-        }
+        found |= {"mean": statistics.fmean(ours), "default_mean": statistics.fmean(theirs)}
+        found["mean_difference"] = statistics.fmean(differences)
+        found["wins"] = statistics.fmean((d > 0) + 0.5 * (d == 0) for d in differences)
     if len(seeds) > 1 and statistics.stdev(differences) > 0:
         from scipy.stats import ttest_rel
 
@@ -279,16 +213,7 @@ def compare(
 
 
 def fresh_seeds(study: Study, count: int, also: Sequence[int] = ()) -> tuple[int, ...]:
-    """List seeds that no trial of a study used.
-
-    Args:
-        study: Its trials' attributes ``seed`` are left out.
-        count: How many.
-        also: More seeds to leave out, for example that of the configuration.
-
-    Raises:
-        ValueError: If the count is not positive.
-    """
+    """List seeds that neither a trial of a study used nor are in `also`."""
     if count < 1:
         raise ValueError(f"seeds: got {count}, expected 1 or more")
     used = {trial.user_attrs.get("seed") for trial in study.get_trials(deepcopy=False)} | {*also}
@@ -306,18 +231,7 @@ def default_values(space: Any) -> dict[str, Any]:
 
 
 def top_candidates(study: Study, count: int) -> list[tuple[int, dict[str, Any], float]]:
-    """List the best trials of a study, of equal configurations only the first.
-
-    Args:
-        study: A study with one objective.
-        count: How many at most.
-
-    Returns:
-        Number, values and result of each, the best first.
-
-    Raises:
-        ValueError: If the study has several objectives, no finished trial, or count is below 1.
-    """
+    """List number, values and result of the best trials, of equal configurations only the first."""
     if (objectives := len(objectives_of(study))) > 1:
         raise ValueError(f"study {study.study_name!r} has {objectives} objectives, expected one")
     if count < 1:
@@ -327,7 +241,9 @@ def top_candidates(study: Study, count: int) -> list[tuple[int, dict[str, Any], 
         values = trial.user_attrs["values"]
         found.setdefault(_digest(values), (trial.number, values, trial.values[0]))
     if not found:
-        raise ValueError(f"study {study.study_name!r}: no trial is complete, nothing to re-evaluate")
+        raise ValueError(
+            f"study {study.study_name!r}: no trial is complete, nothing to re-evaluate"
+        )
     return list(found.values())[:count]
 
 
@@ -344,12 +260,11 @@ def reevaluate(
 ) -> Reevaluation:
     """Run the top candidates and the default again, on the same fresh seeds.
 
-    Every run leaves ``run.json`` in its folder when it ends. The same call again runs what is
-    missing: after an interruption, or with more seeds or candidates. Failed runs are kept too, with
-    their reasons, and are not run again; remove their folders to do so.
+    Every run leaves ``run.json`` in its folder when it ends, a failed one its reason. The same call
+    again runs what is missing: after an interruption, or with more seeds or candidates.
 
     Args:
-        study: A study with one objective and its attribute ``spec``.
+        study: A study with one objective.
         folder: Where the runs' folders are.
         top: Number of candidates, the search's best first.
         seeds: Number of seeds.
@@ -358,11 +273,9 @@ def reevaluate(
         spec: The search; read from the study if not given.
         show: Gets a line after each run.
 
-    Returns:
-        The comparison, with all runs.
-
     Raises:
-        ValueError: As `top_candidates`, `fresh_seeds` and `compare`.
+        ValueError: If an argument is out of its range, the study has several objectives, or no
+            trial is complete.
     """
     candidates = top_candidates(study, top)
     compare({}, {}, maximize=True, level=level)  # the level, before anything runs
@@ -416,18 +329,17 @@ def _compare(
     level: float,
     candidates: int,
 ) -> Comparison:
-    number, values, in_search = candidate
+    number, _, in_search = candidate
     name, maximize = f"trial {number}", objective.direction == "maximize"
     ours, default = (
         {r.seed: r.value for r in runs if r.candidate == who and r.value is not None}
         for who in (name, DEFAULT)
     )
     found = compare(ours, default, maximize=maximize, level=level, candidates=candidates)
-    optimism = None
     if "mean" in found:
-        optimism = (1 if maximize else -1) * (in_search - found["mean"])
+        found["optimism"] = (1 if maximize else -1) * (in_search - found["mean"])
     failed = sum(r.candidate == name and r.failure is not None for r in runs)
-    return Comparison(name, values, in_search, failed=failed, optimism=optimism, **found)
+    return Comparison(name, in_search, failed, **found)
 
 
 def _digest(content: Any) -> str:

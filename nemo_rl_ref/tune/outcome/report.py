@@ -4,8 +4,7 @@
     write_report(study, "results/study/report.html")
 
 The figures are Optuna's (``optuna.visualization.matplotlib``). What a study cannot say yet, such as
-importances after three trials, the page says in words. A failed trial is listed with its reason and
-is in no figure; the last value of a pruned one is not a result.
+importances after three trials, the page says in words. Failed trials are listed with their reasons.
 """
 
 from __future__ import annotations
@@ -35,6 +34,8 @@ from nemo_rl_ref.tune.trial import cause_of
 #: Below this number of complete trials importances are not shown: PED-ANOVA compares the best tenth
 #: with all, and a tenth of fewer is not a distribution.
 LEAST_FOR_IMPORTANCES = 20
+#: A legend with more lines, one for each trial, covers the figure.
+MOST_IN_LEGEND = 5
 
 _WORDS = {
     TrialState.COMPLETE: "finished",
@@ -45,21 +46,17 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A figure: what it shows, in words, and its SVG as a data URI."""
-
-    caption: str
-    source: str
-
-
 @dataclass
 class Section:
-    """A section of the page: figures, or a sentence in their place."""
+    """A section of the page: captions and figures, or a sentence in their place."""
 
     title: str
-    pictures: list[Picture] = field(default_factory=list)
     text: str = ""
+    pictures: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, caption: str, plot: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        """Add a figure of Optuna's, which a function of its makes, and say what it shows."""
+        self.pictures.append((caption, _draw(plot, *arguments, **options)))
 
 
 def write_report(
@@ -69,17 +66,13 @@ def write_report(
     reevaluation: Reevaluation | None = None,
     rule: str | None = None,
 ) -> Path:
-    """Write the report of a study, whole or not at all.
+    """Write the report of a study, whole or not at all; returns the path.
 
     Args:
         study: A study of this package.
         path: The HTML file. Its folder is made.
         reevaluation: From `nemo_rl_ref.tune.outcome.reevaluate.reevaluate`, if that was done.
-        rule: How to choose one trial of several objectives, see
-            `nemo_rl_ref.tune.outcome.best.choose`.
-
-    Returns:
-        The path.
+        rule: See `nemo_rl_ref.tune.outcome.best.choose`.
 
     Raises:
         ValueError: If the rule cannot be read, or the study is not one of this package.
@@ -134,13 +127,14 @@ def describe_states(study: Study) -> str:
 def failures_of(study: Study) -> list[tuple[str, list[int]]]:
     """List why trials failed, and their numbers, the most frequent cause first.
 
-    Reasons that differ by numbers only are one cause, under the first one's words. A trial without
-    a reason was interrupted, or its process died; where it was run again, its new number is named.
+    Reasons that differ by numbers only are one cause. A trial that was run again names the new one.
     """
     trials = study.get_trials(deepcopy=False)
     with quiet():
         again = {
-            n: t.number for t in trials for n in RetryHeartbeatStaleTrialCallback.retry_history(t)[-1:]
+            n: t.number
+            for t in trials
+            for n in RetryHeartbeatStaleTrialCallback.retry_history(t)[-1:]
         }
     found: dict[str, tuple[str, list[int]]] = {}
     for trial in trials:
@@ -162,101 +156,74 @@ def _figures(study: Study, objectives: list[Objective]) -> list[Section]:
     trials = ranked(study)
     if not trials:
         return [Section("Figures", text="No trial has finished with a value, so there are none.")]
-    sections = [Section("History"), Section("Which keys matter"), Section("Value against each key")]
-    if len(objectives) > 1:
-        front = Section("Pareto front")
-        if len(objectives) <= 3:
-            names = [objective.metric for objective in objectives]
-            caption = f"{' against '.join(names)}; the front has {len(study.best_trials)} trials."
-            front.pictures.append(
-                _draw(caption, lambda: plots.plot_pareto_front(study, target_names=names))
-            )
-        sections.insert(0, front)
+    front, history, importances, slices, curves = map(Section, (
+        "Pareto front", "History", "Which keys matter", "Value against each key",
+        "Intermediate values",
+    ))  # fmt: skip
+    names = [objective.metric for objective in objectives]
+    if 1 < len(names) <= 3:
+        caption = f"{' against '.join(names)}; the front has {len(study.best_trials)} trials."
+        front.add(caption, plots.plot_pareto_front, study, target_names=names)
     for i, objective in enumerate(objectives):
-        target: dict[str, Any] = {"target_name": objective.metric}
+        metric, target = objective.metric, {"target_name": objective.metric}
         if len(objectives) > 1:  # Optuna wants to be told which
             target["target"] = lambda trial, i=i: trial.values[i]
-        history, importances, slices = sections[-3:]
-        history.pictures.append(
-            _draw(
-                f"{objective.metric}, to {objective.direction}, in the order of the trials.",
-                lambda target=target: plots.plot_optimization_history(study, **target),
-            )
-        )
-        _add_importances(importances, study, trials, i, objective.metric, target)
-        keys = dict.fromkeys(key for trial in trials for key in trial.params)
-        slices.pictures += [
-            _draw(
-                f"{objective.metric} over {key}; all other keys vary too.",
-                lambda key=key, target=target: plots.plot_slice(study, params=[key], **target),
-            )
-            for key in keys
-        ]
-    curves = Section("Intermediate values")
+        caption = f"{metric}, to {objective.direction}, in the order of the trials."
+        history.add(caption, plots.plot_optimization_history, study, **target)
+        varied = _varied_keys(trials)
+        importances.text = _why_no_importances(trials, varied, i, metric)
+        if not importances.text:
+            importances.add(
+                f"How far each key's values in the best tenth by {metric} differ from those in all "
+                f"{len(trials)} finished trials (PED-ANOVA). Shares add up to 1 also where nothing "
+                "matters.",
+                plots.plot_param_importances, study, PedAnovaImportanceEvaluator(), varied, **target,
+            )  # fmt: skip
+        for key in dict.fromkeys(key for trial in trials for key in trial.params):
+            caption = f"{metric} over {key}; all other keys vary too."
+            slices.add(caption, plots.plot_slice, study, params=[key], **target)
     if any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
-        caption = f"{objectives[0].metric} at each validation, a line for each trial."
-        curves.pictures.append(
-            _draw(caption, lambda: plots.plot_intermediate_values(study), legend=False)
-        )
+        caption = f"{names[0]} at each validation, a line for each trial."
+        curves.add(caption, plots.plot_intermediate_values, study)
     else:
         curves.text = "No trial reported an intermediate value."
-    return [*sections, curves]
+    return [*([front] if front.pictures else []), history, importances, slices, curves]
 
 
-def _add_importances(
-    section: Section,
-    study: Study,
-    trials: list[FrozenTrial],
-    objective: int,
-    metric: str,
-    target: dict[str, Any],
-) -> None:
-    from optuna.visualization import matplotlib as plots
+def _varied_keys(trials: list[FrozenTrial]) -> list[str]:
+    """The keys that all trials have, and that have several values."""
+    common = [key for key in trials[0].params if all(key in trial.params for trial in trials)]
+    return [key for key in common if len({repr(trial.params[key]) for trial in trials}) > 1]
 
-    drawn = {key for key in trials[0].params if all(key in trial.params for trial in trials)}
-    varied = [key for key in drawn if len({repr(trial.params[key]) for trial in trials}) > 1]
+
+def _why_no_importances(
+    trials: list[FrozenTrial], varied: list[str], objective: int, metric: str
+) -> str:
     if len(trials) < LEAST_FOR_IMPORTANCES:
-        section.text = (
-            f"Importances need at least {LEAST_FOR_IMPORTANCES} finished trials; there are "
-            f"{len(trials)}."
-        )
-    elif len(varied) < 2:
-        section.text = "Importances compare keys, and fewer than two of them vary in all trials."
-    elif len({trial.values[objective] for trial in trials}) < 2:
-        section.text = f"All finished trials have the same {metric}, so no key can be important."
-    else:
-        caption = (
-            f"How far each key's values in the best tenth by {metric} differ from those in all "
-            f"{len(trials)} finished trials (PED-ANOVA). Shares add up to 1 also where nothing "
-            "matters."
-        )
-        section.pictures.append(
-            _draw(
-                caption,
-                lambda: plots.plot_param_importances(
-                    study, PedAnovaImportanceEvaluator(), varied, **target
-                ),
-            )
-        )
+        least = f"Importances need at least {LEAST_FOR_IMPORTANCES} finished trials"
+        return f"{least}; there are {len(trials)}."
+    if len(varied) < 2:
+        return "Importances compare keys, and fewer than two of them vary in all trials."
+    if len({trial.values[objective] for trial in trials}) < 2:
+        return f"All finished trials have the same {metric}, so no key can be important."
+    return ""
 
 
-def _draw(caption: str, plot: Callable[[], Any], *, legend: bool = True) -> Picture:
-    """Have Optuna draw a figure, and keep it as SVG."""
+def _draw(plot: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """Have Optuna draw a figure; its SVG as a data URI."""
     import matplotlib
     import numpy as np
     from matplotlib import pyplot
 
-    # Optuna's plots set a style for all figures to come, are experimental since 2021, and its
-    # importances warn that less is better.
+    # Optuna's plots set a style for all figures to come, and are experimental since 2021.
     with matplotlib.rc_context({"figure.figsize": (6.4, 4.0)}), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        axes = np.ravel(plot())
-        axes[0].set_title("")
-        if not legend and axes[0].get_legend() is not None:
-            axes[0].get_legend().remove()
+        axes = np.ravel(plot(*arguments, **options))[0]
+        axes.set_title("")
+        if len(axes.get_legend_handles_labels()[1]) > MOST_IN_LEGEND and axes.get_legend():
+            axes.get_legend().remove()
         file = io.BytesIO()
         matplotlib.rcParams["svg.fonttype"] = "none"
-        axes[0].figure.savefig(file, format="svg", bbox_inches="tight")
-        pyplot.close(axes[0].figure)
-    encoded = base64.b64encode(file.getvalue()).decode()
-    return Picture(caption, f"data:image/svg+xml;base64,{encoded}")
+        axes.figure.savefig(file, format="svg", bbox_inches="tight")
+        pyplot.close(axes.figure)
+    return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"

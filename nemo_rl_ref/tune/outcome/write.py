@@ -7,10 +7,9 @@ from pathlib import Path
 
 from optuna.study import Study
 
-from nemo_rl_ref.tune.outcome.best import NoBest, best_of, check_with_nemo_rl, write_yaml
+from nemo_rl_ref.tune.outcome.best import NoBest, best_of, write_yaml
 from nemo_rl_ref.tune.outcome.reevaluate import Reevaluation
 from nemo_rl_ref.tune.outcome.report import describe_states, failures_of, write_report
-from nemo_rl_ref.utils.config import OverridesError
 
 
 def write_outcome(
@@ -21,21 +20,13 @@ def write_outcome(
     rule: str | None = None,
     reevaluation: Reevaluation | None = None,
 ) -> list[str]:
-    """Write the report and, if a trial is complete, the best configuration.
-
-    Args:
-        study: A study of this package.
-        folder: Of the study.
-        report: The HTML file; None for ``report.html`` in the folder.
-        rule: How to choose one trial of several objectives, see
-            `nemo_rl_ref.tune.outcome.best.choose`.
-        reevaluation: Goes into the report.
+    """Write the report, to `report` if that is given, and the best configuration if there is one.
 
     Returns:
         How the trials ended, the best one as overrides, and what was written: a line each.
 
     Raises:
-        ValueError: If the rule cannot be read, or the best configuration does not load as it is.
+        ValueError: As `nemo_rl_ref.tune.outcome.best.best_of`, which explains `rule`.
     """
     lines = [f"trials: {describe_states(study)}"]
     lines += [f"  failed: {why} ({len(numbers)})" for why, numbers in failures_of(study)[:5]]
@@ -51,26 +42,5 @@ def write_outcome(
             f"  {best.override_line}",
             f"best configuration: {path}",
         ]
-        try:
-            check_with_nemo_rl(best.override_line, study.user_attrs["spec"]["algorithm"])
-        except OverridesError as error:
-            lines.append(f"NeMo RL's own file does not take these overrides: {error}")
     path = Path(report or Path(folder) / "report.html")
     return [*lines, f"report: {write_report(study, path, rule=rule, reevaluation=reevaluation)}"]
-
-
-def describe_reevaluation(result: Reevaluation) -> list[str]:
-    """Write a re-evaluation as sentences and a table of text.
-
-    Args:
-        result: From `nemo_rl_ref.tune.outcome.reevaluate.reevaluate`.
-
-    Returns:
-        Lines to print.
-    """
-    columns, rows = result.table()
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    table = ["  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip()
-             for row in (columns, *rows)]  # fmt: skip
-    failed = [f"{r.candidate}, seed {r.seed} failed: {r.failure}" for r in result.failures]
-    return [*result.sentences(), "", *table, *failed]

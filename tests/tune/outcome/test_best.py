@@ -8,6 +8,7 @@ import stat
 import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from nemo_rl_files import check_with_nemo_rl
 from omegaconf import OmegaConf
 from optuna.trial import TrialState, create_trial
 from studies import (
@@ -23,12 +24,11 @@ from studies import (
     spec_of,
 )
 
-from nemo_rl_ref.tune.outcome import best as module
 from nemo_rl_ref.tune import make_spec
+from nemo_rl_ref.tune.outcome import best as module
 from nemo_rl_ref.tune.outcome.best import (
     NoBest,
     best_of,
-    check_with_nemo_rl,
     choose,
     resolved_config,
     write_yaml,

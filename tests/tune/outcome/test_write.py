@@ -12,8 +12,8 @@ from studies import ACCURACY, KL, LR, make_study
 from nemo_rl_ref.tune import StudyError, make_spec
 from nemo_rl_ref.tune.__main__ import main
 from nemo_rl_ref.tune.outcome.write import write_outcome
-from nemo_rl_ref.tune.spec import SpecError
 from nemo_rl_ref.tune.search import Settings, open_search
+from nemo_rl_ref.tune.spec import SpecError
 
 CHECKOUT = Path(__file__).parents[2] / "help" / "nemo_rl_stand_in"
 
