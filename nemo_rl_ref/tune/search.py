@@ -18,6 +18,7 @@ nothing, another is run instead, and a grid lacks a point.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import re
@@ -50,9 +51,8 @@ Listener = Callable[["Search", FrozenTrial], None]
 FILE = "study.db"
 #: Sections of a configuration that may differ when a study goes on.
 _MAY_CHANGE = ("logger.", "cluster.", "checkpointing.")
-#: Seconds between two looks at what other processes do.
+#: Seconds between two looks at what other processes do, and that a statement waits for them.
 _PERIOD = 0.5
-#: Seconds that a statement on a SQLite file waits for the others.
 _PATIENCE = 120
 
 
@@ -147,16 +147,17 @@ class Search:
     def has_room(self) -> bool:
         """Say whether there is a trial left to run, after waiting for what others may leave."""
         until = time.monotonic() + self.settings.grace + 2 * self.settings.heartbeat
-        may_draw = self.settings.sampler != "grid"
+        is_grid = self.settings.sampler == "grid"  # which ends with its points
         while True:
             with quiet():
                 fail_stale_trials(self.study)
             states = Counter(trial.state for trial in self.study.get_trials(deepcopy=False))
-            left = self.budget - len(self.finished())
+            left = self.settings.trials - len(self.finished())
             if left <= 0 or states[TrialState.WAITING]:
                 return left > 0
-            if states[TrialState.RUNNING] < left or time.monotonic() > until:
-                return may_draw
+            others = states[TrialState.RUNNING]
+            if not others or time.monotonic() > until or not (is_grid or others >= left):
+                return not is_grid
             time.sleep(_PERIOD)
 
     def begin(self, trial: optuna.Trial) -> tuple[dict[str, Any], Path, int]:
@@ -307,28 +308,30 @@ def open_search(
     points = grid_points(spec.space) if settings.sampler == "grid" else None
     sampler, pruner = make_sampler(settings.sampler, spec), make_pruner(settings.pruner, spec)
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        study_name=settings.name or folder.resolve().name, load_if_exists=True,
-        storage=_open_storage(settings, folder, heartbeats), sampler=sampler, pruner=pruner,
-        directions=[objective.direction for objective in spec.objectives],
-    )  # fmt: skip
-    _claim_study(study, spec, settings)
+    with (folder / ".lock").open("w") as lock:  # the tables and a grid are made once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        study = optuna.create_study(
+            study_name=settings.name or folder.resolve().name, load_if_exists=True,
+            storage=_open_storage(settings, folder, heartbeats), sampler=sampler, pruner=pruner,
+            directions=[objective.direction for objective in spec.objectives],
+        )  # fmt: skip
+        _claim_study(study, spec, settings)
+        if points is not None and study.user_attrs.get("grid") != len(points):
+            for point in points:
+                study.enqueue_trial(point, skip_if_exists=True)
+            study.set_user_attr("grid", len(points))
     if settings.seed is not None:  # one that goes on must not draw the same again
         done = len(study.get_trials(deepcopy=False))
         study.sampler = make_sampler(settings.sampler, spec, settings.seed + 1000 * done)
-    if points is not None and study.user_attrs.get("grid") != len(points):
-        for point in points:
-            study.enqueue_trial(point, skip_if_exists=True)
-        study.set_user_attr("grid", len(points))
     budget = settings.trials if points is None else min(settings.trials, len(points))
     return Search(study, spec, settings, folder, runner, listen, budget)
 
 
-def _open_storage(settings: Settings, folder: Path, heartbeats: bool, again: int = 4) -> RDBStorage:
+def _open_storage(settings: Settings, folder: Path, heartbeats: bool) -> RDBStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
-    folder.mkdir(parents=True, exist_ok=True)
     url = settings.storage or f"sqlite:///{(folder / FILE).resolve()}"
     if settings.storage is None:  # the file keeps this mode, in which nobody waits for readers
         with closing(sqlite3.connect(folder / FILE, timeout=_PATIENCE)) as connection:
@@ -342,9 +345,6 @@ def _open_storage(settings: Settings, folder: Path, heartbeats: bool, again: int
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
             )  # fmt: skip
     except SQLAlchemyError as error:
-        if "already exists" in str(error) and again:  # another process has just made the tables
-            time.sleep(2 * _PERIOD)
-            return _open_storage(settings, folder, heartbeats, again - 1)
         raise ValueError(
             f"storage: got {address(url)}, expected a database as sqlite:///study.db or "
             f"postgresql://user@host/name: {str(error).splitlines()[0]}"

@@ -26,10 +26,7 @@ LAUNCHERS = ("here", "nemo-rl")
 #: Last words of a metric's name that say which way is better.
 DIRECTIONS = {"loss": "minimize", "accuracy": "maximize", "reward": "maximize"}
 #: Sections that the search itself sets.
-_OURS = {
-    "checkpointing": "a trial writes no checkpoints",
-    "logger": "a trial has its own folder",
-}
+_OURS = {"checkpointing": "a trial writes no checkpoints", "logger": "a trial has its own folder"}
 
 
 class SpecError(ValueError):

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import stand_in
+import torch  # noqa: F401, loaded before the first fork
 from optuna.storages import RDBStorage
 from optuna.trial import Trial
 
@@ -42,7 +43,9 @@ def die_around(owner, name, after):
 
 
 PLANNED = {
-    "before the first sign of life": lambda: die_around(RDBStorage, "record_heartbeat", after=False),
+    "before the first sign of life": lambda: die_around(
+        RDBStorage, "record_heartbeat", after=False
+    ),
     "some parameters drawn": lambda: die_around(Trial, "suggest_float", after=True),
     "after a validation": lambda: die_around(Trial, "report", after=True),
     "after the result is told": lambda: die_around(Search, "note", after=False),

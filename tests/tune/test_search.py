@@ -106,18 +106,25 @@ def test_pruners_end_trials_that_are_behind(tmp_path, pruner):
     assert study.best_value <= 1.5 * best
 
 
-def test_the_first_rung_is_the_first_validation():
+@pytest.fixture
+def given(monkeypatch):
+    """What Optuna's pruners are made with."""
+    for name in ("SuccessiveHalvingPruner", "HyperbandPruner"):
+        monkeypatch.setattr(f"nemo_rl_ref.tune.methods.pruners.{name}", dict)
+    return make_pruner
+
+
+def test_the_first_rung_is_the_first_validation(given):
     spec = stand_in.make(**{"dpo.val_period": 4, "dpo.max_num_steps": 40})
-    halving = make_pruner("successive-halving", spec)
-    hyperband = make_pruner("hyperband", spec)
-    assert halving._min_resource == hyperband._min_resource == 4
-    assert hyperband._max_resource == 40
+    assert given("successive-halving", spec) == {"min_resource": 4, "reduction_factor": 3}
+    hyperband = {"min_resource": 4, "max_resource": 40, "reduction_factor": 3}
+    assert given("hyperband", spec) == hyperband
 
 
-def test_steps_that_the_space_fixes_are_those_of_all_trials():
+def test_steps_that_the_space_fixes_are_those_of_all_trials(given):
     fixed = {**stand_in.SPACE, "dpo.val_period": 2, "dpo.max_num_steps": 18}
-    hyperband = make_pruner("hyperband", stand_in.make(fixed))
-    assert (hyperband._min_resource, hyperband._max_resource) == (2, 18)
+    hyperband = given("hyperband", stand_in.make(fixed))
+    assert (hyperband["min_resource"], hyperband["max_resource"]) == (2, 18)
     tied = {"divides": "dpo.val_batches", "at_most": 3}
     spec = stand_in.make({**stand_in.SPACE, "dpo.max_num_steps": tied})
     assert spec.max_steps is None, "3 is the tie's limit"
@@ -366,7 +373,7 @@ def test_an_objective_that_is_not_logged_ends_the_search_with_those_that_are(tmp
     def silent(*args, **kwargs):
         return {}
 
-    with pytest.raises(SearchStopped, match="got val:reward, .* it logged nothing"):
+    with pytest.raises(SearchStopped, match="got val:reward, .* it logs nothing"):
         search(tmp_path / "silent", spec, runner=silent)
 
 

@@ -191,10 +191,9 @@ def parse_rule(
 
 
 def best_of(study: Study, rule: str | None = None) -> Best:
-    """Take the best trial of a study with its configuration.
+    """Take the best trial of a study, see `choose`, with its configuration.
 
     Raises:
-        NoBest: As `choose`.
         ValueError: As `choose`, or if the study has no ``spec``, the configuration has changed
             since, or the YAML does not load as the trial's configuration.
     """

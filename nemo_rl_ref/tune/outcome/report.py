@@ -31,8 +31,7 @@ from nemo_rl_ref.tune.search import quiet
 from nemo_rl_ref.tune.spec import Objective
 from nemo_rl_ref.tune.trial import cause_of
 
-#: Below this number of complete trials importances are not shown: PED-ANOVA compares the best tenth
-#: with all, and a tenth of fewer is not a distribution.
+#: PED-ANOVA compares the best tenth with all, and a tenth of fewer trials is no distribution.
 LEAST_FOR_IMPORTANCES = 20
 #: A legend with more lines, one for each trial, covers the figure.
 MOST_IN_LEGEND = 5

@@ -32,7 +32,7 @@ def arguments(tmp_path):
 
 
 def test_a_search_leaves_report_best_and_reevaluation(arguments, tmp_path, capsys):
-    line = [*arguments, "--trials", "2", "--reevaluate", "1", "--top", "1"]
+    line = [*arguments, "--trials", "1", "--reevaluate", "1", "--top", "1"]
     assert main(line) == 0
     said = capsys.readouterr().out
     folder = tmp_path / "study"
@@ -43,7 +43,7 @@ def test_a_search_leaves_report_best_and_reevaluation(arguments, tmp_path, capsy
     assert "run 2 of 2" in said and "One pair of runs has no spread" in said
     assert main(line) == 0  # nothing is left to do
     again = capsys.readouterr().out
-    assert "run 1 of" not in again and "goes on after 2 of 2 trials" in again
+    assert "run 1 of" not in again and "goes on after 1 of 1 trials" in again
 
 
 @pytest.mark.parametrize(
