@@ -301,6 +301,43 @@ class Trainings:
         return response_kl(policy, self.reference, responses)
 
 
+class SeededByTrial(optuna.samplers.BaseSampler):
+    """One of Optuna's samplers, made anew for every trial with a seed of the trial's number.
+
+    So a study that is read from its file and goes on draws what one without a pause draws.
+
+    Args:
+        make: Makes a sampler of a seed.
+        seed: The study's seed.
+    """
+
+    def __init__(self, make, seed):
+        self._make, self._seed = make, seed
+        self._number, self._sampler = -1, make(seed)
+
+    def _of(self, trial):
+        if trial.number != self._number:
+            self._number = trial.number
+            mixed = random.Random(f"{self._seed} {trial.number}").getrandbits(32)
+            self._sampler = self._make(mixed)
+        return self._sampler
+
+    def infer_relative_search_space(self, study, trial):
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study, trial, search_space):
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study, trial, param_name, param_distribution):
+        return self._of(trial).sample_independent(study, trial, param_name, param_distribution)
+
+    def before_trial(self, study, trial):
+        self._of(trial).before_trial(study, trial)
+
+    def after_trial(self, study, trial, state, values):
+        self._of(trial).after_trial(study, trial, state, values)
+
+
 class Store:
     """Runs that are done, by a key, in a file of JSON lines."""
 

@@ -11,8 +11,8 @@ machine hits all. Numbers are medians over blocks, in seconds a trial.
 
 optuna, memory   Study.optimize, nothing is kept
 optuna, sqlite   Study.optimize with a SQLite file, as Optuna's documentation opens one
-ours             nemo_rl_ref.tune: heartbeat, transactions safe for several processes, values,
-                 seeds, times and steps recorded, median pruning
+ours             nemo_rl_ref.tune: heartbeat, a write-ahead log, values, seeds, times and steps
+                 recorded, median pruning
 
 Then: 1,000 finished trials are written, and by a fresh connection read, with PED-ANOVA's
 importances. The script fails if ours costs more than 2 % of a trial of 10 seconds at 100 or at
@@ -37,8 +37,8 @@ from _record import device_name, write_result  # noqa: E402
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances  # noqa: E402
 from optuna.trial import TrialState, create_trial  # noqa: E402
 
+from nemo_rl_ref.tune.search import Settings, open_search, work  # noqa: E402
 from nemo_rl_ref.tune.spec import make_spec  # noqa: E402
-from nemo_rl_ref.tune.study import Settings, open_search, work  # noqa: E402
 
 METRIC = "val:validation-default_loss"
 TRIAL_SECONDS, MOST_SHARE, MOST_TO_READ = 10.0, 0.02, 5.0

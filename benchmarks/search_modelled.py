@@ -20,12 +20,10 @@ import math
 
 import numpy as np
 import optuna
-from _search import DPO, RATE, RESULTS, WARM_UP, header, write
+from _search import DPO, RATE, RESULTS, WARM_UP, SeededByTrial, header, write
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
-
-from nemo_rl_ref.tune.samplers import SeededByTrial
 
 SEARCHES, TRIALS = 20, 24
 BETA = "dpo.reference_policy_kl_penalty"
@@ -35,7 +33,7 @@ FIXED = {  # on the surface
     "policy.max_grad_norm": 1.0,
     WARM_UP: 5,
 }
-SAMPLERS = {  # as in nemo_rl_ref.tune.samplers
+SAMPLERS = {
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 
 import optuna
-from _search import DPO, GRPO, SEEDS, TASKS, Store, Trainings, header, write
+from _search import DPO, GRPO, SEEDS, TASKS, SeededByTrial, Store, Trainings, header, write
 from search_pool import random_values
 
-from nemo_rl_ref.tune.samplers import REDUCTION, SeededByTrial
+from nemo_rl_ref.tune.methods import REDUCTION
 
 FRESH_SEEDS = (1000, 1001, 1002)
-SAMPLERS = {"tpe": lambda seed: optuna.samplers.TPESampler(seed=seed)}  # as nemo_rl_ref.tune has it
+SAMPLERS = {"tpe": lambda seed: optuna.samplers.TPESampler(seed=seed)}
 #: Task, method, budget in whole runs; in the order in which they are run.
 SEARCHES = ((DPO, "tpe+pruning", 16), (GRPO, "tpe+pruning", 12))
 

@@ -765,7 +765,7 @@ def first_rank(task, group):
 #| num: pruned-grpo-kept = {percent(statistics.mean(PRUNED['grpo']['kept']), 0)}
 #| num: pruned-grpo-lost = {percent(statistics.mean(PRUNED['grpo']['lost']))}
 #| num: pruned-grpo-lost-most = {percent(float(np.quantile(PRUNED['grpo']['lost'], 0.95)))}
-from nemo_rl_ref.tune.samplers import REDUCTION
+from nemo_rl_ref.tune.methods import REDUCTION
 
 
 def halve(runs, task, reduction=REDUCTION):
@@ -1121,7 +1121,7 @@ assert memory_error < 0.05
 
 # %%
 #| label: plan
-from nemo_rl_ref.tune.budget import make_plans
+from nemo_rl_ref.tune.plans import make_plans
 
 PLANS = {}
 for task, budget in itertools.product(POOL, (20, 60)):
@@ -1267,7 +1267,7 @@ for trial in study.trials:
 
 # %%
 #| label: live-best
-from nemo_rl_ref.tune.best import best_of
+from nemo_rl_ref.tune.outcome.best import best_of
 
 best = best_of(study)
 print(best.override_line)
@@ -1282,15 +1282,15 @@ print(best.override_line)
 #| num: live-difference = {100 * again.winner.mean_difference:+.1f}
 #| num: live-interval = {100 * again.winner.low:+.1f} to {100 * again.winner.high:+.1f}
 #| num: live-seeds = {again.winner.pairs}
-from nemo_rl_ref.tune.reevaluate import reevaluate
+from nemo_rl_ref.tune.outcome.reevaluate import reevaluate
 
 again = reevaluate(study, folder / "study", top=1, seeds=3, show=lambda line: None)
 print("\n".join(again.sentences()))
 
 # %%
 #| label: live-report
-from nemo_rl_ref.tune.best import write_yaml
-from nemo_rl_ref.tune.report import write_report
+from nemo_rl_ref.tune.outcome.best import write_yaml
+from nemo_rl_ref.tune.outcome.report import write_report
 
 report = write_report(study, folder / "report.html", reevaluation=again)
 config = write_yaml(best, folder / "best.yaml")

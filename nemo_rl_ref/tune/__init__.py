@@ -8,11 +8,11 @@ From Python::
 
     spec = make_spec("dpo", "configs/dpo.yaml", "configs/spaces/dpo.yaml", ["val:…"])
     study = optimize(spec, folder="results/tune_dpo", trials=30)
-    print(override_line(study.best_trial.user_attrs["values"]))
+    print(best_of(study).override_line)
 
-Sampling, pruning and storage are Optuna's. The study is an Optuna study; what this package adds is
-in its attributes: ``spec`` of the study; ``values``, ``seed``, ``seconds``, ``steps``, ``worker``
-and, if it failed, ``failure`` of a trial.
+Samplers, pruners, the database, resuming and figures are Optuna's; the study is an Optuna study.
+What this package adds is in its attributes: ``spec`` of the study; ``values``, ``seed``,
+``seconds``, ``steps``, ``worker`` and, if it failed, ``failure`` of a trial.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from typing import Any
 _MODULES = {
     "space": ("Space", "SpaceError", "override_line"),
     "spec": ("Objective", "Spec", "SpecError", "make_spec"),
-    "runner": ("TrialFailed", "run_trial"),
-    "study": ("SearchStopped", "Settings", "Stopped", "StudyError", "optimize"),
-    "best": ("best_of",),
-    "report": ("write_report",),
-    "nemo_rl_launcher": ("launcher",),
-    "ray_engine": ("optimize_on_ray",),
+    "trial": ("TrialFailed", "run_trial"),
+    "methods": ("SearchError",),
+    "search": ("SearchStopped", "Settings", "Stopped", "StudyError", "optimize"),
+    "outcome.best": ("best_of",),
+    "outcome.report": ("write_report",),
+    "engines.nemo_rl": ("launcher",),
+    "engines.ray": ("optimize_on_ray",),
 }
 __all__ = [name for names in _MODULES.values() for name in names]
 

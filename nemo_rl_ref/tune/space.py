@@ -34,12 +34,25 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from omegaconf import OmegaConf
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+from yaml import YAMLError
 
 from nemo_rl_ref.config.types import fits, key_types, problem_with_key, type_name
 
@@ -53,78 +66,229 @@ TIES = ("equals", "fraction_of", "divides", "product_of")
 OPTIONS = {"step": ("uniform", "int"), "fraction": ("fraction_of",), "at_most": ("divides",)}
 _NOTHING = object()
 
+Number = StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+Listed = Annotated[
+    list[Any], Field(min_length=1), BeforeValidator(lambda v: v if isinstance(v, list) else [v])
+]
+#: What is expected of an entry's part, in an error.
+_EXPECTED = {
+    **dict.fromkeys(("uniform", "log_uniform"), "two numbers [low, high]"),
+    **dict.fromkeys(("int", "log_int"), "two whole numbers [low, high]"),
+    **dict.fromkeys(("step", "fraction"), "a number above 0"),
+    **dict.fromkeys(("equals", "fraction_of", "divides"), "a key"),
+    "choice": "a list of values",
+    "at_most": "a whole number from 1 on",
+    "product_of": "a list of keys and numbers",
+    "when": "{KEY: value or [values]}",
+}
+
 
 class SpaceError(ValueError):
     """A search space that cannot be used. The message names the key, what it has and should have."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What one key is searched over, or how it is tied.
+class Entry(BaseModel):
+    """What one key is searched over, or how it is tied, as the file has it."""
 
-    Attributes:
-        key: The key.
-        search: ``uniform``, ``log_uniform``, ``int``, ``log_int`` or ``choice``; None if nothing
-            about the key is searched.
-        values: The two ends of a range, or the choices.
-        step: The distance of the values of a range; None for all.
-        tie: ``equals``, ``fraction_of``, ``divides`` or ``product_of``; None if it is not tied.
-        to: The keys, or numbers, that it is tied to.
-        fixed: The value of a fixed key, the fraction or the limit of a tie.
-        when: The values of other keys with which the key is part of a trial.
-        written: The entry as it is written, numbers read.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    key: str
-    search: str | None = None
-    values: tuple[Any, ...] = ()
-    step: float | None = None
-    tie: str | None = None
-    to: tuple[Any, ...] = ()
-    fixed: Any = None
-    when: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    written: Any = None
+    key: str = Field(exclude=True)
+    uniform: tuple[Number, Number] | None = None
+    log_uniform: tuple[Number, Number] | None = None
+    int_: tuple[StrictInt, StrictInt] | None = Field(None, alias="int")
+    log_int: tuple[StrictInt, StrictInt] | None = None
+    choice: Annotated[list[Any], Field(min_length=1)] | None = None
+    step: Positive | None = None
+    equals: str | None = None
+    fraction_of: str | None = None
+    fraction: Positive | None = None
+    divides: str | None = None
+    at_most: Annotated[StrictInt, Field(gt=0)] | None = None
+    product_of: Annotated[list[Number | str], Field(min_length=2)] | None = None
+    value: Any = None
+    when: dict[str, Listed] = Field({}, min_length=1)
+
+    @classmethod
+    def parse(cls, key: str, written: Any) -> Entry:
+        """Read what the file has for a key; a value alone fixes it.
+
+        Raises:
+            SpaceError: If it cannot be used.
+        """
+        if problem := problem_with_key(key):
+            raise SpaceError(f"{key}: got {key}, expected {problem}")
+        fields = written if isinstance(written, Mapping) else {"value": written}
+        try:
+            return cls.model_validate({**fields, "key": key})
+        except ValidationError as error:
+            raise SpaceError(f"{key}: {_in_words(error, fields)}") from error
+
+    @property
+    def search(self) -> str | None:
+        """``uniform``, ``log_uniform``, ``int``, ``log_int`` or ``choice``; None if not searched."""
+        return next((name for name in SEARCHED if self._of(name) is not None), None)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The two ends of a range, or the choices."""
+        values = tuple(self._of(self.search)) if self.search else ()
+        return tuple(map(float, values)) if "uniform" in (self.search or "") else values
+
+    @property
+    def tie(self) -> str | None:
+        """``equals``, ``fraction_of``, ``divides`` or ``product_of``; None if it is not tied."""
+        return next((name for name in TIES if self._of(name) is not None), None)
+
+    @property
+    def to(self) -> tuple[Any, ...]:
+        """The keys, or numbers, that it is tied to."""
+        to = self._of(self.tie) if self.tie else ()
+        return (to,) if isinstance(to, str) else tuple(to)
+
+    @property
+    def fixed(self) -> Any:
+        """The value of a fixed key, the fraction or the limit of a tie."""
+        option = {"fraction_of": self.fraction, "divides": self.at_most}
+        return option.get(self.tie) if self.tie else self.value
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The keys whose values it needs."""
         return (*(k for k in self.to if isinstance(k, str)), *self.when)
 
-    @property
-    def integer(self) -> bool:
-        """Whether the key takes whole numbers only."""
-        return "int" in key_types(self.key) and "float" not in key_types(self.key)
+    def _of(self, name: str) -> Any:
+        return getattr(self, "int_" if name == "int" else name)
 
     def distribution(self) -> BaseDistribution | None:
-        """What Optuna draws under the key's name; None if nothing is drawn."""
-        from optuna.distributions import (
-            CategoricalDistribution,
-            FloatDistribution,
-            IntDistribution,
-        )
+        """Say what Optuna draws under the key's name; None if nothing is drawn."""
+        from optuna import distributions
 
         if self.search is None:
             return None
         if self.search == "choice":
-            return CategoricalDistribution([_encode(value) for value in self.values])
-        low, high = self.values
-        if self.search in ("int", "log_int"):
-            return IntDistribution(low, high, log=self.search == "log_int", step=self.step or 1)
-        return FloatDistribution(low, high, log=self.search == "log_uniform", step=self.step)
+            return distributions.CategoricalDistribution([_encode(v) for v in self.values])
+        (low, high), log = self.values, self.search.startswith("log_")
+        if "int" in self.search:
+            return distributions.IntDistribution(low, high, log=log, step=self.step or 1)
+        return distributions.FloatDistribution(low, high, log=log, step=self.step)
 
     def draw(self, trial: Any) -> Any:
-        """The number or choice that a trial has for the key."""
+        """Take the number or choice that a trial has for the key."""
+        dist = self.distribution()
         if self.search == "choice":
-            drawn = trial.suggest_categorical(self.key, [_encode(value) for value in self.values])
+            drawn = trial.suggest_categorical(self.key, dist.choices)
             return next(value for value in self.values if _same(_encode(value), drawn))
-        low, high = self.values
-        if self.search in ("int", "log_int"):
-            return trial.suggest_int(
-                self.key, low, high, step=self.step or 1, log=self.search == "log_int"
+        suggest = trial.suggest_int if "int" in self.search else trial.suggest_float
+        return suggest(self.key, dist.low, dist.high, step=dist.step, log=dist.log)
+
+    # Checks
+
+    @model_validator(mode="after")
+    def _check(self) -> Entry:
+        names = [name for name in type(self).model_fields if name in self.model_fields_set]
+        self._check_which([n.rstrip("_") for n in names if n not in ("key", "when")])
+        if self.search == "choice":
+            self._check_choices()
+        elif self.search:
+            self._check_range()
+        if self.tie is None and self.search is None:
+            self._check_type(self.value, "value")
+        return self
+
+    def _check_which(self, written: list[str]) -> None:
+        """One search, one tie, and beside them what belongs there."""
+        for names in (SEARCHED, TIES):
+            if len(both := [name for name in names if name in written]) > 1:
+                raise ValueError(f"got {' and '.join(both)}, expected one of them")
+        search, tie = self.search, self.tie
+        for option, beside in OPTIONS.items():
+            if option in written and not {search, tie} & set(beside):
+                raise ValueError(f"{option}: stands beside {' or '.join(beside)} only")
+        if tie is None and ("value" in written) == (search is not None):
+            got, expected = ", ".join(written) or "nothing", ", ".join((*SEARCHED, *TIES))
+            raise ValueError(f"got {got}, expected one of {expected}, or value")
+        option = {"fraction_of": "fraction", "divides": "at_most"}.get(tie or "")
+        second = "value" if "value" in written else search
+        if tie and second and (option is None or second == "value"):
+            raise ValueError(f"got {tie} and {second}, expected one of them")
+        if option and (option in written) == (search is not None):
+            got = f"{option} and {search}" if search else "neither"
+            raise ValueError(f"{tie}: got {got}, expected {option} or a distribution of it")
+        if tie == "product_of" and not any(isinstance(item, str) for item in self.to):
+            raise ValueError(f"product_of: got {_short(list(self.to))}, expected a key among them")
+        if tie == "divides" and not fits(1, key_types(self.key)):
+            raise ValueError(
+                f"divides: it takes {_words(key_types(self.key))}, expected whole numbers"
             )
-        return trial.suggest_float(
-            self.key, low, high, step=self.step, log=self.search == "log_uniform"
-        )
+
+    def _check_choices(self) -> None:
+        for i, value in enumerate(self.values):
+            if any(_same(value, other) for other in self.values[:i]):
+                raise ValueError(f"choice: got {_short(value)} twice, expected it once")
+            self._check_type(value, "choice")
+            if self.tie and value <= 0:
+                raise ValueError(f"choice: got {_short(value)}, expected numbers above 0")
+
+    def _check_range(self) -> None:
+        search, whole, (low, high) = self.search, "int" in self.search, self._of(self.search)
+        if not low < high:
+            raise ValueError(
+                f"{search}: got low {low!r} and high {high!r}, expected low below high"
+            )
+        if (search.startswith("log_") or self.tie) and low <= 0:
+            raise ValueError(f"{search}: got low {low!r}, expected above 0; a logarithm has no 0")
+        if self._types and not {"int", "float"} & self._types:
+            raise ValueError(
+                f"{search}: got a range of numbers, but it takes {_words(self._types)}; expected "
+                "choice"
+            )
+        if self._types and not whole and "float" not in self._types:
+            raise ValueError(
+                f"{search}: got a range of real numbers, but it takes {_words(self._types)}; "
+                f"expected {search.replace('uniform', 'int') if '_' in search else 'int'}"
+            )
+        self._check_step(low, high)
+
+    def _check_step(self, low: Any, high: Any) -> None:
+        step = self.step
+        if step is None:
+            return
+        if step > high - low or (self.search == "int" and not isinstance(step, int)):
+            what = "a whole number" if self.search == "int" else "a number"
+            raise ValueError(
+                f"step: got {step!r}, expected {what} above 0 and at most {high - low}"
+            )
+        steps = (Fraction(str(high)) - Fraction(str(low))) / Fraction(str(step))
+        if steps.denominator != 1:
+            raise ValueError(
+                f"step: got {step!r}, with which {high!r} is not reached from {low!r}; expected one "
+                f"that divides their distance, or {low + int(steps) * step!r} as the high end"
+            )
+
+    def _check_type(self, value: Any, where: str) -> None:
+        if not fits(value, self._types):
+            raise ValueError(
+                f"{where}: got {_short(value)}, a {type_name(value)}, but it takes "
+                f"{_words(self._types)}"
+            )
+
+    @property
+    def _types(self) -> frozenset[str]:
+        """The types of what is drawn or fixed: the key's, or those of a tie's fraction or limit."""
+        tied = {"fraction_of": frozenset({"float"}), "divides": frozenset({"int"})}
+        return tied.get(self.tie or "", key_types(self.key))
+
+
+def _in_words(error: ValidationError, written: Mapping[str, Any]) -> str:
+    """The first mistake that pydantic found in an entry: where, what it got, what it should be."""
+    first = error.errors(include_url=False)[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    if first["type"] == "extra_forbidden":
+        return f"got {name}, expected one of {', '.join((*SEARCHED, *TIES, *OPTIONS))}, value, when"
+    return f"{name}: got {_short(written[name])}, expected {_EXPECTED[name]}"
 
 
 class Space:
@@ -135,7 +299,7 @@ class Space:
         base: The values of a configuration by key, for ties to keys that the space does not have.
 
     Raises:
-        SpaceError: If an entry cannot be used, or the entries do not fit together.
+        SpaceError: If the entries do not fit together.
     """
 
     def __init__(self, entries: Mapping[str, Entry], base: Mapping[str, Any] | None = None):
@@ -144,19 +308,7 @@ class Space:
 
     @classmethod
     def read(cls, path: str | Path, *, base: Mapping[str, Any] | None = None) -> Space:
-        """Read a space from a YAML file.
-
-        Args:
-            path: The file.
-            base: See the class.
-
-        Returns:
-            The space.
-
-        Raises:
-            SpaceError: As the class; the message names the file.
-            OSError: If the file cannot be read.
-        """
+        """Read a space from a YAML file, whose name is in an error's message."""
         try:
             return cls.from_dict(_read_yaml(Path(path)), base=base)
         except SpaceError as error:
@@ -164,53 +316,30 @@ class Space:
 
     @classmethod
     def from_dict(cls, written: Any, *, base: Mapping[str, Any] | None = None) -> Space:
-        """Make a space of what the file holds, or of what `to_dict` returned.
-
-        Args:
-            written: Entries by key.
-            base: See the class.
-
-        Returns:
-            The space.
-
-        Raises:
-            SpaceError: As the class.
-        """
+        """Make a space of what the file holds, or of what `to_dict` returned."""
         if not isinstance(written, Mapping) or not written:
             raise SpaceError(f"got {_short(written)}, expected keys with what to search each over")
-        return cls({str(key): _parse(str(key), value) for key, value in written.items()}, base)
+        return cls({str(key): Entry.parse(str(key), value) for key, value in written.items()}, base)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries as they are written, in JSON's types."""
-        return {key: entry.written for key, entry in self.entries.items()}
+        return {
+            key: entry.model_dump(mode="json", by_alias=True, exclude_unset=True)
+            for key, entry in self.entries.items()
+        }
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Space) and self.to_dict() == other.to_dict()
-
-    def __hash__(self) -> int:
-        return hash(json.dumps(self.to_dict()))
-
-    def __repr__(self) -> str:
-        return f"Space({self.to_dict()})"
 
     def distributions(self) -> dict[str, BaseDistribution]:
         """What Optuna draws, by key: those keys about which something is searched."""
         found = {key: entry.distribution() for key, entry in self.entries.items()}
         return {key: dist for key, dist in found.items() if dist is not None}
 
-    @cached_property
-    def conditional(self) -> bool:
-        """Whether some searched key is part of some trials only."""
-        return any(entry.when and entry.search for entry in self.entries.values())
-
     def suggest(self, trial: Any) -> dict[str, Any]:
-        """The values that a trial sets, by key, in the order of the file.
+        """Draw the values that a trial sets, by key, ties resolved.
 
-        Args:
-            trial: An ``optuna.trial.Trial`` or ``FixedTrial``.
-
-        Returns:
-            The values, conditions and ties resolved. Keys whose condition is not met are absent.
+        Keys whose condition is not met are absent.
 
         Raises:
             SpaceError: If a tie has no whole-numbered result, or no number to start from.
@@ -247,8 +376,8 @@ class Space:
         if entry.tie == "product_of":
             return math.prod(others)
         if entry.tie == "fraction_of":
-            part = own * others[0]
-            return max(1, round(part)) if entry.integer else part
+            types, part = key_types(entry.key), own * others[0]
+            return max(1, round(part)) if "int" in types and "float" not in types else part
         return _largest_divisor(entry, others[0], own)
 
     # Checks
@@ -261,58 +390,37 @@ class Space:
                     raise SpaceError(f"{other}: {key}, which it is in, is in the space too")
             for other in entry.needs:
                 self._check_needed(entry, other)
-        return self._sorted()
+        needs = {key: entry.needs for key, entry in self.entries.items()}
+        try:
+            return [key for key in TopologicalSorter(needs).static_order() if key in needs]
+        except CycleError as error:
+            circle = error.args[1][::-1]
+            raise SpaceError(f"{circle[0]}: tied to itself: {' -> '.join(circle)}") from error
 
     def _check_needed(self, entry: Entry, other: str) -> None:
-        kind = "when" if other in entry.when else entry.tie
+        kind, there = "when" if other in entry.when else entry.tie, self.entries.get(other)
         if other == entry.key:
             raise SpaceError(f"{entry.key}: {kind}: got {other}, expected another key than its own")
-        if other not in self.entries and other not in self.base:
+        if there is None and other not in self.base:
             problem = problem_with_key(other)
             known = "a key of the space" + (" or of the configuration" if self.base else "")
             raise SpaceError(f"{entry.key}: {kind}: got {other}, expected {problem or known}")
-        if other in entry.when and other in self.entries and self.entries[other].tie is None:
-            there = self.entries[other]
-            if there.search is None or there.search == "choice":
-                possible = there.values if there.search else (there.fixed,)
-                for value in entry.when[other]:
-                    if not any(_same(value, one) for one in possible):
-                        raise SpaceError(
-                            f"{entry.key}: when: {other}: got {_short(value)}, which it never is; "
-                            f"expected one of {_list(possible)}"
-                        )
-
-    def _sorted(self) -> list[str]:
-        done: dict[str, None] = {}
-
-        def visit(key: str, heirs: tuple[str, ...]) -> None:
-            if key in heirs:
-                circle = " -> ".join((*heirs[heirs.index(key) :], key))
-                raise SpaceError(f"{key}: tied to itself: {circle}")
-            if key in self.entries and key not in done:
-                for other in self.entries[key].needs:
-                    visit(other, (*heirs, key))
-                done[key] = None
-
-        for key in self.entries:
-            visit(key, ())
-        return list(done)
+        if there is None or there.tie or there.search in RANGES:
+            return
+        possible = there.values if there.search else (there.fixed,)
+        for value in entry.when.get(other, ()):
+            if not any(_same(value, one) for one in possible):
+                raise SpaceError(
+                    f"{entry.key}: when: {other}: got {_short(value)}, which it never is; expected "
+                    f"one of {', '.join(map(_short, possible))}"
+                )
 
 
 def override_line(values: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> str:
     """Write values as overrides of a command line, in Hydra's grammar, quoted for a shell.
 
-    Args:
-        values: Values by key.
-        config: The keys of the configuration that they are for. The overrides of those are written
-            ``key=value``. All others, and all if it is not given, are written ``++key=value``,
-            which changes a key or adds it.
-
-    Returns:
-        The overrides, separated by spaces. `shlex.split` takes them apart.
+    Keys of `config` are written ``key=value``, others ``++key=value``, which changes or adds a key.
     """
-    import shlex
-
     return " ".join(shlex.quote(text) for text in overrides(values, config))
 
 
@@ -341,239 +449,15 @@ def _hydra(value: Any) -> str:
     return f"'{before_quotes[:-2]}'"
 
 
-# Reading
+# Small things
 
 
 def _read_yaml(path: Path) -> Any:
     """A YAML file, in which a key that is written twice is an error and 1e-6 is a number."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key_node, _ in node.value:
-            key = loader.construct_object(key_node, deep=True)
-            line = key_node.start_mark.line + 1
-            if key in seen:
-                raise SpaceError(f"{key}: written in line {seen[key]} and again in line {line}")
-            seen[key] = line
-        return {
-            loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)
-            for key, value in node.value
-        }
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, UnicodeDecodeError) as error:
         raise SpaceError(f"cannot be read as YAML: {error}") from error
-
-
-def _parse(key: str, written: Any) -> Entry:
-    """One entry, checked by itself."""
-    if problem := problem_with_key(key):
-        raise SpaceError(f"{key}: got {key}, expected {problem}")
-    if not isinstance(written, Mapping):
-        fixed = _checked_value(key, written, "value")
-        return Entry(key, fixed=fixed, written={"value": fixed})
-    allowed = (*SEARCHED, *TIES, *OPTIONS, "value", "when")
-    for name in written:
-        if name not in allowed:
-            raise SpaceError(f"{key}: got {name}, expected one of {', '.join(allowed)}")
-    search, tie = _one_of(key, written, SEARCHED), _one_of(key, written, TIES)
-    numbers = {name: _numbers(item) for name, item in written.items() if name != "when"}
-    when = _parse_when(key, written.get("when", _NOTHING))
-    rewritten = {**numbers, **({"when": {k: list(v) for k, v in when.items()}} if when else {})}
-    for option, beside in OPTIONS.items():
-        if option in written and not {search, tie} & set(beside):
-            raise SpaceError(f"{key}: {option}: stands beside {' or '.join(beside)} only")
-    fixed = None
-    if tie is None:
-        if ("value" in written) == (search is not None):
-            raise SpaceError(
-                f"{key}: got {_list(written) or 'nothing'}, expected one of "
-                f"{', '.join((*SEARCHED, *TIES))}, or value"
-            )
-        if search is None:
-            fixed = _checked_value(key, numbers["value"], "value")
-    else:
-        fixed = _parse_tie_number(key, tie, search, numbers)
-    return Entry(
-        key,
-        search,
-        _parse_values(key, search, tie, numbers) if search else (),
-        numbers.get("step"),
-        tie,
-        _parse_tie(key, tie, numbers[tie]) if tie else (),
-        fixed,
-        when,
-        rewritten,
-    )
-
-
-def _one_of(key: str, written: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    found = [name for name in names if name in written]
-    if len(found) > 1:
-        raise SpaceError(f"{key}: got {' and '.join(found)}, expected one of them")
-    return found[0] if found else None
-
-
-def _parse_when(key: str, when: Any) -> dict[str, tuple[Any, ...]]:
-    if when is _NOTHING:
-        return {}
-    if not isinstance(when, Mapping) or not when:
-        raise SpaceError(f"{key}: when: got {_short(when)}, expected {{KEY: value or [values]}}")
-    found = {}
-    for other, values in when.items():
-        values = _numbers(values if isinstance(values, list) else [values])
-        if not values:
-            raise SpaceError(f"{key}: when: {other}: got no value, expected at least one")
-        found[str(other)] = tuple(values)
-    return found
-
-
-def _parse_tie(key: str, tie: str, to: Any) -> tuple[Any, ...]:
-    if tie == "product_of":
-        fine = isinstance(to, list) and len(to) > 1
-        fine = fine and all(isinstance(item, str) or _is_number(item) for item in to)
-        if not fine or not any(isinstance(item, str) for item in to):
-            raise SpaceError(
-                f"{key}: product_of: got {_short(to)}, expected a list of keys and numbers"
-            )
-        return tuple(to)
-    if not isinstance(to, str):
-        raise SpaceError(f"{key}: {tie}: got {_short(to)}, expected a key")
-    if tie == "divides" and not fits(1, key_types(key)):
-        raise SpaceError(f"{key}: divides: it takes {_words(key)}, expected whole numbers")
-    return (to,)
-
-
-def _parse_tie_number(key: str, tie: str, search: str | None, numbers: Mapping[str, Any]) -> Any:
-    """The fraction or the limit of a tie, unless it is searched."""
-    option = {"fraction_of": "fraction", "divides": "at_most"}.get(tie)
-    if "value" in numbers:
-        raise SpaceError(f"{key}: got {tie} and value, expected one of them")
-    if option is None:
-        if search:
-            raise SpaceError(f"{key}: got {tie} and {search}, expected one of them")
-        return None
-    if (option in numbers) == (search is not None):
-        got = f"{option} and {search}" if search else "neither"
-        raise SpaceError(f"{key}: {tie}: got {got}, expected {option} or a distribution of it")
-    if search:
-        return None
-    value = numbers[option]
-    whole = option == "at_most"
-    if not _is_number(value) or value <= 0 or (whole and not isinstance(value, int)):
-        kind = "a whole number from 1 on" if whole else "a number above 0"
-        raise SpaceError(f"{key}: {option}: got {_short(value)}, expected {kind}")
-    return value
-
-
-def _parse_values(
-    key: str, search: str, tie: str | None, numbers: Mapping[str, Any]
-) -> tuple[Any, ...]:
-    """The ends of a range or the choices. With a tie they are fractions or limits."""
-    values = numbers[search]
-    if search == "choice":
-        return _parse_choices(key, values, tie)
-    if not isinstance(values, list) or len(values) != 2 or not all(map(_is_number, values)):
-        raise SpaceError(f"{key}: {search}: got {_short(values)}, expected two numbers [low, high]")
-    low, high = values
-    whole = search in ("int", "log_int")
-    if whole and not all(isinstance(value, int) for value in values):
-        raise SpaceError(f"{key}: {search}: got {_list(values)}, expected whole numbers")
-    if not low < high:
-        raise SpaceError(
-            f"{key}: {search}: got low {low!r} and high {high!r}, expected low below high"
-        )
-    if search.startswith("log_") and low <= 0:
-        raise SpaceError(
-            f"{key}: {search}: got low {low!r}, expected above 0; a logarithm has no 0"
-        )
-    types = key_types(key)
-    if tie == "fraction_of":
-        if whole:
-            raise SpaceError(f"{key}: {search}: fractions are real numbers, expected uniform")
-    elif tie == "divides":
-        if not whole:
-            raise SpaceError(f"{key}: {search}: limits are whole numbers, expected int or log_int")
-    elif types and not {"int", "float"} & types:
-        raise SpaceError(
-            f"{key}: {search}: got a range of numbers, but the key takes {_words(key)}; "
-            "expected choice"
-        )
-    elif types and not whole and "float" not in types:
-        raise SpaceError(
-            f"{key}: {search}: got a range of real numbers, but the key takes {_words(key)}; "
-            f"expected {search.replace('uniform', 'int') if '_' in search else 'int'}"
-        )
-    _check_step(key, search, low, high, numbers.get("step"))
-    return (low, high) if whole else (float(low), float(high))
-
-
-def _check_step(key: str, search: str, low: Any, high: Any, step: Any) -> None:
-    if step is None:
-        return
-    kind = int if search == "int" else (int, float)
-    if not _is_number(step) or not isinstance(step, kind) or not 0 < step <= high - low:
-        what = "a whole number" if search == "int" else "a number"
-        raise SpaceError(
-            f"{key}: step: got {_short(step)}, expected {what} above 0 and at most {high - low}"
-        )
-    steps = (Fraction(str(high)) - Fraction(str(low))) / Fraction(str(step))
-    if steps.denominator != 1:
-        top = low + int(steps) * step
-        raise SpaceError(
-            f"{key}: step: got {step!r}, with which {high!r} is not reached from {low!r}; expected "
-            f"one that divides their distance, or {top!r} as the high end"
-        )
-
-
-def _parse_choices(key: str, values: Any, tie: str | None) -> tuple[Any, ...]:
-    if not isinstance(values, list) or not values:
-        raise SpaceError(f"{key}: choice: got {_short(values)}, expected a list of values")
-    for i, value in enumerate(values):
-        if any(_same(value, other) for other in values[:i]):
-            raise SpaceError(f"{key}: choice: got {_short(value)} twice, expected it once")
-        if tie is None:
-            _checked_value(key, value, "choice")
-        elif not _is_number(value) or value <= 0 or (tie == "divides" and type(value) is not int):
-            kind = "whole numbers from 1 on" if tie == "divides" else "numbers above 0"
-            raise SpaceError(f"{key}: choice: got {_short(value)}, expected {kind}")
-    return tuple(values)
-
-
-def _checked_value(key: str, value: Any, where: str) -> Any:
-    value = _numbers(value)
-    if not fits(value, key_types(key)):
-        raise SpaceError(
-            f"{key}: {where}: got {_short(value)}, a {type_name(value)}, but the key takes "
-            f"{_words(key)}"
-        )
-    return value
-
-
-# Small things
-
-
-def _numbers(value: Any) -> Any:
-    """A value in which what YAML 1.1 leaves as text although it is a number, 1e-6, is one."""
-    if isinstance(value, str):
-        text = value.strip().lower()
-        if "e" in text and text.lstrip("+-")[:1] in (*"0123456789", "."):
-            try:
-                return float(text)
-            except ValueError:
-                return value
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_numbers(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _numbers(item) for key, item in value.items()}
-    return value
 
 
 def _is_number(value: Any) -> bool:
@@ -601,17 +485,12 @@ def _largest_divisor(entry: Entry, number: Any, limit: int) -> int:
     return next(n for n in range(min(limit, number), 0, -1) if number % n == 0)
 
 
-def _words(key: str) -> str:
+def _words(types: frozenset[str]) -> str:
     names = {
         "int": "whole numbers", "float": "real numbers", "bool": "true or false", "str": "text",
         "list": "lists", "dict": "sections", "null": "null",
     }  # fmt: skip
-    types = key_types(key)
     return ", ".join(name for kind, name in names.items() if kind in types)
-
-
-def _list(values: Any) -> str:
-    return ", ".join(v if isinstance(v, str) else _short(v) for v in values)
 
 
 def _short(value: Any) -> str:

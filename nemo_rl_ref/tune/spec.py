@@ -8,7 +8,7 @@ trainer reads every key that is searched, and that nothing is set twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,19 +18,15 @@ from nemo_rl_ref.config.keys import KeyReport, flatten_keys, nearest_key
 from nemo_rl_ref.config.read import read_config
 from nemo_rl_ref.config.types import key_types, type_name
 from nemo_rl_ref.tune.space import RANGES, Space, SpaceError, overrides
+from nemo_rl_ref.tune.trainers import ALGORITHMS, runner_of
 from nemo_rl_ref.utils.config import load_config
 
-#: The algorithms that can be searched: those that this package trains.
-ALGORITHMS = ("sft", "dpo", "rm", "grpo", "ppo")
 #: What runs a trial: this package's trainers, or NeMo RL itself.
 LAUNCHERS = ("here", "nemo-rl")
 #: Last words of a metric's name that say which way is better.
 DIRECTIONS = {"loss": "minimize", "accuracy": "maximize", "reward": "maximize"}
 #: Sections that the search itself sets.
-_OURS = {
-    "checkpointing": "a trial writes no checkpoints",
-    "logger": "a trial has its own folder",
-}
+_OURS = {"checkpointing": "a trial writes no checkpoints", "logger": "a trial has its own folder"}
 
 
 class SpecError(ValueError):
@@ -39,12 +35,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is to be best.
-
-    Attributes:
-        metric: Its name as in ``checkpointing.metric_name``: ``val:accuracy``, ``train:loss``.
-        direction: ``maximize`` or ``minimize``.
-    """
+    """What is to be best: a metric by its name in ``checkpointing.metric_name``, and a direction."""
 
     metric: str
     direction: str
@@ -67,10 +58,7 @@ class Objective:
         """Read ``METRIC``, ``METRIC:maximize`` or ``METRIC:minimize``.
 
         Without a direction, a metric whose last word is ``loss`` is minimized, one that ends in
-        ``accuracy`` or ``reward`` is maximized.
-
-        Raises:
-            SpecError: If the metric's name does not say which way is better.
+        ``accuracy`` or ``reward`` is maximized, and others are a `SpecError`.
         """
         metric, _, direction = text.rpartition(":")
         if direction in ("maximize", "minimize") and ":" in metric:
@@ -89,17 +77,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Spec:
-    """A search. `make_spec` makes and checks one.
-
-    Attributes:
-        algorithm: ``sft``, ``dpo``, ``rm``, ``grpo`` or ``ppo``.
-        config: A YAML file in NeMo RL's form.
-        overrides: Overrides of it that all trials share, in Hydra's grammar.
-        space: What is searched.
-        objectives: What is to be best; several make a search for a Pareto front.
-        launcher: ``here`` for this package's trainers, ``nemo-rl`` for NeMo RL itself, which reads
-            more keys.
-    """
+    """A search. `make_spec`, which says what its parts are, makes and checks one."""
 
     algorithm: str
     config: str
@@ -110,26 +88,15 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """The search in JSON's types."""
-        return {
-            "algorithm": self.algorithm,
-            "config": self.config,
-            "overrides": list(self.overrides),
-            "space": self.space.to_dict(),
-            "objectives": [str(objective) for objective in self.objectives],
-            "launcher": self.launcher,
-        }
+        lists = {"overrides": [*self.overrides], "objectives": [*map(str, self.objectives)]}
+        names = {"algorithm": self.algorithm, "config": self.config, "launcher": self.launcher}
+        return {**names, **lists, "space": self.space.to_dict()}
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Spec:
         """The search that `to_dict` wrote, checked again; reads the configuration file."""
-        return make_spec(
-            written["algorithm"],
-            written["config"],
-            written["space"],
-            written["objectives"],
-            written["overrides"],
-            written.get("launcher", "here"),
-        )
+        names = ("algorithm", "config", "space", "objectives", "overrides", "launcher")
+        return make_spec(*(written[name] for name in names))
 
     @cached_property
     def base(self) -> dict[str, Any]:
@@ -175,20 +142,16 @@ def make_spec(
         algorithm: ``sft``, ``dpo``, ``rm``, ``grpo`` or ``ppo``.
         config: A YAML file in NeMo RL's form.
         space: What is searched, or the YAML file or dictionary that says so.
-        objectives: What is to be best, see `Objective.parse`.
+        objectives: What is to be best, see `Objective.parse`; several make a search for a Pareto
+            front.
         overrides: Overrides that all trials share, in Hydra's grammar.
         launcher: ``here``; or ``nemo-rl``, if trials run NeMo RL itself: then the space may have
             every key that NeMo RL has, also those that mean nothing to this package's trainers.
 
-    Returns:
-        The search.
-
     Raises:
         SpecError: If algorithm or objectives cannot be used.
         SpaceError: If the space cannot be used, or does not fit the configuration.
-        ConfigKeyError: If the configuration cannot be used.
-        OverridesError: If an override cannot be applied.
-        OSError: If a file cannot be read.
+        ConfigKeyError: If the configuration cannot be used, as `OverridesError` of an override.
     """
     if launcher not in LAUNCHERS:
         raise SpecError(f"launcher: got {launcher!r}, expected {' or '.join(LAUNCHERS)}")
@@ -223,10 +186,8 @@ def _read(spec: Spec, lines: Sequence[str]) -> tuple[dict[str, Any], KeyReport]:
     """The configuration with overrides, its keys checked against what will read it."""
     if spec.launcher == "nemo-rl":  # no key is unknown to NeMo RL; what it reads, it decides
         return read_config(spec.config, lines, (), {}, {})
-    from nemo_rl_ref.tune.runner import trainer_of
-
-    trainer = trainer_of(spec.algorithm)
-    return read_config(spec.config, lines, trainer.used, not_here=trainer.not_here)
+    runner = runner_of(spec.algorithm)
+    return read_config(spec.config, lines, runner.used, not_here=runner.not_here)
 
 
 def _check_space(space: Space, spec: Spec, base: Mapping[str, Any]) -> None:
@@ -258,29 +219,22 @@ def _check_read(space: Space, spec: Spec) -> None:
     if spec.launcher == "nemo-rl":
         return
     probes = {key: _probe(entry) for key, entry in space.entries.items()}
-    lines = [*spec.overrides, *overrides(probes)]
-    _, report = _read(spec, lines)
+    _, report = _read(spec, [*spec.overrides, *overrides(probes)])
     for key in space.entries:
-        if any(used == key or used.startswith(f"{key}.") for used in report.used):
+        if _is_in(key, report.used):
             continue
+        why = [f"ignored: {what}" for what, keys in report.ignored.items() if _is_in(key, keys)]
+        same = [used for used in report.used if used.rpartition(".")[2] == key.rpartition(".")[2]]
+        nearest = same[0] if same else nearest_key(key, report.used)
         raise SpaceError(
-            f"{key}: got a key without effect here ({_why_not(key, report)}), expected one that "
-            f"the {spec.algorithm} trainer reads{_nearest_read(key, report)}"
+            f"{key}: got a key without effect here ({[*why, 'the trainer does not read it'][0]}), "
+            f"expected one that the {spec.algorithm} trainer reads"
+            + (f"; did you mean {nearest}?" if nearest else "")
         )
 
 
-def _why_not(key: str, report: KeyReport) -> str:
-    for what, keys in report.ignored.items():
-        if any(ignored == key or ignored.startswith(f"{key}.") for ignored in keys):
-            return f"ignored: {what}"
-    return "the trainer does not read it"
-
-
-def _nearest_read(key: str, report: KeyReport) -> str:
-    name = key.rpartition(".")[2]
-    same = [used for used in report.used if used.rpartition(".")[2] == name]
-    nearest = same[0] if same else nearest_key(key, report.used)
-    return f"; did you mean {nearest}?" if nearest else ""
+def _is_in(key: str, keys: Iterable[str]) -> bool:
+    return any(other == key or other.startswith(f"{key}.") for other in keys)
 
 
 def _probe(entry: Any) -> Any:

@@ -1,30 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes on one study, one of them killed again and again. Started by test_killed.py.
+"""Processes of one study that are killed, beside one that is not. Started by test_processes.py.
 
-    python tests/help/killed_study.py FOLDER TRIALS KILLS
+    python tests/help/killed_study.py FOLDER TRIALS
 
 Every process is a forked child, so that the libraries are loaded once. The kill is SIGKILL, by the
-child itself at a planned point, or by the parent after a random time. Prints one JSON object: how
-each child ended.
+child itself at a planned point, or by the parent while the child trains. The steady process is in its
+first trial until all are killed. Prints one JSON object: how each child ended.
 """
 
 import json
 import os
-import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import stand_in
-from optuna.storages import RDBStorage, _CachedStorage
-from optuna.study import Study
+import torch  # noqa: F401, loaded before the first fork
+from optuna.storages import RDBStorage
+from optuna.trial import Trial
 
-from nemo_rl_ref.tune import study
+from nemo_rl_ref.tune.search import Search, optimize
 
-SETTINGS = {"heartbeat": 1, "grace": 2, "sampler": "random"}
+SETTINGS = {"grace": 2, "sampler": "random"}
 
 
 def die():
@@ -44,30 +43,26 @@ def die_around(owner, name, after):
 
 
 PLANNED = {
-    "a new trial, not yet ours": lambda: die_around(Study, "ask", after=True),
     "before the first sign of life": lambda: die_around(
-        _CachedStorage, "record_heartbeat", after=False
+        RDBStorage, "record_heartbeat", after=False
     ),
-    "a sign of life, no name": lambda: die_around(RDBStorage, "record_heartbeat", after=True),
-    "some parameters drawn": lambda: die_around(_CachedStorage, "set_trial_param", after=True),
-    "before the result is told": lambda: die_around(Study, "tell", after=False),
-    "after the result is told": lambda: die_around(Study, "tell", after=True),
+    "some parameters drawn": lambda: die_around(Trial, "suggest_float", after=True),
+    "after a validation": lambda: die_around(Trial, "report", after=True),
+    "after the result is told": lambda: die_around(Search, "note", after=False),
 }
 
 
-def child(folder, trials, seconds, prepare=None):
-    """Start a process whose trials take so long; returns its number."""
+def child(folder, trials, prepare=None, **environment):
+    """Start a process; returns its number."""
     pid = os.fork()
     if pid:
         return pid
-    os.environ["STAND_IN_SECONDS"] = str(seconds)
+    os.environ.update(environment)
     if prepare:
         prepare()
     status = 1
     try:
-        study.optimize(
-            stand_in.make(), folder=folder, runner=stand_in.run, trials=trials, **SETTINGS
-        )
+        optimize(stand_in.make(), folder=folder, runner=stand_in.run, trials=trials, **SETTINGS)
         status = 0
     finally:
         os._exit(status)
@@ -77,24 +72,24 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def begun(folder, trials, **environment):
+    """Start a process and wait until it trains."""
+    reader, writer = os.pipe()
+    pid = child(folder, trials, STAND_IN_PIPE=str(writer), **environment)
+    os.read(reader, 1)
+    return pid
+
+
 def main():
-    folder, trials, kills = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    steady, chance = child(folder, trials, seconds=0.3), random.Random(0)
-    planned = {
-        name: ended(child(folder, trials, 0.1, prepare)) for name, prepare in PLANNED.items()
-    }
-    killed = []
-    for _ in range(kills):
-        reader, writer = os.pipe()
-        pid = child(folder, trials, 0.2, lambda w=writer: os.environ.update(STAND_IN_PIPE=str(w)))
-        os.close(writer)
-        os.read(reader, 1)  # returns when a run has begun, or the child has ended
-        os.close(reader)
-        time.sleep(chance.uniform(0, 0.25))
-        os.kill(pid, signal.SIGKILL)
-        killed.append(ended(pid))
-    last = ended(child(folder, trials, seconds=0.01))
-    print(json.dumps({"planned": planned, "killed": killed, "last": last, "steady": ended(steady)}))
+    folder, trials = sys.argv[1], int(sys.argv[2])
+    gate = Path(folder, "gate")
+    steady = begun(folder, trials, STAND_IN_GATE=str(gate))
+    killed = {name: ended(child(folder, trials, prepare)) for name, prepare in PLANNED.items()}
+    pid = begun(folder, trials, STAND_IN_SECONDS="600")
+    os.kill(pid, signal.SIGKILL)
+    killed["in a training"] = ended(pid)
+    gate.touch()
+    print(json.dumps({"killed": killed, "steady": ended(steady)}))
 
 
 if __name__ == "__main__":

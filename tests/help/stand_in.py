@@ -6,9 +6,9 @@ import os
 import time
 from pathlib import Path
 
-from nemo_rl_ref.tune.runner import TrialFailed
 from nemo_rl_ref.tune.space import Space
 from nemo_rl_ref.tune.spec import Objective, Spec
+from nemo_rl_ref.tune.trial import TrialFailed
 
 LR, BETA = "policy.optimizer.kwargs.lr", "dpo.reference_policy_kl_penalty"
 SPACE = {LR: {"log_uniform": [1e-6, 1e-2]}, BETA: {"uniform": [0.01, 1.0]}}
@@ -37,6 +37,9 @@ def run(spec, values, folder, *, seed=None, observe=None):
     note(folder, "began")
     if pipe := os.environ.get("STAND_IN_PIPE"):
         os.write(int(pipe), b".")
+    gate = os.environ.get("STAND_IN_GATE")
+    while gate and not os.path.exists(gate):
+        time.sleep(0.05)
     seconds = float(os.environ.get("STAND_IN_SECONDS", "0"))
     for step in range(1, 10):
         time.sleep(seconds / 9)

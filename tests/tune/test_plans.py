@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import ndtri
 
-from nemo_rl_ref.tune.budget import make_plans
+from nemo_rl_ref.tune.plans import make_plans
 
 #: A thousand settings whose values are standard normal.
 NORMAL = ndtri((np.arange(1000) + 0.5) / 1000)

@@ -1,26 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command, with trainings of a few steps on the tiny model."""
 
-import io
 import shlex
 
+import optuna
 import pytest
 import stand_in
-from rich.console import Console
 
 from nemo_rl_ref.config.read import read_config
 from nemo_rl_ref.tune.__main__ import main
-from nemo_rl_ref.tune.runner import run_trial, trainer_of
+from nemo_rl_ref.tune.search import Stopped, optimize
 from nemo_rl_ref.tune.spec import make_spec
-from nemo_rl_ref.tune.study import (
-    Settings,
-    Stopped,
-    claim,
-    open_search,
-    optimize,
-    run_search,
-)
-from nemo_rl_ref.tune.table import Display, duration, make_table, short_names
+from nemo_rl_ref.tune.trainers import runner_of
+from nemo_rl_ref.tune.trial import run_trial
 
 LR, BETA = stand_in.LR, stand_in.BETA
 SPACE = f"{LR}: {{log_uniform: [1e-5, 1e-3]}}\n{BETA}: {{choice: [0.05, 0.5]}}\n"
@@ -49,9 +41,9 @@ def test_a_search_runs_goes_on_and_ends_with_a_line_that_loads(tmp_path, capfd):
     assert "goes on after 1 of 2 trials" in output
     assert "(1/1)" in output
     assert "(2/2)" in output
-    assert "2 trials: 2 complete" in output
+    assert "trials: 2 finished" in output
     line = next(text for text in output.splitlines()[::-1] if f"{LR}=" in text)
-    trainer = trainer_of("dpo")
+    trainer = runner_of("dpo")
     config, report = read_config("configs/dpo.yaml", shlex.split(line), trainer.used)
     assert 1e-5 <= config["policy"]["optimizer"]["kwargs"]["lr"] <= 1e-3
     assert report.new == ()
@@ -122,7 +114,7 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path, capfd, monkeypatch):
     def interrupted(*args):
         raise Stopped("SIGINT")
 
-    monkeypatch.setattr("nemo_rl_ref.tune.study.work", interrupted)
+    monkeypatch.setattr("nemo_rl_ref.tune.__main__.work", interrupted)
     arguments = command(tmp_path, "--trials", "9")
     assert main(arguments) == 130
     output = capfd.readouterr().out
@@ -146,40 +138,8 @@ def test_the_spaces_of_this_repository_fit_their_configurations(tmp_path, algori
     config = {"dpo": "configs/dpo.yaml", "grpo": "configs/grpo_tiny.yaml"}[algorithm]
     metric = {"dpo": METRIC, "grpo": "val:accuracy"}[algorithm]
     spec = make_spec(algorithm, config, f"configs/spaces/{algorithm}.yaml", [metric])
-    search = open_search(spec, Settings(), tmp_path / "s")
-    values = spec.space.suggest(claim(search))
+    values = spec.space.suggest(optuna.create_study().ask())
     values[f"{algorithm}.max_num_steps"] = 1
     metrics = run_trial(spec, values, tmp_path / "trial", seed=1)
     assert metric in metrics
     assert (tmp_path / "trial/output.txt").read_text().count("step 1/1") == 1
-
-
-# The table
-
-
-def screen(search):
-    file = io.StringIO()
-    display = Display(Console(file=file, force_terminal=True, width=120, height=40))
-    search.listen = display
-    with display:
-        run_search(search)
-    return file.getvalue()
-
-
-def test_a_terminal_shows_a_table_with_the_best_trial(tmp_path):
-    search = open_search(
-        stand_in.make(), Settings(trials=4, sampler="random"), tmp_path, runner=stand_in.run
-    )
-    shown = screen(search)
-    assert "4/4 finished" in shown
-    assert f"best {search.study.best_trial.number}" in shown
-    table = make_table(search.spec, search.study, search.trials(), 2)
-    assert table.row_count == 2
-
-
-def test_names_are_short_but_different():
-    keys = ["policy.optimizer.kwargs.lr", "value.optimizer.kwargs.lr", "dpo.seed"]
-    assert list(short_names(keys).values()) == [
-        "policy.optimizer.kwargs.lr", "value.optimizer.kwargs.lr", "seed",
-    ]  # fmt: skip
-    assert [duration(s) for s in (40, 700, 11100)] == ["40 s", "12 min", "3 h 5 min"]

@@ -24,7 +24,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from nemo_rl_ref.utils.config import load_config, parse_hydra_overrides
-from nemo_rl_ref.utils.logger import get_next_experiment_dir
 
 #: Code of a process that SIGTERM does not end.
 CHILD = (
@@ -37,6 +36,12 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Run DPO training with configuration")
     parser.add_argument("--config", type=str, default=None, help="Path to YAML config file")
     return parser.parse_known_args()
+
+
+def get_next_experiment_dir(base):
+    """The next free ``exp_NNN``; the logger, which has it, imports PyTorch."""
+    taken = [int(path.name[4:]) for path in Path(base).glob("exp_*")]
+    return os.path.join(base, f"exp_{max(taken, default=0) + 1:03d}")
 
 
 class Writer:

@@ -1,29 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one trial with a checkout of NeMo RL instead of this package's trainers. ::
+"""A runner of trials that starts a checkout of NeMo RL instead of this package's trainers. ::
 
-    runner = launcher("~/RL")
-    study = optimize(spec, folder="results/tune_dpo", runner=runner, trials=30)
+    study = optimize(spec, folder="results/tune_dpo", runner=launcher("~/RL"), trials=30)
 
-A trial is a process: the checkout's ``examples/run_dpo.py`` (``run_sft.py``, ``run_rm.py``,
-``run_grpo.py``, ``run_ppo.py``) with ``--config`` and overrides in Hydra's grammar, started by
-``uv run`` in the checkout. What it prints goes to ``output.txt`` in the trial's folder, its logs to
-``logs`` there; checkpoints are off unless asked for.
+A trial is a process: the checkout's ``examples/run_dpo.py``, or another algorithm's, with
+``--config`` and overrides, started by ``uv run`` in the checkout. What it prints goes to
+``output.txt`` in the trial's folder, its logs to ``logs`` there; it writes no checkpoints.
 
-Its metrics are read from the TensorBoard event files that NeMo RL's logger writes with
-``logger.tensorboard_enabled``: of what it can log to, the only one that is a file as it runs and
-holds every number. PyTorch's writer puts every value on disk at once where TensorFlow is not installed,
-as in NeMo RL's lock file, and within 120 s where it is. A step is passed on when the next one begins,
-or the run ends. The names are those of ``checkpointing.metric_name``: the tag
-``validation-default/loss`` is ``val:validation-default_loss``, ``validation/accuracy`` is
-``val:accuracy``, ``train/loss`` is ``train:loss``.
+Its metrics are read from the TensorBoard event files that NeMo RL's logger writes: of what it can
+log to, the only one that is a file as it runs and holds every number. PyTorch's writer puts every
+value on disk at once where TensorFlow is not installed, as in NeMo RL's lock file, and within 120 s
+where it is. A step is passed on when the next one begins, or the run ends. The tag
+``validation-default/loss`` is the metric ``val:validation-default_loss``.
 
 A trial that is pruned or interrupted gets SIGTERM, to the whole process group, and SIGKILL after a
-grace period. One that fails becomes `TrialFailed` with what its output says last: ``out of
-memory``, the last exception, or the signal that killed it.
+grace period. One that fails becomes `TrialFailed` with what its output says last.
 
-Two things to know about NeMo RL's own use of Ray. It joins a Ray cluster that runs on the machine
-and has the same ``CUDA_VISIBLE_DEVICES``, and otherwise starts one that ends with it; trials side
-by side on a machine therefore need a cluster that was started before, or different GPUs. And paths
+NeMo RL joins a Ray cluster of the machine with the same ``CUDA_VISIBLE_DEVICES``, and otherwise
+starts its own; trials side by side need a cluster that was started before, or different GPUs. Paths
 in the configuration are relative to the checkout.
 
 Tested with a script that takes the same arguments, writes the same files and fails in the same
@@ -32,24 +26,30 @@ ways; NeMo RL itself needs GPUs and was not run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_ref.tune.runner import Observe, TrialFailed
 from nemo_rl_ref.tune.space import overrides
+from nemo_rl_ref.tune.trial import Observe, TrialFailed
+from nemo_rl_ref.upstream import load_manifest
 
 if TYPE_CHECKING:
     from nemo_rl_ref.tune.spec import Spec
 
 #: How a script of the checkout is started.
 COMMAND = ("uv", "run")
+
+#: A number of steps, and the metrics at it.
+Step = tuple[int, dict[str, float]]
 
 #: Bytes from the end of the output in which the reason of a failure is looked for.
 _TAIL = 1 << 18
@@ -60,13 +60,7 @@ class LauncherError(ValueError):
 
 
 def script_of(algorithm: str) -> str:
-    """The script of an algorithm, relative to a checkout; the manifest has it.
-
-    Raises:
-        LauncherError: If NeMo RL has no such script.
-    """
-    from nemo_rl_ref.upstream import load_manifest
-
+    """Name the script of an algorithm, relative to a checkout; the manifest has it."""
     script, scripts = f"examples/run_{algorithm}.py", load_manifest()["scripts"]
     if script not in scripts:
         raise LauncherError(f"algorithm: got {algorithm!r}; NeMo RL has {', '.join(scripts)}")
@@ -79,25 +73,18 @@ def launcher(
     command: Sequence[str] = COMMAND,
     grace: float = 30.0,
     poll: float = 1.0,
-    checkpoints: bool = False,
 ) -> Callable[..., dict[str, float]]:
-    """A runner of trials, with the signature of `nemo_rl_ref.tune.runner.run_trial`.
+    """Make a runner of trials, with the signature of `nemo_rl_ref.tune.trial.run_trial`.
 
     Args:
         checkout: A checkout of NeMo RL.
         command: What starts a script in it; the script and its arguments follow.
         grace: Seconds between SIGTERM and SIGKILL.
         poll: Seconds between two looks at the run.
-        checkpoints: Whether trials write checkpoints, below their folders.
-
-    Returns:
-        The runner; it can be sent to other processes.
 
     Raises:
         LauncherError: If the folder is no checkout of NeMo RL, or the command does not exist.
     """
-    import shutil
-
     folder = Path(checkout).expanduser().resolve()
     script = folder / "examples" / "run_dpo.py"
     if not script.is_file():
@@ -110,10 +97,8 @@ def launcher(
     for name, value in (("grace", grace), ("poll", poll)):
         if not value > 0:
             raise LauncherError(f"{name}: got {value!r}, expected seconds above 0")
-    return functools.partial(
-        run_trial, checkout=str(folder), command=tuple(command), grace=grace, poll=poll,
-        checkpoints=checkpoints,
-    )  # fmt: skip
+    options = {"checkout": str(folder), "command": tuple(command), "grace": grace, "poll": poll}
+    return functools.partial(run_trial, **options)
 
 
 def run_trial(
@@ -127,24 +112,8 @@ def run_trial(
     command: Sequence[str] = COMMAND,
     grace: float = 30.0,
     poll: float = 1.0,
-    checkpoints: bool = False,
 ) -> dict[str, float]:
-    """Train with a checkout of NeMo RL.
-
-    Args:
-        spec: The search.
-        values: The values of this trial by key.
-        folder: Where its files go.
-        seed: The seed of the training; None for the configuration's.
-        observe: Called with the metrics of each step; what it raises ends the run.
-        checkout: See `launcher`, as what follows.
-        command: See there.
-        grace: See there.
-        poll: See there.
-        checkpoints: See there.
-
-    Returns:
-        The last value of every metric, by name.
+    """Train with a checkout of NeMo RL: see `nemo_rl_ref.tune.trial.run_trial` and `launcher`.
 
     Raises:
         TrialFailed: If the run fails, with the reason; all it printed is in ``output.txt``.
@@ -156,7 +125,7 @@ def run_trial(
     line = [
         *command, script_of(spec.algorithm), "--config", str(Path(spec.config).resolve()),
         *spec.overrides, *overrides(values),
-        *overrides(_ours(spec.algorithm, folder, seed, checkpoints)),
+        *overrides(_ours(spec.algorithm, folder, seed)),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.pop("VIRTUAL_ENV", None)  # ours, not the checkout's
@@ -182,26 +151,21 @@ def run_trial(
     return metrics
 
 
-def _ours(algorithm: str, folder: Path, seed: int | None, checkpoints: bool) -> dict[str, Any]:
+def _ours(algorithm: str, folder: Path, seed: int | None) -> dict[str, Any]:
     """What the launcher itself sets."""
     found = {
         "logger.log_dir": str(folder / "logs"),
         "logger.tensorboard_enabled": True,
         # Its value is not read where log_dir is given, but the section must be there.
         "logger.tensorboard.log_dir": "tensorboard",
-        "checkpointing.enabled": checkpoints,
-        "checkpointing.checkpoint_dir": str(folder / "checkpoints"),
+        "checkpointing.enabled": False,
     }
     if seed is not None:
         found[f"{algorithm}.seed"] = seed
     return found
 
 
-def _pass_on(
-    steps: Iterator[tuple[int, dict[str, float]]],
-    metrics: dict[str, float],
-    observe: Observe | None,
-) -> None:
+def _pass_on(steps: Iterable[Step], metrics: dict[str, float], observe: Observe | None) -> None:
     for step, found in steps:
         metrics.update(found)
         loss = found.get("train:loss", 0.0)
@@ -212,19 +176,12 @@ def _pass_on(
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):  # it still runs
         process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return  # it still runs
 
 
 def stop(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End a process and all of its group: SIGTERM, after a grace period SIGKILL.
-
-    Args:
-        process: Started with a session of its own.
-        grace: Seconds.
-    """
+    """End a process that leads a session, and its group: SIGTERM, and SIGKILL `grace` s later."""
     if process.poll() is None:
         _signal(process, signal.SIGTERM)
         _wait(process, grace)
@@ -233,31 +190,20 @@ def stop(process: subprocess.Popen[bytes], grace: float) -> None:
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # the group is gone
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        return  # the group is gone
 
 
 class _Steps:
-    """The metrics of a run that is under way, step by step.
-
-    Args:
-        logs: The run's ``logger.log_dir``.
-        before: Folders in it that are not of this run.
-    """
+    """The metrics of a run that is under way, step by step; folders `before` it are not its."""
 
     def __init__(self, logs: Path, before: set[Path]):
         self._logs, self._before = logs, before
         self._loaders: dict[Path, Any] = {}
         self._pending: dict[int, dict[str, float]] = {}
 
-    def new(self, *, last: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
-        """Steps that are over since the last call, in order.
-
-        Args:
-            last: Whether the run has ended, and its last step is over too.
-        """
+    def new(self, *, last: bool = False) -> Iterator[Step]:
+        """Read the steps that are over since the last call, the run's `last` one too if it ended."""
         for path in sorted(self._logs.glob("exp_*/tensorboard/events.out.tfevents.*")):
             if path.parents[1] not in self._before:
                 self._read(path)
@@ -281,15 +227,7 @@ class _Steps:
 
 
 def metric_name(tag: str) -> str | None:
-    """The name that a TensorBoard tag of NeMo RL has in ``checkpointing.metric_name``.
-
-    Args:
-        tag: ``train/loss``, ``validation/accuracy`` or ``validation-default/loss``.
-
-    Returns:
-        ``train:loss``, ``val:accuracy`` or ``val:validation-default_loss``; None for a tag that
-        has no such name, as the timings.
-    """
+    """Name a TensorBoard tag of NeMo RL as in ``checkpointing.metric_name``; None for timings."""
     prefix, _, name = tag.partition("/")
     if not name:
         return None
@@ -306,7 +244,7 @@ _DECORATION = re.compile(r"\x1b\[[0-9;]*m|^\s*\([^()]*pid=\d+[^()]*\)\s*")
 
 
 def reason_from(output: str, status: int) -> str:
-    """Why a run failed, in one line.
+    """Say why a run failed, in one line.
 
     Args:
         output: What it printed last.
@@ -314,8 +252,7 @@ def reason_from(output: str, status: int) -> str:
             counts as signal n.
 
     Returns:
-        ``out of memory``; or the last exception, as ``ValueError: …``; or the signal; or the status
-        and the last line.
+        ``out of memory``; or the last exception; or the signal; or the status and the last line.
     """
     lines = [_DECORATION.sub("", text).strip() for text in output.splitlines()]
     lines = [text for text in lines if text]

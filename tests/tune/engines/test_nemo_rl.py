@@ -13,7 +13,7 @@ import optuna
 import pytest
 
 from nemo_rl_ref.tune import SearchStopped, make_spec, optimize
-from nemo_rl_ref.tune.nemo_rl_launcher import (
+from nemo_rl_ref.tune.engines.nemo_rl import (
     LauncherError,
     launcher,
     metric_name,
@@ -22,10 +22,10 @@ from nemo_rl_ref.tune.nemo_rl_launcher import (
     script_of,
     stop,
 )
-from nemo_rl_ref.tune.runner import TrialFailed
+from nemo_rl_ref.tune.trial import TrialFailed
 from nemo_rl_ref.upstream import load_manifest
 
-CHECKOUT = Path(__file__).parents[1] / "help" / "nemo_rl_stand_in"
+CHECKOUT = Path(__file__).parents[2] / "help" / "nemo_rl_stand_in"
 ACCURACY = "val:validation-default_accuracy"
 OPTIONS = {"checkout": str(CHECKOUT), "command": (sys.executable,), "poll": 0.05}
 

@@ -17,8 +17,7 @@ is taken to be the pilot's value, drawn towards the mean by :math:`\rho = \sqrt{
 one run shows it with correlation :math:`\rho`. At a fraction `f` it is shown with :math:`r_f \rho`: a
 Gaussian copula between the true ranks and the early ones. That the early value says nothing about the
 true one beyond what it says about the end is an assumption; so is that the pilot's settings are a
-sample of what will be searched. A method that learns while it searches, such as TPE, does better than
-a plan with random settings.
+sample of what will be searched.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Plan:
 
     Attributes:
         expected: Expected true value of the setting that is taken, in the objective's unit.
-        error: Standard error of the simulation of `expected`.
+        error: Standard error of the simulation of it.
         trials: Settings of the first stage, `n`.
         fraction: Of a whole run that each of them is trained, `f`.
         finalists: Settings of the second stage, `k`.
@@ -69,11 +68,9 @@ def make_plans(
 
     Args:
         budget: In whole runs, all seeds counted.
-        pilot: The objective at the end of runs with random settings, one run a setting, at least
-            ten. The more there are, the better the best of many is known.
+        pilot: The objective at the end of runs with random settings, one run each, at least ten.
         noise: Standard deviation of the objective over the seeds of one setting.
-        correlations: By fraction of a run, the rank correlation of the objective then with that at
-            the end; a whole run, 1, is added.
+        correlations: Rank correlation of the objective with that at the end, by fraction of a run.
         direction: ``maximize`` or ``minimize``.
         finalists: Numbers of finalists to try. With one, there is no second stage.
         seeds: Numbers of seeds to try.

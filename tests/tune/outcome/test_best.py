@@ -8,6 +8,7 @@ import stat
 import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from nemo_rl_files import check_with_nemo_rl
 from omegaconf import OmegaConf
 from optuna.trial import TrialState, create_trial
 from studies import (
@@ -23,15 +24,13 @@ from studies import (
     spec_of,
 )
 
-from nemo_rl_ref.tune import best as module
 from nemo_rl_ref.tune import make_spec
-from nemo_rl_ref.tune.best import (
+from nemo_rl_ref.tune.outcome import best as module
+from nemo_rl_ref.tune.outcome.best import (
     NoBest,
     best_of,
-    check_with_nemo_rl,
     choose,
     resolved_config,
-    write_atomically,
     write_yaml,
 )
 from nemo_rl_ref.utils.config import OverridesError, load_config, parse_hydra_overrides
@@ -134,6 +133,7 @@ def test_conditional_and_tied_keys(study):
 
 def test_the_earlier_of_equal_trials_and_never_a_pruned_or_failed_one():
     study = optuna.create_study(direction="maximize")
+    study.set_user_attr("spec", spec_of().to_dict())
     for state, value in (
         (TrialState.COMPLETE, 1.0), (TrialState.COMPLETE, 2.0), (TrialState.COMPLETE, 2.0),
         (TrialState.PRUNED, 9.0), (TrialState.FAIL, None),
@@ -226,19 +226,6 @@ def test_a_rule_for_one_objective_is_refused(study):
 
 
 # Files
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "best.yaml"
-    path.write_text("old")
-
-    def broken(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(module.os, "replace", broken)
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["best.yaml"]
 
 
 def test_resolved_config_has_no_interpolations():

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs one trial: a training with some values of a configuration replaced.
+"""One trial of a search: a training with some values of a configuration replaced.
 
 A *runner* is a function with the signature of `run_trial`. This one trains in the process that
-calls it, with this package's own trainers.
+calls it, as ``python -m nemo_rl_ref.run_dpo`` and the others do.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nemo_rl_ref.config.read import read_config
+from nemo_rl_ref.tune.space import overrides
+from nemo_rl_ref.tune.trainers import runner_of
 
 if TYPE_CHECKING:
     from nemo_rl_ref.tune.spec import Spec
@@ -39,39 +40,6 @@ class TrialFailed(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class Trainer:
-    """How an algorithm is trained.
-
-    Attributes:
-        train: Trains as a configuration says; takes ``observe``.
-        used: Patterns of the keys that it reads.
-        not_here: Switches that must be off.
-    """
-
-    train: Callable[..., Any]
-    used: tuple[str, ...]
-    not_here: Mapping[str, str]
-
-
-@cache
-def trainer_of(algorithm: str) -> Trainer:
-    """The trainer of an algorithm; imports it."""
-    from nemo_rl_ref.config.lists import NOT_HERE
-    from nemo_rl_ref.config.sections import DPOSettings, RMSettings, SFTSettings
-    from nemo_rl_ref.config.settings import used_keys
-
-    if algorithm in ("grpo", "ppo"):
-        from nemo_rl_ref import run_grpo
-        from nemo_rl_ref.rl.settings import NOT_HERE_IN_RL, GRPOSettings, PPOSettings
-
-        used = used_keys(PPOSettings, GRPOSettings)
-        return Trainer(run_grpo.train, used, NOT_HERE_IN_RL)
-    module = importlib.import_module(f"nemo_rl_ref.run_{algorithm}")
-    kind = {"sft": SFTSettings, "dpo": DPOSettings, "rm": RMSettings}[algorithm]
-    return Trainer(module.train, used_keys(kind), NOT_HERE)
-
-
 def run_trial(
     spec: Spec,
     values: Mapping[str, Any],
@@ -80,15 +48,12 @@ def run_trial(
     seed: int | None = None,
     observe: Observe | None = None,
 ) -> dict[str, float]:
-    """Train in this process.
-
-    What the trainer prints goes to ``output.txt`` in the folder, its logs beside it. There are no
-    checkpoints.
+    """Train once, in this process.
 
     Args:
         spec: The search.
         values: The values of this trial by key.
-        folder: Where its files go.
+        folder: Where its logs go, and ``output.txt`` with what it prints.
         seed: The seed of the training; None for the configuration's.
         observe: Called after steps with the metrics, ``train:…`` and ``val:…``.
 
@@ -112,10 +77,11 @@ def run_trial(
                 from_observe.append(error)
                 raise
 
-    with _printing_to(folder / "output.txt"):
+    output = (folder / "output.txt").open("w", encoding="utf-8")
+    with output, redirect_stdout(output), redirect_stderr(output):
         try:
             config = trial_config(spec, values, folder, seed)
-            trainer_of(spec.algorithm).train(config, observe=watch)
+            runner_of(spec.algorithm).train(config, observe=watch)
         except Exception as error:
             if error in from_observe:
                 raise
@@ -127,30 +93,21 @@ def run_trial(
     raise failed
 
 
-@contextmanager
-def _printing_to(path: Path) -> Iterator[None]:
-    with path.open("w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        yield
-
-
 def trial_config(
     spec: Spec, values: Mapping[str, Any], folder: Path, seed: int | None
 ) -> dict[str, Any]:
-    """The configuration of a trial: values set, logs in the folder, no checkpoints."""
-    from nemo_rl_ref.config.read import read_config
-    from nemo_rl_ref.tune.space import overrides
-
-    trainer = trainer_of(spec.algorithm)
+    """Read the configuration of a trial: values set, logs in the folder, no checkpoints."""
+    runner = runner_of(spec.algorithm)
     ours = {"checkpointing.enabled": False, "logger.log_dir": str(folder)}
     if seed is not None:
         ours[f"{spec.algorithm}.seed"] = seed
     lines = [*spec.overrides, *overrides(values), *overrides(ours)]
-    config, _ = read_config(spec.config, lines, trainer.used, not_here=trainer.not_here)
+    config, _ = read_config(spec.config, lines, runner.used, not_here=runner.not_here)
     return config
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a training failed, in one line."""
+    """Say why a training failed, in one line."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or re.search(
         r"out of memory|not enough memory|can't allocate|cannot allocate", text, re.IGNORECASE
@@ -162,7 +119,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def cause_of(reason: str) -> str:
-    """A reason without its numbers: what two failures of the same cause have in common."""
+    """Take the numbers out of a reason: what two failures of the same cause have in common."""
     return re.sub(
         r"[-+]?(?:\d[\d_.]*(?:e[-+]?\d+)?|\b(?:nan|inf)\b)", "#", reason, flags=re.IGNORECASE
     )
