@@ -46,15 +46,15 @@ from optuna.distributions import (  # noqa: E402
 )
 
 from nemo_rl_ref import run_dpo, run_grpo, tiny  # noqa: E402
+from nemo_rl_ref.config.read import read_config  # noqa: E402
+from nemo_rl_ref.config.sections import DPOSettings  # noqa: E402
+from nemo_rl_ref.config.settings import used_keys  # noqa: E402
 from nemo_rl_ref.rl import trainer as rl_trainer  # noqa: E402
 from nemo_rl_ref.rl.generate import response_kl, sample_responses  # noqa: E402
 from nemo_rl_ref.rl.settings import GRPOSettings  # noqa: E402
 from nemo_rl_ref.tiny.addition import answer, problems, prompt  # noqa: E402
 from nemo_rl_ref.training.processes import make_accelerator  # noqa: E402
 from nemo_rl_ref.training.reference import add_reference_logprobs  # noqa: E402
-from nemo_rl_ref.config.read import read_config  # noqa: E402
-from nemo_rl_ref.config.sections import DPOSettings  # noqa: E402
-from nemo_rl_ref.config.settings import used_keys  # noqa: E402
 
 transformers.utils.logging.disable_progress_bar()
 optuna.logging.set_verbosity(optuna.logging.WARNING)

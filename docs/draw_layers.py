@@ -61,9 +61,7 @@ def draw(rows: list[list[str]]) -> str:
             )
         if number + 1 < len(rows):
             middle, low = WIDTH / 2, top + ROW
-            parts.append(
-                f'<path class="arrow" d="M{middle:.0f} {low}v{GAP}m-5 -6l5 6l5 -6"/>'
-            )
+            parts.append(f'<path class="arrow" d="M{middle:.0f} {low}v{GAP}m-5 -6l5 6l5 -6"/>')
     return "\n".join([*parts, "</svg>", ""])
 
 

@@ -31,7 +31,6 @@ import torch
 
 from nemo_rl_ref import tiny
 from nemo_rl_ref.show.tokens import TokenTable, after_first
-from nemo_rl_ref.show.values import values
 from nemo_rl_ref.training.step import next_token_logprobs, valid_counts
 
 tokenizer = tiny.load_tokenizer()

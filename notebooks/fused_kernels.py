@@ -431,7 +431,6 @@ import torch
 
 from nemo_rl_ref import tiny
 from nemo_rl_ref.logprobs import linear_token_logprobs, token_logprobs
-from nemo_rl_ref.show.values import values
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 tokenizer = tiny.load_tokenizer()

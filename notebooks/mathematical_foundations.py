@@ -24,7 +24,6 @@
 import torch
 
 from nemo_rl_ref.equations.world import World, ascend, expect, gradient, groups, kl, variance
-from nemo_rl_ref.show.values import values
 
 # %% [markdown]
 # ## Notation and the token-level MDP

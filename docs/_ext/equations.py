@@ -92,7 +92,7 @@ def start_checks(app: Sphinx) -> None:
         logger.info("checking the equations ...")
         # Into a file, which takes all at once. A full pipe makes the process wait in its write; if
         # it is stopped and continued there, the rest is lost where PYTHONUNBUFFERED is set.
-        CHECKS.output = tempfile.TemporaryFile("w+", encoding="utf-8")
+        CHECKS.output = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
         CHECKS.process = subprocess.Popen(
             [sys.executable, "-m", "nemo_rl_ref.equations", "--json"],
             cwd=root,

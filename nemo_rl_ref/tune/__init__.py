@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Searches for hyperparameters over NeMo RL's own configuration keys.
+r"""Searches for hyperparameters over NeMo RL's own configuration keys.
 
-    python -m nemo_rl_ref.tune dpo --config configs/dpo.yaml --space configs/spaces/dpo.yaml \\
+    python -m nemo_rl_ref.tune dpo --config configs/dpo.yaml --space configs/spaces/dpo.yaml \
         --objective val:validation-default_accuracy --trials 30
 
 From Python::

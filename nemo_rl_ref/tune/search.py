@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A study: opened, worked on by any number of processes, interrupted, resumed, counted. ::
+"""A study: opened, worked on by any number of processes, interrupted, resumed, counted.
+
+For example::
 
     study = optimize(spec, folder="results/tune_dpo", trials=30)
 

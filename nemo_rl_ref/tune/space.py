@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys of a configuration are searched, and over what: a small YAML file. ::
+"""Which keys of a configuration are searched, and over what: a small YAML file.
+
+For example::
 
     policy.optimizer.kwargs.lr: {log_uniform: [1e-6, 1e-3]}
     dpo.reference_policy_kl_penalty: {uniform: [0.01, 0.5]}

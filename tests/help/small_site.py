@@ -107,8 +107,17 @@ class Site:
 #: Children of a process that has loaded what every build loads, three seconds of work.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["sphinx.cmd.build", "sphinx.builders.html", "sphinx.ext.autodoc", "myst_nb.sphinx_ext"]
-    + ["sphinxcontrib.bibtex", "sphinx_design", "pydata_sphinx_theme", "jupytext", "nbclient"]
+    [
+        "sphinx.cmd.build",
+        "sphinx.builders.html",
+        "sphinx.ext.autodoc",
+        "myst_nb.sphinx_ext",
+        "sphinxcontrib.bibtex",
+        "sphinx_design",
+        "pydata_sphinx_theme",
+        "jupytext",
+        "nbclient",
+    ]  # fmt: skip
 )
 
 

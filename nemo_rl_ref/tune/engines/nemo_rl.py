@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A runner of trials that starts a checkout of NeMo RL instead of this package's trainers. ::
+"""A runner of trials that starts a checkout of NeMo RL instead of this package's trainers.
+
+For example::
 
     study = optimize(spec, folder="results/tune_dpo", runner=launcher("~/RL"), trials=30)
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A search on Ray: its trials in actors, on one machine or a cluster. ::
+"""A search on Ray: its trials in actors, on one machine or a cluster.
+
+For example::
 
     study = optimize_on_ray(spec, folder="results/tune_dpo", trials=100, gpus_per_trial=1)
 

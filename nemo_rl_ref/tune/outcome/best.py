@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The best configuration of a study, as a YAML file and as overrides, both checked again. ::
+"""The best configuration of a study, as a YAML file and as overrides, both checked again.
+
+For example::
 
     best = best_of(study)
     print(best.override_line)

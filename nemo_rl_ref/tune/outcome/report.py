@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page that says what a study found; it works offline, in light and dark. ::
+"""One HTML page that says what a study found; it works offline, in light and dark.
+
+For example::
 
     write_report(study, "results/study/report.html")
 

@@ -86,7 +86,7 @@ def test_with_a_checkout_of_nemo_rl_its_own_file_is_taken(study):
 def test_the_file_of_the_checkout_given(study, tmp_path):
     folder = tmp_path / "examples" / "configs"
     folder.mkdir(parents=True)
-    keys = [k for k in study.best_trial.user_attrs["values"]]
+    keys = list(study.best_trial.user_attrs["values"])
     config = OmegaConf.create({})
     for key in keys:
         OmegaConf.update(config, key, 0, force_add=True)
