@@ -117,7 +117,7 @@ PROCESSES.set_forkserver_preload(
         "pydata_sphinx_theme",
         "jupytext",
         "nbclient",
-    ]  # fmt: skip
+    ]
 )
 
 
