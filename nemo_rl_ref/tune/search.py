@@ -205,7 +205,7 @@ class Search:
             study.stop()
 
     def run_again(self, number: int, most: int | None = None) -> None:
-        """Queue a trial that has no result under a new number, unless that was done `most` times."""
+        """Queue a trial once more under a new number, unless that was done ``most`` times."""
         with quiet():
             RetryHeartbeatStaleTrialCallback(most)(self.study, self.study.trials[number])
 
@@ -269,7 +269,7 @@ def _not_logged(metric: str, there: list[str]) -> SearchStopped:
 
 
 def check_failures(search: Search) -> None:
-    """Raise `SearchStopped` if too many trials have failed of one cause since this process began."""
+    """Raise `SearchStopped` if too many trials failed of one cause since this process began."""
     most = search.settings.max_failures
     causes: Counter[str] = Counter()
     for trial in search.study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):

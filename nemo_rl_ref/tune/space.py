@@ -264,8 +264,8 @@ class Entry(BaseModel):
         steps = (Fraction(str(high)) - Fraction(str(low))) / Fraction(str(step))
         if steps.denominator != 1:
             raise ValueError(
-                f"step: got {step!r}, with which {high!r} is not reached from {low!r}; expected one "
-                f"that divides their distance, or {low + int(steps) * step!r} as the high end"
+                f"step: got {step!r}, with which {high!r} is not reached from {low!r}; expected "
+                f"one that divides their distance, or {low + int(steps) * step!r} as the high end"
             )
 
     def _check_type(self, value: Any, where: str) -> None:
@@ -421,7 +421,7 @@ class Space:
 def override_line(values: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> str:
     """Write values as overrides of a command line, in Hydra's grammar, quoted for a shell.
 
-    Keys of `config` are written ``key=value``, others ``++key=value``, which changes or adds a key.
+    Keys of ``config`` are written ``key=value``, others ``++key=value``, which may add a key.
     """
     return " ".join(shlex.quote(text) for text in overrides(values, config))
 

@@ -35,7 +35,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is to be best: a metric by its name in ``checkpointing.metric_name``, and a direction."""
+    """What is to be best: a metric, as ``checkpointing.metric_name`` has it, and a direction."""
 
     metric: str
     direction: str
@@ -151,7 +151,7 @@ def make_spec(
     Raises:
         SpecError: If algorithm or objectives cannot be used.
         SpaceError: If the space cannot be used, or does not fit the configuration.
-        ConfigKeyError: If the configuration cannot be used, as `OverridesError` of an override.
+        ConfigKeyError: If the configuration cannot be used; an override is an ``OverridesError``.
     """
     if launcher not in LAUNCHERS:
         raise SpecError(f"launcher: got {launcher!r}, expected {' or '.join(LAUNCHERS)}")

@@ -183,7 +183,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def stop(process: subprocess.Popen[bytes], grace: float) -> None:
-    """End a process that leads a session, and its group: SIGTERM, and SIGKILL `grace` s later."""
+    """End a process that leads a session, and its group: SIGTERM, and SIGKILL ``grace`` s later."""
     if process.poll() is None:
         _signal(process, signal.SIGTERM)
         _wait(process, grace)
@@ -197,7 +197,7 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 class _Steps:
-    """The metrics of a run that is under way, step by step; folders `before` it are not its."""
+    """The metrics of a run that is under way, step by step; folders ``before`` it are not its."""
 
     def __init__(self, logs: Path, before: set[Path]):
         self._logs, self._before = logs, before
@@ -205,7 +205,7 @@ class _Steps:
         self._pending: dict[int, dict[str, float]] = {}
 
     def new(self, *, last: bool = False) -> Iterator[Step]:
-        """Read the steps that are over since the last call, the run's `last` one too if it ended."""
+        """Read the steps that are over since the last call, at a run's end the ``last`` one too."""
         for path in sorted(self._logs.glob("exp_*/tensorboard/events.out.tfevents.*")):
             if path.parents[1] not in self._before:
                 self._read(path)

@@ -7,8 +7,8 @@ For example::
 
 Actors run trials. The process that calls this function, the driver, alone holds the study: it asks
 for trials, hears of each validation, lets Optuna's pruner decide, and tells how a trial ended. A
-trial whose actor died is queued once more; so are, when a search goes on, those that a killed driver
-left running. Therefore no other process may work on the study meanwhile. Either engine goes on with
+trial whose actor died is queued once more; so are, when a search goes on, those that a killed
+driver left running. Therefore no other process may work on the study meanwhile. Either engine goes on with
 what the other began.
 
 On a cluster the configuration, the data and this package must be at the same paths on every node.
@@ -83,7 +83,7 @@ def optimize_on_ray(
         **settings: See `nemo_rl_ref.tune.search.Settings`.
 
     Raises:
-        StudyError: If no node has room for a trial. All errors of `optimize` too.
+        StudyError: If no node has room for a trial. And as `nemo_rl_ref.tune.search.optimize`.
     """
     wanted = {"CPU": cpus_per_trial, "GPU": gpus_per_trial}
     if min(wanted.values()) < 0 or not any(wanted.values()):
@@ -161,7 +161,7 @@ class _Running:
 
 
 class _Driver:
-    """Asks the study for trials, has actors run them, `most` at a time, and tells the study."""
+    """Asks the study for trials, has actors run them, ``most`` at a time, and tells the study."""
 
     def __init__(self, search: Search, wanted: Mapping[str, float], most: int):
         self.search, self.study, self.most = search, search.study, most
@@ -245,7 +245,7 @@ class _Driver:
         self.search.note(self.study.trials[trial.number])
 
     def _fail_and_queue(self, number: int, most: int | None = None) -> None:
-        """Queue a trial once more under a new number, unless that was done `most` times."""
+        """Queue a trial once more under a new number, unless that was done ``most`` times."""
         self.study.tell(number, state=TrialState.FAIL)
         self.search.run_again(number, most)
 
@@ -279,7 +279,7 @@ def _most_at_once(wanted: Mapping[str, float]) -> int:
     fit = sum(min(int(n.get(name, 0) / x) for name, x in needed.items()) for n in nodes)
     if not fit:
         raise StudyError(
-            f"cpus_per_trial, gpus_per_trial: got {wanted['CPU']:g} and {wanted['GPU']:g}, which no "
-            f"node has; expected at most {[{k: n.get(k, 0) for k in wanted} for n in nodes]}"
+            f"cpus_per_trial, gpus_per_trial: got {wanted['CPU']:g} and {wanted['GPU']:g}, which "
+            f"no node has; expected at most {[{k: n.get(k, 0) for k in wanted} for n in nodes]}"
         )
     return fit

@@ -13,9 +13,9 @@ interval
     for k candidates) covers all at once, and is the one to read for a candidate that was picked
     because of these very runs.
 probability that it beats the default
-    One minus the one-sided p-value. For normal differences with the flat prior p(μ, log σ) ∝ 1 it is
-    the posterior probability that the true mean difference is positive (Gelman et al., Bayesian Data
-    Analysis, 3rd edition, section 3.2). It is about the mean over seeds, not about a single run;
+    One minus the one-sided p-value. For normal differences with the flat prior p(μ, log σ) ∝ 1 it
+    is the posterior probability that the true mean difference is positive (Gelman et al., Bayesian
+    Data Analysis, 3rd edition, section 3.2). It is about the mean over seeds, not about a single run;
     that fraction is reported beside it as ``wins``.
 
 With fewer than two pairs, or if all differences are the same number, there is neither.
@@ -53,8 +53,8 @@ DEFAULT = "default"
 class Run:
     """One training of the re-evaluation.
 
-    `candidate` is ``default`` or ``trial 17``; `value` is the objective at the end, None where the
-    run failed, for the reason `failure`.
+    ``candidate`` is ``default`` or ``trial 17``; ``value`` is the objective at the end, None where
+    the run failed, for the reason ``failure``.
     """
 
     candidate: str
@@ -75,11 +75,11 @@ class Comparison:
         pairs: Number of seeds on which both have a value; without any, what follows is None.
         mean: Mean of the objective over these seeds.
         default_mean: That of the default.
-        optimism: The search's value minus `mean`, turned so that positive is too good.
+        optimism: The search's value minus ``mean``, turned so that positive is too good.
         mean_difference: Mean of the paired differences, positive where the candidate is better.
         wins: Fraction of the seeds on which the candidate is better; a tie is half a win.
-        low: Lower end of the interval of the mean difference, as `high`; None without one.
-        low_simultaneous: The same for all candidates at once, as `high_simultaneous`.
+        low: Lower end of the interval of the mean difference, as ``high``; None without one.
+        low_simultaneous: The same for all candidates at once, as ``high_simultaneous``.
         probability: That the true mean difference is positive, see the module; None if undefined.
     """
 
@@ -132,8 +132,8 @@ class Reevaluation:
         side = "better than" if winner.optimism > 0 else "worse than"
         by = f"{abs(winner.optimism):.4g} {side} that" if winner.optimism else "the same"
         optimism = (
-            f"The search reported {winner.search_value:.4g} for its best, {winner.name}. Over fresh "
-            f"seeds it has {winner.mean:.4g} on average: the search's value was {by}. The best of "
+            f"The search reported {winner.search_value:.4g} for its best, {winner.name}. Over "
+            f"fresh seeds it has {winner.mean:.4g} on average: the search's value was {by}. The best of "
             "many noisy values is too good on average, so the mean over fresh seeds is the one to "
             "quote."
         )
@@ -147,11 +147,11 @@ class Reevaluation:
             else f"The interval does not contain zero: it is {better} than the default."
         )
         difference = (
-            f"Against the default it is {by} on average, {self.level:.0%} interval {winner.low:.4g} "
-            f"to {winner.high:.4g} ({winner.pairs} pairs, better on {winner.wins:.0%} of the seeds). "
-            "The probability that its mean over seeds beats the default's is "
-            f"{_percent(winner.probability)} (posterior under a normal model of the differences "
-            f"with a flat prior). {verdict}"
+            f"Against the default it is {by} on average, {self.level:.0%} interval "
+            f"{winner.low:.4g} to {winner.high:.4g} ({winner.pairs} pairs, better on "
+            f"{winner.wins:.0%} of the seeds). The probability that its mean over seeds beats the "
+            f"default's is {_percent(winner.probability)} (posterior under a normal model of the "
+            f"differences with a flat prior). {verdict}"
         )
         return [start, optimism, difference]
 
@@ -213,7 +213,7 @@ def compare(
 
 
 def fresh_seeds(study: Study, count: int, also: Sequence[int] = ()) -> tuple[int, ...]:
-    """List seeds that neither a trial of a study used nor are in `also`."""
+    """List seeds that neither a trial of a study used nor are in ``also``."""
     if count < 1:
         raise ValueError(f"seeds: got {count}, expected 1 or more")
     used = {trial.user_attrs.get("seed") for trial in study.get_trials(deepcopy=False)} | {*also}

@@ -178,7 +178,7 @@ def _figures(study: Study, objectives: list[Objective]) -> list[Section]:
                 f"How far each key's values in the best tenth by {metric} differ from those in all "
                 f"{len(trials)} finished trials (PED-ANOVA). Shares add up to 1 also where nothing "
                 "matters.",
-                plots.plot_param_importances, study, PedAnovaImportanceEvaluator(), varied, **target,
+                plots.plot_param_importances, study, PedAnovaImportanceEvaluator(), varied, **target
             )  # fmt: skip
         for key in dict.fromkeys(key for trial in trials for key in trial.params):
             caption = f"{metric} over {key}; all other keys vary too."

@@ -20,13 +20,13 @@ def write_outcome(
     rule: str | None = None,
     reevaluation: Reevaluation | None = None,
 ) -> list[str]:
-    """Write the report, to `report` if that is given, and the best configuration if there is one.
+    """Write the report, to ``report`` if that is given, and the best configuration if there is one.
 
     Returns:
         How the trials ended, the best one as overrides, and what was written: a line each.
 
     Raises:
-        ValueError: As `nemo_rl_ref.tune.outcome.best.best_of`, which explains `rule`.
+        ValueError: As `nemo_rl_ref.tune.outcome.best.best_of`, which explains ``rule``.
     """
     lines = [f"trials: {describe_states(study)}"]
     lines += [f"  failed: {why} ({len(numbers)})" for why, numbers in failures_of(study)[:5]]

@@ -41,7 +41,9 @@ def parse_args():
 def get_next_experiment_dir(base):
     """The next free ``exp_NNN``; the logger, which has it, imports PyTorch."""
     taken = [int(path.name[4:]) for path in Path(base).glob("exp_*")]
-    return os.path.join(base, f"exp_{max(taken, default=0) + 1:03d}")
+    folder = os.path.join(base, f"exp_{max(taken, default=0) + 1:03d}")
+    os.makedirs(folder)
+    return folder
 
 
 class Writer:
