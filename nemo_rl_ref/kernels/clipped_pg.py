@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ _SPECIALIZE = True
 _PARTIAL, _KEPT_HEADER, _KEPT = 18, 1, 4
 
 
-class Tensors(NamedTuple):
+@dataclass(frozen=True)
+class Tensors:
     """What the kernels read.
 
     Attributes:
@@ -167,7 +169,8 @@ def _expression(kernel: str, tensors: Tensors, flags: int) -> str:
 
 def _arguments(tensors: Tensors) -> tuple[list[Any], int, int]:
     """What both kernels take, with the number of blocks and of threads a block."""
-    *by_token, sample_mask, rewards, valid_seqs, valid_toks = tensors
+    t = tensors
+    by_token = (t.logprobs, t.prev, t.generation, t.reference, t.advantages, t.unfiltered, t.mask)
     by_token = [x if x is None or x.stride(1) == 1 else x.contiguous() for x in by_token]
     rows, steps = tensors.logprobs.shape
     length = min(max(_FEWEST_TOKENS, -(-rows * steps // _BLOCKS)), _MOST_TOKENS)
@@ -175,7 +178,7 @@ def _arguments(tensors: Tensors) -> tuple[list[Any], int, int]:
     length = -(-steps // segments)
     threads = min(-(-length // 64) * 32, _MOST_THREADS)
     arguments: list[Any] = [*by_token, *(0 if x is None else x.stride(0) for x in by_token)]
-    for x in (sample_mask, rewards, valid_seqs, valid_toks):
+    for x in (t.sample_mask, t.rewards, t.valid_seqs, t.valid_toks):
         arguments += [None, 0] if x is None else [x.contiguous(), NUMBER_DTYPES[x.dtype]]
     return [*arguments, rows, steps, segments, length], rows * segments, threads
 

@@ -190,7 +190,7 @@ def _backward(
         return grad if out is None else out.copy_(grad)
     grad = torch.empty_like(logits) if out is None else out
     for piece in pieces:
-        part = [None if tensor is None else tensor[piece] for tensor in tensors]
+        part: list[Any] = [None if tensor is None else tensor[piece] for tensor in tensors]
         grad[piece] = _backward_piece(*part, temperature=temperature, has_ignored=has_ignored)
     return grad
 
