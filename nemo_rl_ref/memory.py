@@ -49,7 +49,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from nemo_rl_ref.config.sections import Count, Length
 from nemo_rl_ref.config.settings import Section, read_settings
@@ -626,7 +626,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         register_omegaconf_resolvers()
         config = apply_overrides(load_config(options.config), overrides)
-        config = OmegaConf.to_container(config, resolve=True)
+        config = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
         step = Step.from_config(config, max_extra_bytes=options.max_extra_bytes)
         name = options.model or read_settings(config, MemorySettings).policy.model_name
         if not name:

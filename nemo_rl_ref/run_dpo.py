@@ -66,7 +66,7 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return run(argv, __doc__.split("\n")[0], train, DPOSettings)
+    return run(argv, (__doc__ or "").split("\n")[0], train, DPOSettings)
 
 
 if __name__ == "__main__":

@@ -61,13 +61,15 @@ def train(
     environment = load_object(env, "--env") if env else None
     trainer = RLTrainer(config, environment=environment, loss_fn=loss_fn, load=False)
     check_prompts(trainer.cfg, trainer.train_prompts, trainer.val_prompts)
-    return Run(trainer, **options).train()["validation"]
+    run_of_it = Run(trainer, **options)  # pyright: ignore[reportArgumentType], see [tool.pyright]
+    return run_of_it.train()["validation"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train with the configuration on the command line, and return the exit status."""
     kinds = (PPOSettings, GRPOSettings)
-    return run(argv, __doc__.splitlines()[0], train, *kinds, env=True, not_here=NOT_HERE_IN_RL)
+    title = (__doc__ or "").splitlines()[0]
+    return run(argv, title, train, *kinds, env=True, not_here=NOT_HERE_IN_RL)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return run(argv, __doc__.split("\n")[0], train, RMSettings)
+    return run(argv, (__doc__ or "").split("\n")[0], train, RMSettings)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def exists(name):
 
 def test_the_picture_of_the_layers_is_that_of_the_contracts(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
-    import draw_layers
+    import draw_layers  # pyright: ignore[reportMissingImports]
 
     rows = draw_layers.layers(PYPROJECT)
     assert draw_layers.PICTURE.read_text(encoding="utf-8") == draw_layers.draw(rows), (
