@@ -8,8 +8,8 @@ For example::
 Actors run trials. The process that calls this function, the driver, alone holds the study: it asks
 for trials, hears of each validation, lets Optuna's pruner decide, and tells how a trial ended. A
 trial whose actor died is queued once more; so are, when a search goes on, those that a killed
-driver left running. Therefore no other process may work on the study meanwhile. Either engine goes on with
-what the other began.
+driver left running. Therefore no other process may work on the study meanwhile. Either engine
+goes on with what the other began.
 
 On a cluster the configuration, the data and this package must be at the same paths on every node.
 With the launcher for NeMo RL a trial is itself a program that asks the same cluster for GPUs; give

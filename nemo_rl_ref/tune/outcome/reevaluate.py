@@ -133,8 +133,8 @@ class Reevaluation:
         by = f"{abs(winner.optimism):.4g} {side} that" if winner.optimism else "the same"
         optimism = (
             f"The search reported {winner.search_value:.4g} for its best, {winner.name}. Over "
-            f"fresh seeds it has {winner.mean:.4g} on average: the search's value was {by}. The best of "
-            "many noisy values is too good on average, so the mean over fresh seeds is the one to "
+            f"fresh seeds it has {winner.mean:.4g} on average: the search's value was {by}. The best "
+            "of many noisy values is too good on average, so the mean over fresh seeds is the one to "
             "quote."
         )
         if winner.low is None:
