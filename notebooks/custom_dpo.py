@@ -297,8 +297,8 @@ def run(loss_fn, learning_rate, seed):
     )
     policy, optimizer = accelerator.prepare(policy, optimizer)
     measured = {0: before}
-    epochs = [Batches(len(train_pairs), PAIRS, 1000 * seed + epoch) for epoch in range(10)]
-    for step, numbers in enumerate(sum(map(list, epochs), [])[:STEPS], start=1):
+    batches = Batches(len(train_pairs), PAIRS, seed, max_epochs=10, max_steps=STEPS)
+    for step, numbers in enumerate(batches, start=1):
         take_step(policy, optimizer, loss_fn, numbers)
         if step % (STEPS // 3) == 0:
             measured[step] = measure(policy, loss_fn)

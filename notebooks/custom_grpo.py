@@ -522,7 +522,7 @@ def digits_anywhere(prompt, response, ground_truth):
 
 def longer_is_better(prompt, response, ground_truth):
     """The exact verifier, and a bonus for every character."""
-    return float(response == ground_truth) + 0.2 * len(response)
+    return float(response == ground_truth) + 0.4 * len(response)
 
 
 KL = "loss_fn.reference_policy_kl_penalty=0.2"
