@@ -48,7 +48,8 @@ exclude_patterns += ["mathjax/adaptors", *(f"mathjax/{name}" for name in sorted(
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!nemo_rl_ref).*"),  # other projects' classes
-    ("py:.*", r"nemo_rl_ref\..*\.(T|DictT)"),  # type variables
+    ("py:.*", r"nemo_rl_ref\..*\.(T|DictT|Settings)"),  # type variables
+    ("py:.*", r"nemo_rl_ref\.(config\.sections|memory)\.(Annotated|_\w+)"),  # fields of settings
 ]
 default_role = "literal"  # single backquotes in docstrings are code
 suppress_warnings = ["design.card_legacy"]
@@ -142,7 +143,7 @@ def import_package(app, env, docnames):
     Autodoc turns `typing.TYPE_CHECKING` on, and a class that is imported then fails.
     """
     if any(name.startswith("reference/api/") for name in docnames):
-        for module in ("algorithms.grpo", "algorithms.ppo", "rl.settings"):
+        for module in ("algorithms.grpo", "algorithms.ppo", "rl.settings", "memory", "tune.space"):
             importlib.import_module(f"nemo_rl_ref.{module}")
 
 
