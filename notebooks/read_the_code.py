@@ -33,7 +33,8 @@ ORDER = {
     "The losses": "algorithms/loss: interfaces _nll _preference _policy_gradient"
     " _clipped_pg_terms _clipped_pg",
     "Advantages": "algorithms: utils _group_advantages grpo",
-    "Data": "data: processors llm_message_utils collate_fn, distributed: batched_data_dict",
+    "Data": "data: processors llm_message_utils collate_fn",
+    "A batch": "distributed: batched_data_dict",
     "Training": "training: samples step supervised loop reference",
     "Reinforcement learning": "rl: rollouts generate trainer",
     "What a person starts": ": run_sft run_dpo run_rm run_grpo",
@@ -63,10 +64,12 @@ lines = {path: line_count(path) for path in core}
 
 # %%
 #| label: core-list
-rows = ["| | file | what it is | lines |", "| --- | --- | --- | ---: |"]
+rows = ["| file | what it is | lines |", "| --- | --- | ---: |"]
 part_before = None
 for path, part in core.items():
-    shown = part if part != part_before else ""
-    rows.append(f"| {shown} | `{path.as_posix()}` | {first_line(path)} | {lines[path]} |")
-    part_before = part
+    if part != part_before:
+        folder = "" if path.parent == Path() else f"`{path.parent.as_posix()}/`"
+        rows.append(f"| **{part}** | {folder} | |")
+        part_before = part
+    rows.append(f"| `{path.name}` | {first_line(path)} | {lines[path]} |")
 Markdown("\n".join(rows))
