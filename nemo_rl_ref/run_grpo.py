@@ -61,8 +61,8 @@ def train(
     environment = load_object(env, "--env") if env else None
     trainer = RLTrainer(config, environment=environment, loss_fn=loss_fn, load=False)
     check_prompts(trainer.cfg, trainer.train_prompts, trainer.val_prompts)
-    run_of_it = Run(trainer, **options)  # pyright: ignore[reportArgumentType], see [tool.pyright]
-    return run_of_it.train()["validation"]
+    loop = Run(trainer, **options)  # pyright: ignore[reportArgumentType], see [tool.pyright]
+    return loop.train()["validation"]
 
 
 def main(argv: list[str] | None = None) -> int:
