@@ -246,24 +246,24 @@ def _describe_unknown(unknown: Sequence[str], flat: Mapping[str, Any]) -> list[s
     starts = dict.fromkeys(
         ".".join(parts[: _locate(parts)[0] + 1]) for parts in (key.split(".") for key in unknown)
     )
-    here = [_without_indices(key) for key in flat if key not in unknown]
+    here = [without_indices(key) for key in flat if key not in unknown]
     lines = []
     for key in starts:
-        nearest = nearest_key(_without_indices(key), (*here, *load_keys()["keys"]))
-        hint = f"; the nearest key is {_with_indices(nearest, key)}" if nearest else ""
+        nearest = nearest_key(without_indices(key), (*here, *load_keys()["keys"]))
+        hint = f"; the nearest key is {with_indices(nearest, key)}" if nearest else ""
         lines.append(f"{key}: NeMo RL has no such key{hint}")
     if lines:
         lines.append("(a key of your own is added on the command line, as ++key=value)")
     return lines
 
 
-def _without_indices(key: str) -> str:
-    """A key as `load_keys` has it, ``#`` for every index."""
+def without_indices(key: str) -> str:
+    """Return a key as ``keys.json`` has it, ``#`` for every index."""
     return ".".join("#" if part.isdecimal() else part for part in key.split("."))
 
 
-def _with_indices(pattern: str, key: str) -> str:
-    """A known key with the indices of `key` where it has ``#``."""
+def with_indices(pattern: str, key: str) -> str:
+    """Return a key of ``keys.json`` with the indices of `key` where it has ``#``."""
     parts = key.split(".")
     return ".".join(
         parts[i] if part == "#" and i < len(parts) else part
@@ -323,11 +323,11 @@ def _misspelt(flat: Mapping[str, Any]) -> list[str]:
         parts = key.split(".")
         if _locate(parts) == (len(parts), True) or parts[-1].isdecimal():
             continue
-        key_there = _without_indices(key)
+        key_there = without_indices(key)
         section = key_there.rpartition(".")[0]
         beside = [known for known in load_keys()["keys"] if known.rpartition(".")[0] == section]
         if nearest := nearest_key(key_there, beside, _MISSPELT):
-            nearest = _with_indices(nearest, key)
+            nearest = with_indices(nearest, key)
             warnings.append(f"NeMo RL does not name {key}; did you mean {nearest}?")
     return warnings
 

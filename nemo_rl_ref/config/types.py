@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from nemo_rl_ref.config.keys import key_exists, nearest_key
+from nemo_rl_ref.config.keys import key_exists, nearest_key, with_indices, without_indices
 from nemo_rl_ref.upstream import load_keys, load_manifest
 
 #: Likeness from which a key that NeMo RL accepts without naming it is taken for a misspelt one.
@@ -29,12 +29,13 @@ def problem_with_key(key: str) -> str | None:
     Returns:
         What it should have been, with the nearest key that exists; None if nothing is wrong.
     """
-    pattern = _pattern(key)
+    pattern = without_indices(key)
     named = load_keys()["keys"]
     if not key_exists(key):
         return f"a key of NeMo RL's{_did_you_mean(nearest_key(pattern, named), key)}"
     if below := [known for known in named if known.startswith(f"{pattern}.")]:
-        return f"a key with a value; it is a section, with {_fill(below[0], key)} and others in it"
+        inside = with_indices(below[0], key)
+        return f"a key with a value; it is a section, with {inside} and others in it"
     if not _is_named(key):
         section = pattern.rpartition(".")[0]
         beside = [known for known in named if known.rpartition(".")[0] == section]
@@ -45,7 +46,7 @@ def problem_with_key(key: str) -> str | None:
 
 def key_types(key: str) -> frozenset[str]:
     """The types a key's value may have: ``int float bool str list dict null``; empty if unknown."""
-    pattern = _pattern(key)
+    pattern = without_indices(key)
     declared = _declared_types().get(pattern)
     return declared if declared is not None else _seen_types().get(pattern, frozenset())
 
@@ -62,21 +63,7 @@ def fits(value: Any, types: frozenset[str]) -> bool:
 
 
 def _did_you_mean(nearest: str | None, key: str) -> str:
-    return f"; did you mean {_fill(nearest, key)}?" if nearest else ""
-
-
-def _pattern(key: str) -> str:
-    """A key as ``keys.json`` has it, ``#`` for every index."""
-    return ".".join("#" if part.isdecimal() else part for part in key.split("."))
-
-
-def _fill(pattern: str, key: str) -> str:
-    """A key of ``keys.json`` with the indices of `key`."""
-    parts = key.split(".")
-    return ".".join(
-        parts[i] if part == "#" and i < len(parts) else part
-        for i, part in enumerate(pattern.split("."))
-    )
+    return f"; did you mean {with_indices(nearest, key)}?" if nearest else ""
 
 
 @cache
@@ -87,7 +74,7 @@ def _names() -> re.Pattern[str]:
 
 
 def _is_named(key: str) -> bool:
-    return _names().fullmatch(_pattern(key)) is not None
+    return _names().fullmatch(without_indices(key)) is not None
 
 
 @cache
@@ -130,7 +117,7 @@ def _seen_types() -> dict[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
     for config in load_manifest()["configs"].values():
         for key, value in config.items():
-            found.setdefault(_pattern(key), set()).update(_seen(value))
+            found.setdefault(without_indices(key), set()).update(_seen(value))
     return {key: frozenset(types) for key, types in found.items() if types}
 
 
