@@ -366,6 +366,8 @@ Markdown("\n".join(table))
 #| num: exact-slow = {slow['exact match']:.1%}
 #| num: chosen-slow = {slow['chosen log-ratio']:+.3f}
 #| num: exact-sft = {sft['exact match']:.1%}
+#| num: exact-lead-low = {100 * lead.low:+.1f}
+#| num: exact-lead-high = {100 * lead.high:+.1f}
 #| num: accuracy-sft = {sft['preference accuracy']:.1%}
 #| num: margin-sft = {sft['reward margin']:.3f}
 #| num: kl-sft = {sft['KL to reference']:.3f}
@@ -374,6 +376,8 @@ Markdown("\n".join(table))
 #| num: chosen-dpop = {dpop['chosen log-ratio']:+.3f}
 #| num: kl-dpop = {dpop['KL to reference']:.3f}
 # What the page says of these runs. If it stops being true, the build stops.
+from scipy.stats import ttest_rel
+
 end = {name: {q: at_end(name, q)[0] for q in quantities} for name in runs}
 dpo, slow, sft, dpop = end.values()
 for plain in (dpo, slow):
@@ -383,6 +387,9 @@ for plain in (dpo, slow):
     assert plain["KL to reference"] > sft["KL to reference"] > dpop["KL to reference"]
 for quantity in ("preference accuracy", "reward margin", "exact match"):
     assert sft[quantity] > max(dpo[quantity], slow[quantity], dpop[quantity])
+with_sft, with_penalty = list(runs.values())[2:]
+lead = ttest_rel(*([m[STEPS]["exact match"] for m in r] for r in (with_sft, with_penalty)))
+lead = lead.confidence_interval()  # paired by seed, 95 %
 assert all(m[STEPS]["chosen log-ratio"] < -0.5 for m in runs["DPO"])  # in every seed
 
 

@@ -1551,8 +1551,13 @@ assert all(abs(bias) > 0.1 for bias in off_policy.values())
 
 # %%
 #| label: fig-kl-estimators
-#| alt: "Two panels over the divergence on a logarithmic axis: mean and standard deviation of k1, k2 and k3, each divided by the divergence. The means of k1 and k3 stay at 1, that of k2 leaves it. The standard deviation of k1 is largest where the divergence is small, that of k3 where it is large."
-#| caption: "Mean (above) and standard deviation (below) of one sample's estimate, divided by the divergence that it estimates, as a policy moves away from the reference. Exact sums over all answers, drawn from the policy."
+#| alt: Two panels over the divergence on a logarithmic axis: mean and standard deviation of k1,
+#|   k2 and k3, each divided by the divergence. The means of k1 and k3 stay at 1, that of k2
+#|   leaves it. The standard deviation of k1 is largest where the divergence is small, that
+#|   of k3 where it is large.
+#| caption: Mean (above) and standard deviation (below) of one sample's estimate, divided by the
+#|   divergence that it estimates, as a policy moves away from the reference. Exact sums over
+#|   all answers, drawn from the policy.
 from nemo_rl_ref.show.figures import LINES, panels
 
 start, direction = reference.detach(), world.policy(seed=4).detach()
@@ -1701,13 +1706,19 @@ def distil(student, teacher, k, **config):
 #| label: thm-distillation-topk
 #| num: kd-blind = {max(map(abs, losses.values())):.0e}
 #| num: kd-full = {all_tokens:.2f}
-#| num: kd-outside = {outside:.0f}
+#| num: kd-outside = {outside['reverse']:.0f}
+#| num: kd-outside-mixed = {outside['mixed']:.0f}
+#| num: kd-outside-forward = {outside['forward']:.2f}
 teacher = torch.tensor([0.6, 0.3, 0.06, 0.04], dtype=torch.float64).log()
 student = torch.tensor([0.3, 0.15, 0.05, 0.5], dtype=torch.float64).log()  # half elsewhere
-losses = {kind: distil(student, teacher, 2, kl_type=kind) for kind in ("forward", "reverse")}
+kinds = ("forward", "reverse", "mixed")
+losses = {kind: distil(student, teacher, 2, kl_type=kind) for kind in kinds}
 all_tokens = distil(student, teacher, 4, kl_type="forward")
-outside = distil(student, teacher, 2, kl_type="reverse", zero_outside_topk=True)
-assert max(map(abs, losses.values())) < 1e-12
+outside = {
+    kind: distil(student, teacher, 2, kl_type=kind, zero_outside_topk=True) for kind in kinds
+}
+assert max(map(abs, losses.values())) < 1e-12  # blind
+assert all(loss > 0.5 for loss in outside.values())  # not one of the three is blind with the key
 
 # %%
 #| label: thm-opd
@@ -1765,8 +1776,11 @@ assert error < 1e-6 < apart
 
 # %%
 #| label: fig-teachers
-#| alt: "Probability of six tokens under two teachers and under their arithmetic and geometric mean. The arithmetic mean keeps what either teacher prefers; the geometric mean is low wherever one of the teachers is."
-#| caption: "Two teachers, and what a student becomes that minimises the forward KL (arithmetic mean) or the reverse KL (geometric mean) to both."
+#| alt: Probability of six tokens under two teachers and under their arithmetic and geometric
+#|   mean. The arithmetic mean keeps what either teacher prefers; the geometric mean is low
+#|   wherever one of the teachers is.
+#| caption: Two teachers, and what a student becomes that minimises the forward KL (arithmetic mean)
+#|   or the reverse KL (geometric mean) to both.
 figure, axes = panels(1)
 places = [p.item() for p in tokens.answers[:, 0]]
 curves = {
@@ -1852,8 +1866,13 @@ alone = expect(log_group, one_right.double()) / (1 - silent)
 
 # %%
 #| label: fig-group-size
-#| alt: "Above: variance of the gradient estimate against group size 2 to 6; the exact points lie on the law and above the line V/G. Below: probability that a group carries a signal against the success rate for groups of 4, 8, 16 and 64; larger groups keep a signal closer to rates of 0 and 1."
-#| caption: "Above: variance of a group's gradient estimate, over all groups, and what it would be with the expected reward as baseline. Below: probability that a group of G answers is not all right and not all wrong."
+#| alt: Above: variance of the gradient estimate against group size 2 to 6; the exact points lie
+#|   on the law and above the line V/G. Below: probability that a group carries a signal
+#|   against the success rate for groups of 4, 8, 16 and 64; larger groups keep a signal
+#|   closer to rates of 0 and 1.
+#| caption: Above: variance of a group's gradient estimate, over all groups, and what it would be
+#|   with the expected reward as baseline. Below: probability that a group of G answers is
+#|   not all right and not all wrong.
 figure, axes = panels(2)
 axes[0].plot(sizes, exact, label="leave-one-out baseline", **LINES[0])
 axes[0].plot(sizes, [single / G for G in sizes], label="expected reward as baseline", **LINES[1])
@@ -1918,8 +1937,11 @@ tokens_to_half = torch.tensor(0.5).double().log() / by_length[0].log()
 
 # %%
 #| label: fig-ess
-#| alt: "Above: share of effective samples against the divergence of the policy from the sampler; it falls faster than exp(-KL). Below: the share against the answer's length, which falls geometrically."
-#| caption: "Share of effective samples as the policy moves away from the sampler (above), with the bound exp(-KL), and for answers of more tokens, each moved by the same amount (below)."
+#| alt: Above: share of effective samples against the divergence of the policy from the sampler;
+#|   it falls faster than exp(-KL). Below: the share against the answer's length, which falls
+#|   geometrically.
+#| caption: Share of effective samples as the policy moves away from the sampler (above), with the
+#|   bound exp(-KL), and for answers of more tokens, each moved by the same amount (below).
 figure, axes = panels(2)
 axes[0].plot(moved, shares, label="ESS / N", **LINES[0])
 axes[0].plot(moved, (-moved).exp(), label="exp(-KL)", **LINES[1])

@@ -76,6 +76,8 @@ def parse_options(source: str) -> tuple[dict[str, str], list[Num], int]:
     for number, name, value in given:
         if not value:
             raise ValueError(f"cell option {name!r} is empty", number)
+        if name in TEXTS and value[0] == value[-1] == '"':
+            raise ValueError(f"cell option {name!r} should stand without quotes", number)
         if name == "num":
             num = parse_num(value, number)
             if num.name in (other.name for other in nums):

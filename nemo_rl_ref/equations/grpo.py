@@ -412,7 +412,7 @@ with evaluate(False):
             implementation=STATISTICS,
             check=_others_mean,
             prepare=scores,
-            source="ahmadian2024",
+            source="kool2019",
         ),
         Equation(
             label="loo-scaled",

@@ -162,7 +162,7 @@ with evaluate(False):
             / (G * (G - 1)),
             implementation=ESTIMATOR,
             check=_pair_form,
-            source="ahmadian2024",
+            source="kool2019",
             note="With the leave-one-out baseline $b_{-i}$ and `normalize_rewards` off.",
         ),
         Equation(

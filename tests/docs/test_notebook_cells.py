@@ -24,6 +24,7 @@ def test_a_cell_without_options_has_none():
         ("#| lable: x", "name one of label, alt, caption, num"),
         ("#| label", "should be '#| name: text'"),
         ("#| label:", "is empty"),
+        ('#| caption: "a quoted text"', "without quotes"),
         ("#| label: a\n#| label: b", "given twice"),
         ("#| label: Two Words", "like 'dpo-curve'"),
         ("#| label: under_score", "like 'dpo-curve'"),

@@ -5,7 +5,8 @@ Goes into the examples/ folder of a NeMo RL checkout, custom_grpo.py and custom_
 beside it:
 
     uv run examples/run_custom_grpo.py --config examples/configs/grpo_math_1B.yaml \
-        data.default.env_name=partial_credit ++env.partial_credit.num_workers=1 \
+        ++data.train.env_name=partial_credit ++env.partial_credit.num_workers=1 \
+        data.train.split_validation_size=0 "data.validation={dataset_name: AIME2024}" \
         grpo.use_leave_one_out_baseline=false \
         ++loss_fn.max_response_length=512 checkpointing.checkpoint_dir=results/custom_grpo
 """
@@ -46,7 +47,7 @@ def main() -> None:
         raise ValueError("grpo.async_grpo and data_plane have trainers of their own, not this one")
     config.logger["log_dir"] = get_next_experiment_dir(config.logger["log_dir"])
 
-    # The reward: a name for data.default.env_name, and the Python that the actor runs in.
+    # The reward: a name for data.train.env_name, and the Python that the actor runs in.
     register_env("partial_credit", ENVIRONMENT)
     ACTOR_ENVIRONMENT_REGISTRY[ENVIRONMENT] = PY_EXECUTABLES.SYSTEM
     # The advantages: computed in this process, by what the trainer asks this function for.

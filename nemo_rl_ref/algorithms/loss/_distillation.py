@@ -21,7 +21,9 @@ class DistillationLossConfig(BaseModel, extra="allow"):
         kl_type: "forward", "reverse" or "mixed".
         mixed_kl_weight: w, weight of the forward KL in the mixed one, in [0, 1].
         zero_outside_topk: take the teacher's probability outside its top k to be e^-100; False to
-            leave these tokens out. Changes the reverse and the mixed KL.
+            leave these tokens out. The loss adds a term to the reverse and the mixed KL; NeMo RL's
+            trainer then also takes the student's log-probabilities from its whole softmax, for
+            every kind, so that the forward KL changes as well.
     """
 
     kl_type: str = "mixed"
