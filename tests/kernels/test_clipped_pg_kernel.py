@@ -16,12 +16,8 @@ from thread_harness import (
 )
 
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
-from nemo_rl_ref.algorithms.loss._clipped_pg_terms import (
-    TERMS,
-    Settings,
-    clipped_pg_terms,
-    flags_and_numbers,
-)
+from nemo_rl_ref.algorithms.loss._clipped_pg_op import flags_and_numbers
+from nemo_rl_ref.algorithms.loss._clipped_pg_terms import TERMS, Settings, clipped_pg_terms
 from nemo_rl_ref.kernels import clipped_pg, loader
 
 executed = pytest.mark.skipif(compiler() is None, reason=SKIPPED)
