@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any, Optional, Union
 
 PathLike = Union[str, "os.PathLike[Any]"]
@@ -17,7 +18,8 @@ class TaskDataSpec:
 
     Attributes:
         task_name: The dataset's name.
-        prompt_file: A text file with ``{}`` where the first user message goes.
+        prompt_file: A text file with ``{}`` where the first user message goes, and other braces
+            doubled.
         system_prompt_file: A text file. Supervised and preference data do not use it, as in NeMo
             RL.
         prompt: What `prompt_file` holds, or None.
@@ -30,6 +32,8 @@ class TaskDataSpec:
 
     def __post_init__(self) -> None:
         self.prompt = _read("prompt_file", self.prompt_file)
+        if self.prompt is not None:
+            _check_placeholder(f"prompt_file: {self.prompt_file}", self.prompt)
         self.system_prompt = _read("system_prompt_file", self.system_prompt_file)
 
     def copy_defaults(self, from_spec: TaskDataSpec) -> None:
@@ -44,4 +48,21 @@ def _read(key: str, path: Optional[PathLike]) -> str | None:
         return None
     if not Path(path).is_file():
         raise FileNotFoundError(f"{key}: no file at {path}")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{key}: {path} is not UTF-8 at byte {error.start}") from error
+
+
+def _check_placeholder(where: str, prompt: str) -> None:
+    """A prompt is filled in by ``str.format``, which also follows attributes and fails late."""
+    try:
+        fields = [part[1:] for part in Formatter().parse(prompt) if part[1] is not None]
+    except ValueError as error:
+        fields = [error]
+    if fields not in ([("", "", None)], [("0", "", None)] * (len(fields) or 1)):
+        found = [f"{{{field[0]}}}" if isinstance(field, tuple) else str(field) for field in fields]
+        raise ValueError(
+            f"{where} has {', '.join(found) or 'no placeholder'}, expected {{}} once, where the "
+            r"message goes; write braces that are text twice, as in \boxed{{}}"
+        )

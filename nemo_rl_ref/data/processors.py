@@ -23,9 +23,12 @@ def format_messages(
     """Tokenize a conversation message by message with the tokenizer's chat template.
 
     The template is applied to ever longer prefixes of the conversation. The text a message adds
-    is the text of that message, so the joined tokens are those of the whole conversation. The
-    begin token is added to the first message and the end token to the last one, unless the
-    template has put them there already.
+    is the text of that message, so the joined tokens are those of the whole conversation, as long
+    as the template does not write earlier messages otherwise when one is added. One that does,
+    such as Qwen3's, which drops earlier ``<think>`` parts, gets a warning: from where the text
+    differs, it is a second time in the message that was added, as in NeMo RL. The begin token is
+    added to the first message and the end token to the last one, unless the template has put them
+    there already.
 
     Args:
         messages: Chat messages, ``{"role": str, "content": str}``.
@@ -55,6 +58,14 @@ def format_messages(
             add_generation_prompt=add_generation_prompt and message["role"] in ("user", "tool"),
             **options,
         )
+        kept = before.rstrip().removesuffix(tokenizer.eos_token or "").rstrip()
+        if not after.startswith(kept):
+            warnings.warn(
+                "the chat template writes earlier messages otherwise when one is added: parts of "
+                "them are a second time in the tokens of the message after them, as in NeMo RL; "
+                "train on one answer a record, or set policy.tokenizer.chat_template",
+                stacklevel=2,
+            )
         text = after[len(os.path.commonprefix([before, after])) :]  # noqa: RUF071, of strings
         if (
             add_bos

@@ -17,6 +17,7 @@ from nemo_rl_ref.config.sections import DataConfig, DatasetConfig, SampledPolicy
 from nemo_rl_ref.data.datasets.response_datasets import load_response_dataset
 from nemo_rl_ref.data.processors import math_hf_data_processor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.files.records import DataError, tokenizing
 from nemo_rl_ref.rl.generate import generate
 from nemo_rl_ref.rl.rewards import ENVIRONMENTS, Environment, score
 from nemo_rl_ref.training.samples import load_datasets
@@ -66,14 +67,29 @@ def load_prompts(
             raise ValueError(
                 f"data.{part}.processor: got {processor!r}, expected math_hf_data_processor"
             )
-        held_out = getattr(dataset, "val_dataset", None) if part == "train" else None
-        for where, records in ((part, dataset.dataset), ("validation", held_out or [])):
-            for index, record in enumerate(records):
-                datum = math_hf_data_processor(
-                    record, dataset.task_spec, tokenizer, data.longest, index
-                )
+        parts = [(part, dataset.dataset, dataset.places)]
+        if part == "train" and getattr(dataset, "val_dataset", None):
+            parts.append(("validation", dataset.val_dataset, dataset.val_places))
+        for where, records, places in parts:
+            for index, (record, place) in enumerate(zip(records, places, strict=True)):
+                _check_roles(record["messages"], place)
+                with tokenizing(place):
+                    datum = math_hf_data_processor(
+                        record, dataset.task_spec, tokenizer, data.longest, index
+                    )
                 prompts[where].append(_prompt(datum, scorer))
     return prompts["train"], prompts["validation"]
+
+
+def _check_roles(messages: list[dict[str, Any]], place: str) -> None:
+    """A problem and its answer; NeMo RL takes the first two messages, whosever they are."""
+    roles = [message["role"] for message in messages if message["content"] is not None]
+    if roles != ["user", "assistant"]:
+        raise DataError(
+            f"{place}: got texts from {', '.join(roles)}; expected one from user, the problem, "
+            "and one from assistant, the ground truth; a system message comes from "
+            "system_prompt_file"
+        )
 
 
 def _prompt(datum: Mapping[str, Any], environment: Environment) -> Prompt:

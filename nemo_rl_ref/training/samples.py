@@ -30,7 +30,7 @@ from nemo_rl_ref.data.llm_message_utils import (
 )
 from nemo_rl_ref.data.processors import preference_preprocessor, sft_processor
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
-from nemo_rl_ref.files.records import DataError
+from nemo_rl_ref.files.records import DataError, tokenizing
 
 
 class Samples:
@@ -72,7 +72,8 @@ class Samples:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         if number not in self._samples:
-            self._samples[number] = self._tokenize(self.records[number], number)
+            with tokenizing(self.places[number]):
+                self._samples[number] = self._tokenize(self.records[number], number)
         return self._samples[number]
 
     @property

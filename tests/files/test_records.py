@@ -13,6 +13,7 @@ from nemo_rl_ref.data.datasets.preference_datasets import (
     load_preference_dataset,
 )
 from nemo_rl_ref.data.datasets.response_datasets import ResponseDataset
+from nemo_rl_ref.files.records import MAX_LINE, DataError, Records
 
 PAIRS = [{"prompt": f"{n}+1=", "chosen": str(n + 1), "rejected": str(n)} for n in range(12)]
 
@@ -114,3 +115,87 @@ def test_a_run_trains_on_them(tmp_path):
         result, metrics = run("dpo", tmp_path, name=kind, **changes)
         losses.append([values["train/loss"] for values in metrics.values()])
     assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+# JSON, text and CSV as people write them
+
+
+def test_a_json_array_is_a_list_of_records(tmp_path):
+    """Whatever the suffix and the white space, also behind a byte order mark."""
+    for number, kind in enumerate(("json", "jsonl")):
+        path = tmp_path / f"{number}.{kind}"
+        path.write_text("\ufeff \n" + json.dumps(PAIRS, indent=1), encoding="utf-8")
+        found = Records(str(path))
+        assert found.dataset == PAIRS and found.places[3] == f"{path}[3]"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_record(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    text = "".join(json.dumps(row) + "\r\n" for row in PAIRS)
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert Records(str(path)).dataset == PAIRS
+
+
+def test_a_text_has_a_record_a_line(tmp_path):
+    (tmp_path / "rows.txt").write_text("1+2=\n2+3=\n")
+    found = ResponseDataset(str(tmp_path / "rows.txt"), input_key="text", output_key="text")
+    assert [row["messages"][0]["content"] for row in found.dataset] == ["1+2=", "2+3="]
+
+
+def test_a_csv_of_numbers_is_text(tmp_path):
+    (tmp_path / "rows.csv").write_text("input,output\n12,1.5\n13,2\n")
+    found = ResponseDataset(str(tmp_path / "rows.csv"))
+    assert [m["content"] for m in found.dataset[0]["messages"]] == ["12", "1.5"]
+
+
+def test_an_empty_cell_of_a_csv_is_no_text(tmp_path):
+    (tmp_path / "rows.csv").write_text("input,output\n12,3\n13,\n")
+    with pytest.raises(DataError, match=r"rows\.csv\[1\]: field 'output' is NoneType"):
+        ResponseDataset(str(tmp_path / "rows.csv"))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.JSONL", "rows.xml", "rows"])
+def test_a_file_of_another_kind_is_refused_by_its_suffix(tmp_path, name, monkeypatch):
+    """Not looked for on the hub, whether the path is relative or not."""
+    (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    for path in (name, str(tmp_path / name)):
+        with pytest.raises(ValueError, match=rf"data_path: got .*{name}, expected a file with the"):
+            Records(path)
+
+
+@pytest.mark.parametrize(("name", "raw", "message"), [
+    ("a.jsonl", b'{"a": "\\ud83d"}', r"a\.jsonl:1: '\\ud83d' is half a character"),
+    ("a.jsonl", b'{"\\udc00": 1}', r"a\.jsonl:1: '\\udc00' is half a character"),
+    ("a.jsonl", b'{}\n{"a": ' + b"[" * 200_000, r"a\.jsonl:2: nested too deeply"),
+    ("a.json", b"[" * 200_000, r"a\.json: nested too deeply"),
+    ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: not JSON \(Exceeds the limit"),
+    ("a.jsonl", b"{}\n\xff\n", r"a\.jsonl:2: not UTF-8 at byte 0"),
+    ("a.json", b'[{}, {"a": }]', r"a\.json: not JSON \(Expecting value, column 12\)"),
+    ("a.json", b"[{}, 3]", r"a\.json\[1\]: got a JSON int; expected an object"),
+    ("a.json", b"[]", r"a\.json: no records"),
+    ("a.csv", b"a,b\n1,2\n1,2,3,4\n", r"a\.csv: cannot be read: Error tokenizing data.* line 3"),
+    ("a.csv", b"", r"a\.csv: cannot be read: "),
+    ("a.csv", b"a,b\n\xff,1\n", r"a\.csv: cannot be read: 'utf-8' codec"),
+    ("a.parquet", b"PAR1", r"a\.parquet: cannot be read: "),
+    ("a.arrow", b"x", r"a\.arrow: cannot be read: "),
+])  # fmt: skip
+def test_a_damaged_file_is_one_line_with_its_place(tmp_path, name, raw, message):
+    """Whatever library reads it: half a surrogate pair, depth, digits, encodings, columns."""
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=message) as caught:
+        Records(str(tmp_path / name))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_both_halves_of_a_surrogate_pair_are_a_character(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": "\\ud83d\\ude00"}')
+    assert Records(str(tmp_path / "a.jsonl"))[0] == {"a": "\N{GRINNING FACE}"}
+
+
+def test_a_line_without_end_is_not_read_whole(tmp_path):
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.write(b'{"a": "')
+        file.truncate(10 * MAX_LINE)  # a hole: zeros
+    with pytest.raises(DataError, match=r"a\.jsonl:1: got more than 33554432 bytes, expected one"):
+        Records(str(tmp_path / "a.jsonl"))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_rl_ref.data.interfaces import TaskDataSpec
-from nemo_rl_ref.files.records import JSON_LINES, TABLES
+from nemo_rl_ref.files.records import JSON_LINES, TABLES, DataError
 
 #: Keys that say which data a run sees: a dataset that does not take one must not be silent.
 _BEHAVIORAL_KEYS = (
@@ -59,7 +59,7 @@ def build_dataset(data_config: Mapping[str, Any], registry: Mapping[str, Any]) -
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
             f"dataset_name: got {name!r}; {hint}Here it can be {' or '.join(registry)}, with "
-            "data_path, a file (.jsonl, .parquet, .arrow, .csv), a folder, or the name of a "
+            f"data_path, a file ({', '.join((*JSON_LINES, *TABLES))}), a folder, or the name of a "
             "Hugging Face dataset. NeMo RL's other datasets, and dotted names of classes, are left "
             "out"
         )
@@ -81,3 +81,44 @@ def build_dataset(data_config: Mapping[str, Any], registry: Mapping[str, Any]) -
         system_prompt_file=data_config.get("system_prompt_file"),
     )
     return dataset
+
+
+def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
+    """Check chat messages, and join the parts of a content that is written in parts. Not in NeMo RL.
+
+    NeMo RL hands both to the chat template as they are, and one that expects text prints the parts
+    as Python does.
+
+    Args:
+        messages: A list of ``{"role": …, "content": …}``. A content is text, a list of parts
+            ``{"type": "text", "text": …}``, or None in a message with ``tool_calls``.
+        where: The record's place and the field, for errors.
+
+    Returns:
+        The messages, every content text or None.
+
+    Raises:
+        DataError: If they are anything else. The message begins with `where`.
+    """
+    shape = 'a list of {"role": …, "content": …}'
+    if not (isinstance(messages, list) and messages):
+        raise DataError(f"{where} is {messages!r:.80}, expected {shape}")
+    found = []
+    for number, message in enumerate(messages):
+        if not (isinstance(message, Mapping) and {"role", "content"} <= set(message)):
+            raise DataError(f"{where} is {messages!r:.80}, expected {shape}")
+        if not (isinstance(message["role"], str) and message["role"]):
+            raise DataError(f"{where}[{number}].role is {message['role']!r:.80}, expected text")
+        content = message["content"]
+        if isinstance(content, list):
+            kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
+            texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+            if all(kind == "text" for kind in kinds) and all(isinstance(t, str) for t in texts):
+                content = "".join(texts)
+        if not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
+            raise DataError(
+                f"{where}[{number}].content is {content!r:.80}, expected text, or parts "
+                '{"type": "text", "text": …}; images and sounds are left out'
+            )
+        found.append({**message, "content": content})
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nemo_rl_ref.data.datasets.utils import read_messages
 from nemo_rl_ref.files.records import DataError, Records
 
 
@@ -77,4 +78,6 @@ class BinaryPreferenceDataset(Records):
                 f"{place}: {self.chosen_key!r} and {self.rejected_key!r} are both "
                 f"{record[self.chosen_key]!r}; a pair must differ to express a preference"
             )
-        return self.format_data(record)
+        if isinstance(prompt := record[self.prompt_key], list):
+            prompt = read_messages(prompt, f"{place}: field {self.prompt_key!r}")
+        return self.format_data({**record, self.prompt_key: prompt})

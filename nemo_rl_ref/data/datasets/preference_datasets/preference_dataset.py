@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from nemo_rl_ref.data.datasets.utils import read_messages
 from nemo_rl_ref.files.records import DataError, Records
 
 
@@ -36,12 +38,14 @@ class PreferenceDataset(Records):
         **kwargs: Any,
     ) -> None:
         super().__init__(data_path, subset, split)
-        for record, place in zip(self.dataset, self.places, strict=True):
-            _check_ranked(record, place)
-        self.dataset = [{**record, "task_name": self.task_name} for record in self.dataset]
+        self.dataset = [
+            {**_read_ranked(record, place), "task_name": self.task_name}
+            for record, place in zip(self.dataset, self.places, strict=True)
+        ]
 
 
-def _check_ranked(record: dict[str, Any], place: str) -> None:
+def _read_ranked(record: dict[str, Any], place: str) -> dict[str, Any]:
+    """The record with every content as text."""
     for key in ("context", "completions"):
         if key not in record:
             raise DataError(
@@ -51,17 +55,21 @@ def _check_ranked(record: dict[str, Any], place: str) -> None:
             raise DataError(
                 f"{place}: field {key!r} is {type(record[key]).__name__}, expected a list"
             )
-    completions = record["completions"]
-    if len(completions) != 2:
-        raise DataError(f"{place}: got {len(completions)} completions, expected 2")
-    for number, entry in enumerate(completions):
+    if len(record["completions"]) != 2:
+        raise DataError(f"{place}: got {len(record['completions'])} completions, expected 2")
+    completions = []
+    for number, entry in enumerate(record["completions"]):
+        where = f"{place}: completions[{number}]"
         if not isinstance(entry, dict) or "rank" not in entry or "completion" not in entry:
             raise DataError(
-                f"{place}: completions[{number}] is {entry!r:.80}, "
-                'expected {"rank": int, "completion": [messages]}'
+                f'{where} is {entry!r:.80}, expected {{"rank": int, "completion": [messages]}}'
             )
-        _check_messages(entry["completion"], f"{place}: completions[{number}].completion")
-    _check_messages(record["context"], f"{place}: context")
+        rank = entry["rank"]
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or math.isnan(rank):
+            raise DataError(f"{where}.rank is {rank!r:.80}, expected a number")
+        messages = read_messages(entry["completion"], f"{where}.completion")
+        completions.append({**entry, "completion": messages})
+    context = read_messages(record["context"], f"{place}: context")
     first, second = completions
     if first["rank"] == second["rank"]:
         raise DataError(
@@ -72,12 +80,4 @@ def _check_ranked(record: dict[str, Any], place: str) -> None:
             f"{place}: both completions are {first['completion']!r:.80}; "
             "a pair must differ to express a preference"
         )
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    valid = isinstance(messages, list) and len(messages) > 0
-    valid = valid and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
-    if not valid:
-        raise DataError(
-            f'{where} is {messages!r:.80}, expected a list of {{"role": …, "content": …}}'
-        )
+    return {**record, "context": context, "completions": completions}

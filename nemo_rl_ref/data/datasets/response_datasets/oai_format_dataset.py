@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any
 
-from nemo_rl_ref.data.datasets.response_datasets.response_dataset import check_messages
+from nemo_rl_ref.data.datasets.response_datasets.response_dataset import read_conversation
 from nemo_rl_ref.files.records import DataError, Records
 
 
@@ -44,11 +45,17 @@ class OpenAIFormatDataset(Records):
         self.system_prompt = system_prompt
         self.tool_key = tool_key
         super().__init__(data_path)
+        conversations = []
         for record, place in zip(self.dataset, self.places, strict=True):
             if chat_key not in record:
                 raise DataError(f"{place}: no field {chat_key!r}; got {sorted(record)}")
-            check_messages(record[chat_key], place, chat_key)
-        self.dataset = [self.format_data(record) for record in self.dataset]
+            if not isinstance(record.get(system_key), (str, NoneType)):
+                raise DataError(
+                    f"{place}: field {system_key!r} is {record[system_key]!r:.80}, expected text"
+                )
+            messages = read_conversation(record[chat_key], place, chat_key)
+            conversations.append(self.format_data({**record, chat_key: messages}))
+        self.dataset = conversations
 
     def format_data(self, data: dict[str, Any]) -> dict[str, Any]:
         """Return ``messages``, ``task_name`` and, if there are any, ``tools``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
+from nemo_rl_ref.data.datasets.utils import read_messages
 from nemo_rl_ref.files.records import DataError, Records
 
 
@@ -85,8 +86,8 @@ class ResponseDataset(Records):
 
     def _format_checked(self, record: dict[str, Any], place: str) -> dict[str, Any]:
         if "messages" in record:
-            check_messages(record["messages"], place)
-            return {**record, "task_name": self.task_name}
+            messages = read_conversation(record["messages"], place)
+            return {**record, "messages": messages, "task_name": self.task_name}
         for key in (self.input_key, self.output_key):
             if key not in record:
                 raise DataError(
@@ -100,17 +101,11 @@ class ResponseDataset(Records):
         return self.format_data(record)
 
 
-def check_messages(messages: Any, place: str, key: str = "messages") -> None:
-    """Raise unless these are chat messages, the last one from the assistant."""
-    fields = {"role", "content"}
-    valid = isinstance(messages, list) and len(messages) > 0
-    valid = valid and all(isinstance(m, dict) and fields <= set(m) for m in messages)
-    if not valid:
-        raise DataError(
-            f"{place}: field {key!r} is {messages!r:.80}, expected a list of "
-            '{"role": …, "content": …}'
-        )
+def read_conversation(messages: Any, place: str, key: str = "messages") -> list[dict[str, Any]]:
+    """`nemo_rl_ref.data.datasets.utils.read_messages`, the last one from the assistant."""
+    messages = read_messages(messages, f"{place}: field {key!r}")
     if messages[-1]["role"] != "assistant":
         raise DataError(
             f"{place}: the last message is from {messages[-1]['role']!r}, expected 'assistant'"
         )
+    return messages
