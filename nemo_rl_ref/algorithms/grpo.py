@@ -59,10 +59,11 @@ class GRPOConfig(BaseModel, extra="allow"):
         use_leave_one_out_baseline: Leave a response out of its own baseline.
         val_period: Steps between validations; 0 for none.
         val_start_at: First step that may validate; -1 for any.
-        val_batch_size: Prompts generated for at once in validation.
+        val_batch_size: Prompts generated for at once in validation; None for all.
         val_at_start: Validate before the first step.
         val_at_end: Validate after the last step.
-        max_val_samples: Prompts of a validation; cut to a multiple of ``val_batch_size``.
+        max_val_samples: Prompts of a validation; cut to a multiple of ``val_batch_size``. None
+            for all there are, as NeMo RL's program for NeMo Gym has it.
         val_num_generations_per_prompt: Responses to each; more than 1 adds the metric ``pass_k``.
         stop_at_validation_metric: Stop training once this validation metric
         stop_at_validation_threshold: reaches this value; None for never.

@@ -21,6 +21,10 @@ from nemo_rl_ref.utils.timer import convert_to_seconds
 
 Count = Annotated[int, Field(ge=1)]
 Length = Annotated[int, Field(ge=1)]  # in tokens
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generator takes
+Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+TopK = Annotated[int, Field(ge=1)] | Literal[-1] | None
 
 
 class OptimizerConfig(Section):
@@ -138,14 +142,14 @@ class GenerationConfig(Section):
     """
 
     max_new_tokens: Length
-    temperature: float = Field(ge=0)
-    top_p: float = Field(gt=0, le=1)
-    top_k: int | None = Field(ge=-1)
-    val_temperature: float = Field(ge=0)
-    val_top_p: float = Field(gt=0, le=1)
-    val_top_k: int | None = Field(ge=-1)
-    stop_token_ids: list[int] | None
-    stop_strings: list[str] | None
+    temperature: Temperature
+    top_p: TopP
+    top_k: TopK
+    val_temperature: Temperature
+    val_top_p: TopP
+    val_top_k: TopK
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None
+    stop_strings: list[Annotated[str, Field(min_length=1), "text that is not empty"]] | None
 
 
 class SampledPolicyConfig(PolicyConfig):
@@ -213,7 +217,7 @@ class DatasetConfig(OpenSection):
     split: str | None = None
     subset: str | None = None
     split_validation_size: float = Field(default=0.0, ge=0)
-    seed: int = 42
+    seed: int = Field(default=42, ge=0)
     env_name: str | None = None
     processor: str | None = None
     prompt_file: str | None = None
@@ -359,7 +363,7 @@ class TrainingConfig(Section):
     val_micro_batch_size: Count = 1
     val_at_start: bool
     val_at_end: bool = False
-    seed: int = Field(default=42, ge=0)
+    seed: Seed = 42
 
 
 class SFTConfig(TrainingConfig):

@@ -14,6 +14,7 @@ Unlike there, true and false are not taken for 1 and 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -59,6 +60,7 @@ def read_settings(config: Mapping[str, Any], *kinds: type[Settings]) -> Settings
         settings = kind.model_validate(config)
     except ValidationError as error:
         problems = dict(_problems(kind, config, error)) | problems
+    problems = dict(_not_numbers(config)) | problems
     if settings is None or problems:
         raise ValueError("\n".join(f"{key}: {text}" for key, text in problems.items()))
     return settings
@@ -105,6 +107,16 @@ def _switches_for_numbers(
         expected = _expected(field.annotation, field.metadata)
         if isinstance(value, bool) and ("integer" in expected or "number" in expected):
             yield f"{prefix}{name}", f"got {value!r}, expected {expected}"
+
+
+def _not_numbers(tree: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Key and problem of every NaN, which no setting means, and no bound excludes."""
+    if isinstance(tree, float) and math.isnan(tree):
+        yield prefix, f"got {tree!r}, expected a number"
+    entries = tree.items() if isinstance(tree, Mapping) else ()
+    entries = enumerate(tree) if isinstance(tree, (list, tuple)) else entries
+    for name, value in entries:
+        yield from _not_numbers(value, f"{prefix}.{name}" if prefix else str(name))
 
 
 def _problems(

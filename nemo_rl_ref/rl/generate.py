@@ -263,7 +263,8 @@ def _draw(
 
 def _has_stop_string(tokenizer: Any, tokens: Tensor, stop_strings: list[str]) -> Tensor:
     """Whether the text contains a stop string, (B,). Only its end is new, so only that is read."""
-    recent = max(map(len, stop_strings)) + 8  # a token can be less than a character
+    # A token can be a single byte of a character.
+    recent = max(len(stop.encode("utf-8")) for stop in stop_strings) + 8
     texts = tokenizer.batch_decode(tokens[:, -recent:], skip_special_tokens=True)
     found = [any(stop in text for stop in stop_strings) for text in texts]
     return torch.tensor(found, device=tokens.device)

@@ -5,7 +5,8 @@ NeMo RL's environments are Ray actors that can hold a conversation. Here one is 
 
     def reward(prompt: str, response: str, ground_truth: str) -> float: ...
 
-that returns the reward, or a dict of components by name, for GDPO. Their sum is then the reward,
+that returns the reward, a number of Python, NumPy or PyTorch, or a dict of components by name, for
+GDPO. Their sum is then the reward,
 and ``reward/<name>`` are logged. A dataset chooses its environment with ``env_name``, as there;
 ``--env my_file.py:reward`` puts one's own in the place of all.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from numbers import Real
+from typing import Any
 
 import torch
 
@@ -119,25 +122,33 @@ def score(
     for row, (environment, prompt, response, truth) in enumerate(rows):
         reward = environment(prompt, response, truth)
         named = reward if isinstance(reward, Mapping) else {}
-        values = list(named.values()) if named else [reward]
-        for value in values:
-            if not isinstance(value, (int, float)) or not -float("inf") < value < float("inf"):
-                raise ValueError(
-                    f"environment {_name(environment)}: returned {reward!r} for the response "
-                    f"{response[:80]!r}, expected a finite number or a dict of them"
-                )
-        totals.append(float(sum(values)))
+        values = [_finite(value) for value in (named.values() if named else [reward])]
+        if None in values or _finite(sum(values)) is None:
+            raise ValueError(
+                f"environment {_name(environment)}: returned {reward!r:.80} for the response "
+                f"{response[:80]!r}, expected a finite number or a dict of them"
+            )
+        totals.append(sum(values))
         if row > 0 and named.keys() != components.keys():
             raise ValueError(
                 f"environment {_name(environment)}: returned components {sorted(named)} where "
                 f"another row has {sorted(components)}; all rows must have the same"
             )
-        for name, value in named.items():
-            components.setdefault(name, []).append(float(value))
+        for name, value in zip(named, values, strict=False):  # without names there are none
+            components.setdefault(name, []).append(value)
     return {
         "total_reward": torch.tensor(totals),
         **{f"reward/{name}": torch.tensor(values) for name, values in components.items()},
     }
+
+
+def _finite(value: Any) -> float | None:
+    """The value of a number that is finite in float32, which rewards are kept in, else None."""
+    if getattr(value, "ndim", None) == 0:  # of NumPy or PyTorch
+        value = value.item()
+    if isinstance(value, Real) and abs(value) <= torch.finfo(torch.float32).max:
+        return float(value)
+    return None
 
 
 def _name(environment: Environment) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -88,6 +88,9 @@ ESTIMATORS = {
 }
 
 
+#: What NumPy's generator does not take any more.
+_SEEDS_END = 2**32
+
 #: The least that numbers of ``grpo`` and ``ppo`` may be; NeMo RL's classes have no bounds.
 _LEAST = {
     "num_prompts_per_step": 1, "num_generations_per_prompt": 1, "max_num_epochs": 1,
@@ -115,6 +118,8 @@ def read_rl_settings(config: Mapping[str, Any]) -> GRPOSettings | PPOSettings:
     settings = read_settings(config, PPOSettings, GRPOSettings)
     _check_section(settings)
     _check_together(settings)
+    for warning in _nothing_to_compare(settings):
+        warnings.warn(f"{warning}: rewards teach nothing, as in NeMo RL", stacklevel=2)
     check_optimizer(settings.policy, "policy")
     if isinstance(settings, PPOSettings):
         check_optimizer(settings.value, "value")
@@ -147,10 +152,10 @@ def _check_section(settings: GRPOSettings | PPOSettings) -> None:
          "false: NeMo RL's PPO does not read it"),
         (cfg.use_dynamic_sampling or multiplier == 1, "batch_multiplier", multiplier,
          "1 without use_dynamic_sampling"),
-        *((not validates or getattr(cfg, key) is not None, key, None, "an integer: it validates")
-          for key in ("val_batch_size", "max_val_samples")),
-        (not validates or (cfg.max_val_samples or 0) >= (cfg.val_batch_size or 0),
-         "max_val_samples", cfg.max_val_samples,
+        (cfg.seed < _SEEDS_END, "seed", cfg.seed, f"an integer from 0 and below {_SEEDS_END}"),
+        (not validates or cfg.max_val_samples is None
+         or cfg.max_val_samples >= (cfg.val_batch_size or 0), "max_val_samples",
+         cfg.max_val_samples,
          f"at least val_batch_size, which is {cfg.val_batch_size}"),
         (not stops or cfg.stop_at_validation_threshold is not None,
          "stop_at_validation_threshold", None, "a number: a metric to stop at is set"),
@@ -161,6 +166,21 @@ def _check_section(settings: GRPOSettings | PPOSettings) -> None:
     for fine, key, got, expected in checks:
         if not fine:
             raise ValueError(f"{name}.{key}: got {got!r}, expected {expected}")
+
+
+def _nothing_to_compare(settings: GRPOSettings | PPOSettings) -> Iterator[str]:
+    """The settings with which all responses of a group have the same reward, as GRPO compares."""
+    estimator = settings.section.adv_estimator
+    compares = estimator.name in ("grpo", "gdpo")
+    compares |= estimator.name == "reinforce_plus_plus" and estimator.minus_baseline
+    if not compares or isinstance(settings, PPOSettings):
+        return
+    generation = settings.policy.generation
+    if settings.section.num_generations_per_prompt == 1:
+        yield "grpo.num_generations_per_prompt: got 1, and a response has no other to compare with"
+    for key, same in (("temperature", 0), ("top_k", 1)):
+        if (value := getattr(generation, key)) == same:
+            yield f"policy.generation.{key}: got {value}, and the responses to a prompt are equal"
 
 
 def _check_together(settings: GRPOSettings | PPOSettings) -> None:

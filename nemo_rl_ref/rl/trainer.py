@@ -254,7 +254,7 @@ class RLTrainer:
             batch = apply_reward_shaping(batch, cfg.reward_shaping)
             raw = batch.get("unshaped_total_reward") if cfg.use_dynamic_sampling else None
             batch["baseline"], batch["std"] = calculate_baseline_and_std_per_prompt(
-                left_pad(batch["input_ids"], batch["length"])[0],
+                _prompt_ids(batch),
                 batch["total_reward"],
                 torch.ones_like(batch["total_reward"]),
                 leave_one_out_baseline=getattr(cfg, "use_leave_one_out_baseline", True),
@@ -343,7 +343,7 @@ class RLTrainer:
         with self.timer.time("advantage_calculation"):
             reference, prev = data.get("reference_policy_logprobs"), data.get("prev_logprobs")
             result = self.estimator.compute_advantage(
-                prompt_ids=left_pad(batch["input_ids"], batch["length"])[0],
+                prompt_ids=_prompt_ids(batch),
                 rewards=self._rewards(batch),
                 mask=mask,
                 repeated_batch=batch,
@@ -528,9 +528,11 @@ class RLTrainer:
         """
         cfg, rewards, lengths = self.cfg, [], []
         copies = getattr(cfg, "val_num_generations_per_prompt", 1)
-        wanted = self.val_prompts[: cfg.max_val_samples // cfg.val_batch_size * cfg.val_batch_size]
-        for low in range(0, len(wanted), cfg.val_batch_size):
-            prompts = wanted[low : low + cfg.val_batch_size]
+        most = cfg.max_val_samples
+        size = cfg.val_batch_size or most or len(self.val_prompts)
+        wanted = self.val_prompts if most is None else self.val_prompts[: most // size * size]
+        for low in range(0, len(wanted), size):
+            prompts = wanted[low : low + size]
             # Training's batches of a step are numbered from 1 on.
             batch, metrics = self.sample(prompts, (number, -1 - low), self.val_sampling, copies)
             rewards.append(batch["total_reward"])
@@ -544,6 +546,12 @@ class RLTrainer:
     def validations(self, done: int) -> Iterator[tuple[str, dict[str, float]]]:
         """See `nemo_rl_ref.training.loop.Trainer`."""
         yield "validation", self.validate(done)
+
+
+def _prompt_ids(batch: Batch) -> Tensor:
+    """The tokens of each prompt, (B, P), to group by; -1, which is no token, where there is none."""
+    ids, mask = left_pad(batch["input_ids"], batch["length"])
+    return ids.masked_fill(mask == 0, -1)
 
 
 def _seq_errors(data: Batch, rewards: Tensor, threshold: float | None) -> dict[str, float]:

@@ -4,8 +4,10 @@
 import contextlib
 import json
 import math
+from fractions import Fraction
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -242,6 +244,26 @@ def test_other_environments():
         "format": 0,
     }
     assert ENVIRONMENTS["math"] is math_reward
+
+
+def test_a_reward_is_a_number_of_whatever_library():
+    """NumPy's, PyTorch's, Python's: as the reward, and as a component."""
+    for one in (1, 1.0, True, np.float32(1), np.int64(1), np.float64(1), np.array(1.0),
+                torch.tensor(1.0), torch.tensor(1), torch.tensor(True), Fraction(1)):  # fmt: skip
+        batch = score([lambda *texts, r=one: r] * 2, [""] * 2, [""] * 2, [""] * 2)
+        assert batch["total_reward"].tolist() == [1.0, 1.0]
+        batch = score([lambda *texts, r=one: {"a": r, "b": 2}], [""], [""], [""])
+        assert batch["total_reward"].tolist() == [3.0] and batch["reward/a"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("bad", [
+    np.float32("nan"), torch.tensor(float("inf")), torch.ones(1), np.ones(2), "1", None, 10**400,
+    1e39, 1j, [1.0], {}, {"a": None}, {"a": 3e38, "b": 3e38},
+])  # fmt: skip
+def test_a_reward_that_is_no_finite_number_is_refused(bad):
+    """Also what is finite in Python and not in float32, and a sum that is not."""
+    with pytest.raises(ValueError, match="returned .* expected a finite number or a dict of them"):
+        score([lambda *texts: bad], [""], ["x"], [""])
 
 
 def test_score():

@@ -198,13 +198,13 @@ def test_each_wrong_value_has_a_line(tmp_path):
         "checkpointing.metric_name: got 'loss', expected null, or 'val:' or 'train:' followed by"
         " the name of a metric, such as 'val:val_loss'",
         "checkpointing.save_period: got 'ten', expected an integer from 1 on",
-        "data.train.seed: got 'one', expected an integer",
+        "data.train.seed: got 'one', expected an integer from 0 on",
         "logger: got None, expected a mapping with log_dir, tensorboard_enabled",
         "policy.scheduler.0.kwargs: not set, expected a mapping",
         "policy.scheduler.1.milestones.0: got 'y', expected an integer",
         "policy.scheduler.2: got 3, expected a mapping with name and kwargs, or with milestones",
         "policy.tokenizer.name: not set, expected text",
-        "sft.seed: got True, expected an integer from 0 on",
+        "sft.seed: got True, expected an integer from 0 and below 4294967296",
     ]
 
 

@@ -206,6 +206,52 @@ def test_stop_strings(model, tokenizer):
     assert not torch.equal(out["generation_lengths"], free["generation_lengths"])
 
 
+class Script:
+    """A model that says given bytes, whatever it is asked."""
+
+    training = False
+
+    def __init__(self, text):
+        self.ids = list(text.encode())
+        self.past_key_values = self
+
+    def eval(self):
+        self.said = 0
+
+    def train(self, mode):
+        assert mode is False
+
+    def __call__(self, input_ids, **options):
+        self.logits = torch.full((len(input_ids), 1, 257), -50.0)
+        self.logits[:, :, self.ids[self.said]] = 50.0
+        self.said += 1
+        return self
+
+
+@pytest.mark.parametrize(
+    "stop", ["\N{GRINNING FACE}" * 4, "\N{CJK UNIFIED IDEOGRAPH-4E00}" * 9, "zzz"]
+)
+def test_a_stop_string_of_many_bytes_is_found(stop):
+    """Where a token is a byte: four a character, three, one. Only the end of the text is read."""
+
+    class Bytes:
+        eos_token_id, pad_token_id = 256, 256
+
+        def batch_decode(self, rows, skip_special_tokens):
+            return [bytes(row.tolist()).decode(errors="replace") for row in rows]
+
+    before = "\N{GREEK SMALL LETTER PI}" * 20
+    data = BatchedDataDict(
+        {"input_ids": torch.ones(1, 1).long(), "input_lengths": torch.ones(1).long()}
+    )
+    out = generate(
+        Script(before + stop + "and more"), Bytes(), data, PLAIN, uniforms(1, 80),
+        max_total_sequence_length=100, stop_strings=["-", stop],
+    )  # fmt: skip
+    assert out["generation_lengths"].tolist() == [len((before + stop).encode())]
+    assert out["truncated"].tolist() == [False]
+
+
 def test_no_room(model, tokenizer):
     with pytest.raises(ValueError, match="max_total_sequence_length is 7, expected more"):
         sample(model, tokenizer, inputs(tokenizer, PROMPTS), max_total_sequence_length=7)

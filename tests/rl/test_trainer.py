@@ -4,6 +4,7 @@
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rl_runs import GAE, settings
 from nemo_rl_ref import run_grpo, tiny
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
 from nemo_rl_ref.config.sections import OnPolicyDistillationConfig
+from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.rl.settings import check_processes, read_rl_settings, teacher_name
 from nemo_rl_ref.rl.trainer import RLTrainer
@@ -542,7 +544,71 @@ def test_env_and_loss_of_ones_own(tmp_path, capsys):
         train(settings(tmp_path), loss=f"{code}:Mine", strict=True)
 
 
+def test_prompts_that_differ_are_never_one_group(tmp_path):
+    """Whatever the padding is filled with: a token 0 before, tokens of padding before and after."""
+    trainer = RLTrainer(settings(tmp_path), load=False)
+    pad = trainer.tokenizer.pad_token_id
+    prompts = [[5, 6], [0, 5, 6], [0, 0, 5, 6], [pad, 5, 6], [5, 6, pad], [5, 6, 0], [0], [pad]]
+    prompts = [prompt for prompt in dict.fromkeys(map(tuple, prompts)) for _ in range(2)]
+    rewards = torch.arange(len(prompts)).float()
+    batch = BatchedDataDict(
+        {
+            "input_ids": torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor([*prompt, 7]) for prompt in prompts], True, pad
+            ),
+            "length": torch.tensor([len(prompt) for prompt in prompts]),
+            "total_reward": rewards,
+        }
+    )
+    others = rewards.view(-1, 2).flip(1).flatten()  # each group is two responses
+    assert torch.equal(trainer.reward(batch)["baseline"], others)
+
+
+@pytest.mark.parametrize(("most", "size"), [(None, None), (None, 5), (8, None), (8, 8)])
+def test_validation_without_a_number_takes_all_prompts(tmp_path, most, size):
+    """``null`` for the number of prompts, or for how many at once, as NeMo RL's types allow."""
+    changes = {"grpo.max_val_samples": most, "grpo.val_batch_size": size, "grpo.val_period": 1}
+    trainer, seen = RLTrainer(settings(tmp_path, changes)), []
+    sample = trainer.sample
+    trainer.sample = lambda prompts, *rest: seen.append(len(prompts)) or sample(prompts, *rest)
+    trainer.validate(0)
+    assert sum(seen) == (most or len(trainer.val_prompts))
+    assert set(seen[:-1]) <= {size} and seen[-1] <= (size or sum(seen))
+
+
 # What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({}, 0),
+        ({"grpo.num_generations_per_prompt": 1, "policy.train_global_batch_size": 4}, 1),
+        ({"policy.generation.temperature": 0}, 1),
+        ({"policy.generation.top_k": 1}, 1),
+        ({"policy.generation.val_temperature": 0}, 0),
+        ({"policy.generation.temperature": 0, "grpo.adv_estimator": {"name": "gdpo"}}, 1),
+        ({"policy.generation.temperature": 0,
+          "grpo.adv_estimator": {"name": "reinforce_plus_plus"}}, 1),
+        ({"policy.generation.temperature": 0,
+          "grpo.adv_estimator": {"name": "reinforce_plus_plus", "minus_baseline": False}}, 0),
+    ],
+)  # fmt: skip
+def test_groups_that_cannot_learn_get_one_warning(tmp_path, changes, count):
+    """One response, or equal ones; not where a response is compared with those to other prompts."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            read_rl_settings(settings(tmp_path, changes))
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == count
+    assert all("rewards teach nothing, as in NeMo RL" in text for text in texts)
+
+
+def test_ppo_learns_from_one_response(tmp_path):
+    changes = {"ppo.num_generations_per_prompt": 1, "policy.train_global_batch_size": 4,
+               "value.train_global_batch_size": 4}  # fmt: skip
+    read_rl_settings(settings(tmp_path, changes, ppo=True))  # a warning would be an error
 
 
 @pytest.mark.parametrize(
