@@ -256,7 +256,9 @@ class DPOLossFn(PreferenceLossFn):
             (unweighted), ``accuracy`` (share of pairs with the larger log-ratio on the chosen
             response), ``rewards_chosen_mean`` and ``rewards_rejected_mean`` (log-ratios in nats,
             *not* multiplied by β), ``num_valid_samples`` (pairs). All but the last are shares of
-            global means: over the micro-batches they sum.
+            global means: over the micro-batches they sum. Before the first step the policy is its
+            reference and every pair a tie: ``accuracy`` is then rounding noise, anything from 0
+            to about 0.5, and changes with the size of the micro-batches, as in NeMo RL.
 
         Raises:
             KeyError: if a key is missing in `data`.
