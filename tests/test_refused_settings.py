@@ -85,6 +85,9 @@ EVERYWHERE = [
     ("data.train.seed", -1, "an integer from 0 on"),
     ("data.train.split_validation_size", float("nan"), "a number from 0 on"),
     ("{section}.max_num_epochs", 0, "an integer from 1 on"),
+    ("{section}.max_num_epochs", 2**63, "an integer from 1 on and below 9223372036854775808"),
+    ("{section}.max_num_steps", 10**30, "an integer from -?1 on and below 9223372036854775808"),
+    ("policy.train_micro_batch_size", 2**63, "an integer from 1 on and below 92233720368547758"),
     ("{section}.val_period", -2, "an integer from -1 on"),
     # Misspelt names
     ("policy.precision", "bf16", "float32 or bfloat16"),

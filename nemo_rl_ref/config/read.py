@@ -22,6 +22,7 @@ from nemo_rl_ref.config.keys import (
     nearest_key,
 )
 from nemo_rl_ref.config.lists import IGNORED, NOT_HERE
+from nemo_rl_ref.upstream import load_keys
 from nemo_rl_ref.utils.config import (
     OverridesError,
     load_config,
@@ -53,8 +54,9 @@ def read_config(
         The configuration in plain dictionaries and lists, and the report on its keys.
 
     Raises:
-        ConfigKeyError: As `nemo_rl_ref.config.keys.check_keys`, or if a used key has no value
-            (``???``), or if an interpolation cannot be resolved.
+        ConfigKeyError: As `nemo_rl_ref.config.keys.check_keys`, or if a key is written with dots
+            instead of nested, a used key has no value (``???``), or an interpolation cannot be
+            resolved.
         OverridesError: As `apply_overrides`.
         FileNotFoundError: As `nemo_rl_ref.utils.config.load_config`.
         ValueError: As `nemo_rl_ref.utils.config.load_config`.
@@ -63,7 +65,12 @@ def read_config(
     from omegaconf.errors import OmegaConfBaseException
 
     register_omegaconf_resolvers()
-    config = apply_overrides(load_config(path), overrides)
+    config = load_config(path)
+    if dotted := _dotted_keys(OmegaConf.to_container(config, resolve=False)):
+        raise ConfigKeyError(
+            "\n  ".join([f"{path}: keys with dots, which nothing reads:", *dotted])
+        )
+    config = apply_overrides(config, overrides)
     try:
         report = check_keys(config, used, ignored, overrides, not_here)
         resolved = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
@@ -74,6 +81,18 @@ def read_config(
         names = ", ".join(needed)
         raise ConfigKeyError(f"{path}: no value for {names}; give it as {needed[0]}=…")
     return resolved, report
+
+
+def _dotted_keys(tree: Any, section: str = "") -> list[str]:
+    """A line for each key of NeMo RL's that is written in one piece: as is, and as it should be."""
+    lines = []
+    for name, value in tree.items() if isinstance(tree, Mapping) else ():
+        key, parts = f"{section}{name}", str(name).split(".")
+        if len(parts) > 1 and (not section or key in load_keys()["keys"]):
+            nested = ": {".join(parts) + ": …" + "}" * (len(parts) - 1)
+            lines.append(f"{key}: got the key {name!r}, expected {nested}")
+        lines += _dotted_keys(value, f"{key}.")
+    return lines
 
 
 def apply_overrides(config: DictConfig, overrides: Iterable[str]) -> DictConfig:

@@ -19,8 +19,8 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from nemo_rl_ref.config.settings import OpenSection, Section
 from nemo_rl_ref.utils.timer import convert_to_seconds
 
-Count = Annotated[int, Field(ge=1)]
-Length = Annotated[int, Field(ge=1)]  # in tokens
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Length = Annotated[int, Field(ge=1, lt=2**63)]  # in tokens
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generator takes
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1)]
@@ -399,7 +399,7 @@ class DPOConfig(TrainingConfig):
 class RMConfig(TrainingConfig):
     """``rm``; ``max_num_steps`` -1 is for no limit."""
 
-    max_num_steps: int = Field(default=-1, ge=-1)
+    max_num_steps: int = Field(default=-1, ge=-1, lt=2**63)
     val_period: int = Field(default=16, ge=-1)
     val_batches: int = Field(default=-1, ge=-1)
     val_global_batch_size: Count = 32

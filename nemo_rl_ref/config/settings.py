@@ -141,6 +141,8 @@ def _problems(
             text = f"not set, expected {_expected(annotation, metadata)}"
         else:
             text = f"got {entry['input']!r}, expected {_expected(annotation, metadata)}"
+            if entry["type"] == "less_than" and "below" not in text:
+                text += f" and below {entry['ctx']['lt']}"
         yield ".".join(key) or "configuration", text
 
 
@@ -200,6 +202,8 @@ def _expected(annotation: Any, metadata: Any = ()) -> str:
 
 
 def _range(what: str, gt: Any = None, ge: Any = None, lt: Any = None, le: Any = None) -> str:
+    if lt == 2**63:  # the end of the machine's integers, of which nobody needs to be told
+        lt = None
     if lt is not None or le is not None:
         low = f"from {ge}" if ge is not None else f"above {gt}"
         return f"{what} {low} {f'to {le}' if le is not None else f'and below {lt}'}"

@@ -137,8 +137,9 @@ def _check_section(settings: GRPOSettings | PPOSettings) -> None:
     name, cfg = settings.algorithm, settings.section
     for key, least in _LEAST.items():
         value = getattr(cfg, key, None)
-        if value is not None and value < least:
-            raise ValueError(f"{name}.{key}: got {value}, expected an integer from {least} on")
+        if value is not None and not least <= value < 2**63:
+            end = "" if value < least else f" and below {2**63}"
+            raise ValueError(f"{name}.{key}: got {value}, expected an integer from {least} on{end}")
     multiplier, validates = cfg.batch_multiplier, uses_validation(cfg)
     is_async = getattr(getattr(cfg, f"async_{name}"), "enabled", False)  # None counts as off
     stops = getattr(cfg, "stop_at_validation_metric", None) is not None

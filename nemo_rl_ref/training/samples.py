@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -230,7 +231,7 @@ class Batches:
         return (self[number] for number in range(len(self)))
 
     def __len__(self) -> int:
-        most = self.max_epochs * self.per_epoch
+        most = min(self.max_epochs * self.per_epoch, sys.maxsize)
         return most if self.max_steps < 0 else min(most, self.max_steps)
 
     def __getitem__(self, number: int) -> list[int]:
@@ -241,6 +242,19 @@ class Batches:
         if self.shuffle:
             numbers = order(self.samples, self.seed, epoch, self.num_workers)
         return list(numbers[within * self.batch_size : (within + 1) * self.batch_size])
+
+    def used(self) -> list[int]:
+        """The numbers of the samples that any batch has, ascending.
+
+        Not every epoch is looked at: a run may have more of them than can be counted.
+        """
+        looked_at = len(self) if self.shuffle else min(len(self), self.per_epoch)
+        found: set[int] = set()
+        for number in range(looked_at):
+            found.update(self[number])
+            if len(found) == self.samples:
+                break
+        return sorted(found)
 
 
 @lru_cache(maxsize=2)

@@ -138,8 +138,7 @@ class Supervised:
     def load(self, checkpoint: str | None = None) -> None:
         """Tokenize what the run will use, so that a bad record is found now; load the model."""
         task = self.task
-        trained_on = sorted({number for numbers in self.batches for number in numbers})
-        self._tokenize("data.train", task.train, trained_on)
+        self._tokenize("data.train", task.train, self.batches.used())
         self.validated_on: dict[str, range] = {}
         for name, samples in task.validation.items():
             batches, size = self.section.val_batches, self.section.val_global_batch_size

@@ -17,12 +17,17 @@ Needs omegaconf and hydra-core: ``pip install 'nemo-rl-ref[train]'``.
 from __future__ import annotations
 
 import getpass
+import io
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+
+#: The most values of a file. An alias of an alias of an alias soon stands for billions.
+MAX_VALUES = 100_000
 
 
 class OverridesError(Exception):
@@ -78,8 +83,9 @@ def load_config(config_path: str | Path) -> DictConfig:
 
     Raises:
         FileNotFoundError: If the file or one of its parents does not exist.
-        ValueError: If a file is not YAML, not a mapping, or inherits from itself. The message
-            names the file and what names it under ``defaults``.
+        ValueError: If a file is not YAML in UTF-8, not a mapping, inherits from itself, or has
+            more than `MAX_VALUES` values once its aliases are written out. The message names the
+            file and what names it under ``defaults``.
     """
     return load_config_with_inheritance(config_path)
 
@@ -117,12 +123,20 @@ def _load(path: Path, base_dir: Path, heirs: tuple[Path, ...]) -> DictConfig:
         raise ValueError(f"defaults: {path} inherits from itself: {chain}")
     if not path.is_file():
         raise FileNotFoundError(f"no configuration file {path}{wanted_by}")
+    where = f"{path}{wanted_by}"
     try:
-        config = OmegaConf.load(path)
+        text = path.read_text(encoding="utf-8-sig")
+        if "*" in text and _count(yaml.compose(text, Loader=yaml.SafeLoader)) > MAX_VALUES:
+            raise ValueError(f"{where}: its aliases stand for more than {MAX_VALUES} values")
+        config = OmegaConf.load(io.StringIO(text))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: is not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: is nested too deeply, or an alias contains itself") from error
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise ValueError(f"{path}{wanted_by}: cannot be read as YAML: {error}") from error
+        raise ValueError(f"{where}: cannot be read as YAML: {error}") from error
     if not isinstance(config, DictConfig):
-        raise ValueError(f"{path}{wanted_by}: got a list, expected a mapping of keys to values")
+        raise ValueError(f"{where}: got a list, expected a mapping of keys to values")
     if "defaults" not in config:
         return config
     parents = config.pop("defaults")
@@ -135,6 +149,16 @@ def _load(path: Path, base_dir: Path, heirs: tuple[Path, ...]) -> DictConfig:
         parent_path = resolve_path(base_dir, parent)
         merged = merge_with_override(merged, _load(parent_path, parent_path.parent, (*heirs, path)))
     return merge_with_override(merged, config)
+
+
+def _count(node: Any, counted: dict[int, int] | None = None) -> int:
+    """The number of values below a node of YAML's, those of an alias every time it is named."""
+    counted = {} if counted is None else counted
+    if id(node) not in counted:
+        parts = node.value if isinstance(getattr(node, "value", None), list) else []
+        pairs = (part if isinstance(part, tuple) else (part,) for part in parts)
+        counted[id(node)] = 1 + sum(_count(part, counted) for pair in pairs for part in pair)
+    return counted[id(node)]
 
 
 def parse_hydra_overrides(cfg: DictConfig, overrides: list[str]) -> DictConfig:

@@ -4,7 +4,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_rl_ref.config.read import apply_overrides
+from nemo_rl_ref.config.keys import ConfigKeyError
+from nemo_rl_ref.config.read import apply_overrides, read_config
 from nemo_rl_ref.utils.config import OverridesError
 
 
@@ -32,6 +33,26 @@ def test_bad_overrides_name_the_nearest_key(config, override, message):
         OverridesError, match=rf"^Failed to parse Hydra overrides: (.|\n)*{message}"
     ):
         apply_overrides(config, [override])
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("policy.precision: bfloat16",
+     "policy.precision: got the key 'policy.precision', expected policy: {precision: …}"),
+    ("a.b.c: 1", "a.b.c: got the key 'a.b.c', expected a: {b: {c: …}}"),
+    ("policy: {optimizer.name: x}",
+     "policy.optimizer.name: got the key 'optimizer.name', expected optimizer: {name: …}"),
+])  # fmt: skip
+def test_a_key_with_dots_in_a_file_is_shown_nested(tmp_path, text, message):
+    """It looks like an override, and nothing would read it. Names that are a user's may have dots."""
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigKeyError) as caught:
+        read_config(tmp_path / "run.yaml", [], ["policy", "data.val_data_paths"])
+    assert str(caught.value) == (
+        f"{tmp_path}/run.yaml: keys with dots, which nothing reads:\n  {message}"
+    )
+    (tmp_path / "run.yaml").write_text("data: {val_data_paths: {set-1.0: x.jsonl}}")
+    config, _ = read_config(tmp_path / "run.yaml", [], ["policy", "data.val_data_paths"])
+    assert config["data"]["val_data_paths"] == {"set-1.0": "x.jsonl"}
 
 
 def test_good_overrides_are_applied(config):

@@ -5,8 +5,13 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from trainer_runs import make_config, run
 
 from nemo_rl_ref import tiny
+from nemo_rl_ref.config.read import read_config
+from nemo_rl_ref.config.sections import SFTSettings
+from nemo_rl_ref.config.settings import read_settings, used_keys
 from nemo_rl_ref.data.collate_fn import preference_collate_fn
 from nemo_rl_ref.data.datasets.preference_datasets import (
     BinaryPreferenceDataset,
@@ -235,3 +240,39 @@ def test_tokenizer_without_chat_template_or_pad_token():
 def test_max_seq_length_must_be_positive(pairs_of):
     with pytest.raises(ValueError, match="max_seq_length: got 0"):
         pairs_of(GOOD, max_seq_length=0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10**9, -1])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_what_a_run_uses_is_known_however_long_it_is(steps, shuffle):
+    """Of a billion epochs, a billion steps, or both, nothing is looked at twice."""
+    many = Batches(11, 5, seed=7, max_epochs=10**9, max_steps=steps, shuffle=shuffle)
+    few = [many[number] for number in range(min(len(many), 400))]
+    assert many.used() == sorted({number for numbers in few for number in numbers})
+
+
+@pytest.mark.parametrize("section", ["sft", "dpo", "rm"])
+def test_a_run_without_end_begins_at_once(section, tmp_path):
+    """With as many epochs and steps as can be set; ended here by its observer."""
+
+    class End(Exception):
+        pass
+
+    def observe(step, metrics):
+        raise End
+
+    changes = {f"{section}__{key}": 2**63 - 1 for key in ("max_num_epochs", "max_num_steps")}
+    with pytest.raises(End):
+        run(section, tmp_path, observe=observe, checkpointing__enabled=False, **changes)
+
+
+def test_shuffle_off_in_any_spelling_of_yaml_keeps_the_order(tmp_path):
+    """Hydra reads ``off`` as text; settings that were plain dicts took text for true."""
+    orders = []
+    for value in ("off", "no", "false", "False", "0"):
+        path = tmp_path / "run.yaml"
+        OmegaConf.save(OmegaConf.create(make_config("sft", tmp_path)), path)
+        config, _ = read_config(path, [f"data.shuffle={value}"], used_keys(SFTSettings))
+        settings = read_settings(config, SFTSettings)
+        orders.append(list(Batches(8, 4, 3, shuffle=settings.data.shuffle)))
+    assert orders == [[[0, 1, 2, 3], [4, 5, 6, 7]]] * 5

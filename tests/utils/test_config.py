@@ -195,6 +195,28 @@ def test_errors_name_the_file(write, tmp_path):
         load_config(write(b="defaults: a.yaml", a="defaults: b.yaml"))
 
 
+def test_aliases_of_aliases_are_counted(write):
+    """Nine lines stand for a billion values; a few aliases are fine, one of itself is not."""
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]" for n in range(9)]
+    assert plain(load_config(write(few="\n".join(lines[:4]))))["a3"][9][9][9] == [1] * 10
+    with pytest.raises(ValueError, match=r"many\.yaml: its aliases stand for more than 100000"):
+        load_config(write(many="\n".join(lines)))
+    for text in ("a: &a [*a]", "a: &a {b: *a}", "a: " + "[" * 5000 + "]" * 5000):
+        with pytest.raises(ValueError, match=r"deep\.yaml: is nested too deeply, or an alias"):
+            load_config(write(deep=text))
+
+
+def test_a_file_that_is_not_utf_8_is_named(write):
+    """Also where another file names it; a byte order mark is fine."""
+    (write(parent="a: 1")).write_bytes(b"a: \xff")
+    with pytest.raises(
+        ValueError, match=r"parent\.yaml, which .*child\.yaml names .*: is not UTF-8"
+    ):
+        load_config(write(child="defaults: parent.yaml"))
+    assert plain(load_config(write(marked="\ufeffa: 1"))) == {"a": 1}
+
+
 def test_a_diamond_is_no_cycle(write):
     path = write(
         top="a: 1",
