@@ -59,6 +59,7 @@ from nemo_rl_ref.rl.settings import (
     updates_per_step,
 )
 from nemo_rl_ref.training.checkpoints import Trained, load_checkpoint
+from nemo_rl_ref.training.identity import tokenizer_digest
 from nemo_rl_ref.training.loop import make_trained
 from nemo_rl_ref.training.models import load_policy, load_value_model, token_values
 from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
@@ -118,7 +119,12 @@ class RLTrainer:
         self.train_prompts, self.val_prompts = load_prompts(
             settings.data, self.tokenizer, environment
         )
-        self.digest = digest((prompt.text, prompt.truth) for prompt in self.train_prompts)
+        prompts = ((prompt.text, prompt.truth) for prompt in self.train_prompts)
+        self.environment = environment
+        self.digests = {
+            "data.train": digest(prompts),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+        }
         self.sampling, self.val_sampling = sampling_params(policy.generation)
         self.filters = need_top_k_or_top_p_filtering(self.sampling)
         self.samples, self.samples_per_step = len(self.train_prompts), cfg.num_prompts_per_step

@@ -9,7 +9,7 @@ Not in NeMo RL, whose workers write their own shards. A checkpoint is a folder::
         files.json                 size and SHA-256 of every other file
         policy/weights/            config.json and model.safetensors, as from_pretrained reads them
         policy/tokenizer/
-        policy/optimizer/          optimizer.pt: optimizer, scheduler; random.pt: generators
+        policy/optimizer/          optimizer.pt: averages, schedule; random.pt: generators
 
 Weights are safetensors. Of the other files only tensors and plain containers are read.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,12 @@ from typing import Any
 
 import torch
 
-from nemo_rl_ref.config.sections import RunSettings
-from nemo_rl_ref.config.settings import read_settings
 from nemo_rl_ref.files.sealed import CheckpointError, broken
 from nemo_rl_ref.training.processes import from_main, is_deepspeed, is_sharded
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
-from nemo_rl_ref.utils.logger import flatten_dict
 
 __all__ = [
     "Trained",
-    "check_same_config",
     "get_random_state",
     "load_checkpoint",
     "save_checkpoint",
@@ -93,7 +90,7 @@ def save_checkpoint(
     optimizers = {
         name: _optimizer_state(trained, accelerator)
         for name, trained in models.items()
-        if manager.save_optimizer and not is_deepspeed(accelerator)
+        if manager.save_optimizer
     }
     random_states = gather_object([random_state or get_random_state()])
     if not manager.save_optimizer:
@@ -139,7 +136,9 @@ def load_checkpoint(
 ) -> None:
     """Put optimizers, schedulers and random generators back.
 
-    The weights are those of ``weights`` in the checkpoint; load them before
+    Of an optimizer only the averages come from the checkpoint. Its rate and all that the
+    configuration says come from the configuration, and so does the schedule, which is stepped to
+    where it was. The weights are those of ``weights`` in the checkpoint; load them before
     ``accelerator.prepare``. Call `check_checkpoint` first.
 
     Args:
@@ -154,68 +153,20 @@ def load_checkpoint(
         _, folder = CheckpointManager.get_resume_paths(checkpoint_path, model_component=name)
         if folder is None:
             continue
-        if is_deepspeed(accelerator):
-            accelerator.load_state(str(folder / "deepspeed"))
-        else:
-            path = folder / "optimizer.pt"
-            state = _torch_load(path)
-            try:
-                _load_optimizer(trained, state["optimizer"], accelerator)
-                trained.scheduler.load_state_dict(state["scheduler"])
-            except (ValueError, KeyError) as error:
-                raise CheckpointError(
-                    f"{path}: does not fit this run's model and optimizer: {error}. Set "
-                    "checkpointing.checkpoint_dir to a new folder for a new run"
-                ) from error
+        path = folder / "optimizer.pt"
+        state = _torch_load(path)
+        try:
+            _load_optimizer(trained, state, path, accelerator)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{path}: does not fit this run's model and optimizer: {error}. Set "
+                "checkpointing.checkpoint_dir to a new folder for a new run"
+            ) from error
     path = Path(checkpoint_path) / next(iter(models)) / "optimizer" / "random.pt"
     if path.exists():
         states = _torch_load(path)
         if accelerator.process_index < len(states):
             set_random_state(states[accelerator.process_index])
-
-
-def check_same_config(
-    checkpoint_path: PathLike, settings: RunSettings, *, may_change: tuple[str, ...]
-) -> None:
-    """Compare the configuration in a checkpoint with that of this run, as both are read.
-
-    Args:
-        checkpoint_path: The checkpoint.
-        settings: This run's settings; what the configuration does not have is not compared.
-        may_change: Keys, with dots, that may differ, and everything below them.
-
-    Raises:
-        CheckpointError: If other keys differ, or the checkpoint's configuration cannot be read.
-            The message lists them.
-    """
-    import yaml
-
-    def given(read: RunSettings) -> dict[str, Any]:
-        return flatten_dict(read.model_dump(mode="json", exclude_unset=True))
-
-    path = Path(checkpoint_path) / "config.yaml"
-    try:
-        saved = given(read_settings(yaml.safe_load(path.read_text()), type(settings)))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path}: not a configuration that this version reads: {error}\nSet "
-            "checkpointing.checkpoint_dir to a new folder for a new run, or, to go on, pass "
-            "--allow-config-changes"
-        ) from error
-    ours = given(settings)
-    different = [
-        f"{key}: {saved.get(key, 'not there')!r} in the checkpoint, {ours.get(key, 'not there')!r}"
-        for key in sorted(saved.keys() | ours.keys())
-        if saved.get(key) != ours.get(key)
-        and not any(key == name or key.startswith(name + ".") for name in may_change)
-    ]
-    if different:
-        shown = "\n  ".join(different[:20])
-        raise CheckpointError(
-            f"{path}: the checkpoint is of another configuration:\n  {shown}\nSet them back, set "
-            "checkpointing.checkpoint_dir to a new folder for a new run, or, to go on with the "
-            "changes, pass --allow-config-changes"
-        )
 
 
 def get_random_state() -> dict[str, Any]:
@@ -266,7 +217,11 @@ def _parts(
         model = accelerator.unwrap_model(trained.model)
         parts.append((f"{name}/weights", lambda p, m=model, s=states[name]: _save_weights(m, s, p)))
         if name in optimizers:
-            state = {"optimizer": optimizers[name], "scheduler": trained.scheduler.state_dict()}
+            state = {
+                "optimizer": optimizers[name],
+                "kind": type(trained.optimizer).__name__,
+                "scheduler_steps": trained.scheduler.last_epoch,
+            }
             parts.append((f"{name}/optimizer/optimizer.pt", lambda p, s=state: torch.save(s, p)))
     first = next(iter(models))
     if random_states:
@@ -276,8 +231,13 @@ def _parts(
     return parts
 
 
-def _optimizer_state(trained: Trained, accelerator: Any) -> dict[str, Any]:
-    """The optimizer's whole state, which with FSDP only the main process gets."""
+def _optimizer_state(trained: Trained, accelerator: Any) -> dict[str, Any] | None:
+    """The optimizer's whole state, which with FSDP only the main process gets.
+
+    None with DeepSpeed, which writes its own.
+    """
+    if is_deepspeed(accelerator):
+        return None
     if not is_sharded(accelerator):
         return trained.optimizer.state_dict()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
@@ -286,14 +246,39 @@ def _optimizer_state(trained: Trained, accelerator: Any) -> dict[str, Any]:
     return get_optimizer_state_dict(trained.model, trained.optimizer, options=options)
 
 
-def _load_optimizer(trained: Trained, state: dict[str, Any], accelerator: Any) -> None:
-    if not is_sharded(accelerator):
-        trained.optimizer.load_state_dict(state)
-        return
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+def _load_optimizer(trained: Trained, saved: dict[str, Any], path: Path, accelerator: Any) -> None:
+    """Load the averages into an optimizer as it was made, and step its schedule to where it was."""
+    optimizer, state = trained.optimizer, saved["optimizer"]
+    ours = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    if state is None:
+        accelerator.load_state(str(path.parent / "deepspeed"))
+    elif saved["kind"] != type(optimizer).__name__ or _kept(state["param_groups"]) != _kept(ours):
+        warnings.warn(
+            f"{path}: its {saved['kind']} keeps other averages than this run's "
+            f"{type(optimizer).__name__}, which start at 0",
+            stacklevel=2,
+        )
+    elif is_sharded(accelerator):
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_optimizer_state_dict,
+        )
 
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(trained.model, trained.optimizer, state, options=options)
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(trained.model, optimizer, state, options=options)
+    else:
+        optimizer.load_state_dict(state)
+    for group, mine in zip(optimizer.param_groups, ours, strict=True):
+        group.update(mine)
+    with warnings.catch_warnings():  # an earlier run has taken the optimizer's steps
+        warnings.simplefilter("ignore")
+        for _ in range(saved["scheduler_steps"]):
+            trained.scheduler.step()
+
+
+def _kept(groups: list[dict[str, Any]]) -> list[list[bool]]:
+    """The switches that decide which averages an optimizer keeps for a parameter."""
+    return [[bool(g.get(key)) for key in ("amsgrad", "centered", "momentum")] for g in groups]
 
 
 def _save_weights(model: Any, state: dict[str, Any], folder: Path) -> None:

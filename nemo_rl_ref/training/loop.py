@@ -22,11 +22,8 @@ import torch
 
 from nemo_rl_ref.config.sections import RunSettings, TrainedConfig
 from nemo_rl_ref.files.sealed import check_checkpoint, clear_leftovers
-from nemo_rl_ref.training.checkpoints import (
-    Trained,
-    check_same_config,
-    save_checkpoint,
-)
+from nemo_rl_ref.training.checkpoints import Trained, save_checkpoint
+from nemo_rl_ref.training.identity import RESULTS, changes, effects, refuse, source_of
 from nemo_rl_ref.training.optimizers import make_optimizer, make_scheduler
 from nemo_rl_ref.training.processes import (
     from_main,
@@ -38,16 +35,6 @@ from nemo_rl_ref.training.step import NotFinite
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 from nemo_rl_ref.utils.logger import Logger
 from nemo_rl_ref.utils.timer import TimeoutChecker
-
-#: What may differ between a checkpoint and the run that resumes from it, below any section.
-_MAY_CHANGE = (
-    "logger", "cluster", "checkpointing", "data.validation", "data.val_data_paths",
-    "policy.train_micro_batch_size",
-)  # fmt: skip
-_SECTION_MAY_CHANGE = (
-    "max_num_steps", "max_num_epochs", "val_period", "val_batches", "val_global_batch_size",
-    "val_micro_batch_size", "val_at_start", "val_at_end",
-)  # fmt: skip
 
 #: Called by the main process after a step and what follows it: the number of steps done and the
 #: metrics, under the names of ``checkpointing.metric_name``: ``train:…`` and ``val:…``. What it
@@ -70,7 +57,9 @@ class Trainer(Protocol):
         config: The configuration that they were read from, to keep with logs and checkpoints.
         accelerator: The run's ``accelerate.Accelerator``.
         tokenizer: Saved with the checkpoints.
-        digest: A sum over the training data.
+        digests: Sums over what is trained on, ``data.train`` and ``tokenizer``.
+        loss_fn: The loss.
+        environment: A reward of the user's own, or None.
         counters: The names of what a checkpoint counts; among them are ``total_steps``,
             ``consumed_samples`` and ``total_valid_tokens``, which `Run` counts.
         samples: Number of training samples.
@@ -85,7 +74,9 @@ class Trainer(Protocol):
     config: Mapping[str, Any]
     accelerator: Any
     tokenizer: Any
-    digest: str
+    digests: Mapping[str, str]
+    loss_fn: Any
+    environment: Any
     counters: tuple[str, ...]
     samples: int
     samples_per_step: int
@@ -177,8 +168,16 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         checkpoint = self.manager.get_latest_checkpoint_path() if self.manager else None
         self.state: dict[str, Any] = dict.fromkeys(trainer.counters, 0)
+        self.identity = self._identity
         if checkpoint:
             self._resume(checkpoint, allow_config_changes)
+            if self._is_over():
+                if self.main:
+                    print(
+                        f"{self.name}: finished at step {self.done}, nothing to train; the results "
+                        f"are in {checkpoint}"
+                    )
+                return
         trainer.load(checkpoint)
         if self.main:
             self.logger = Logger(self.settings.logger.model_dump())
@@ -203,19 +202,27 @@ class Run:
                 expected = ", ".join(prefix + known for known in names)
                 raise ValueError(f"{key}: got {name!r}, expected one of {expected}")
 
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run is of, besides its configuration."""
+        trainer = self.trainer
+        found = {"algorithm": self.name, "results": RESULTS, "loss": source_of(trainer.loss_fn)}
+        if trainer.environment is not None:
+            found["reward"] = source_of(trainer.environment)
+        return {**found, **trainer.digests}
+
     def _resume(self, checkpoint: str, allow_config_changes: bool) -> None:
         check_checkpoint(checkpoint)
         info = self.manager.load_training_info(checkpoint)
-        if not allow_config_changes:
-            section = tuple(f"{self.name}.{key}" for key in _SECTION_MAY_CHANGE)
-            check_same_config(checkpoint, self.settings, may_change=(*_MAY_CHANGE, *section))
-            if info.get("data_sha256") != self.trainer.digest:
-                raise ValueError(
-                    f"data.train: the data have changed since {checkpoint} was written; put them "
-                    "back, set checkpointing.checkpoint_dir to a new folder for a new run, or, to "
-                    "go on with the changes, pass --allow-config-changes"
-                )
+        found = changes(checkpoint, info.get("identity", {}), self.identity, self.settings)
+        if found and not allow_config_changes:
+            raise refuse(checkpoint, found)
+        if self.main:
+            for line in effects(found):
+                print(f"WARNING: {line}")
         self.state = {name: info[name] for name in self.state}
+        if self.stop_metric in info:
+            self.validation = {self.stop_metric: info[self.stop_metric]}
 
     def train(self) -> dict[str, Any]:
         """Take all steps that are left.
@@ -230,6 +237,8 @@ class Run:
                 layer.
         """
         try:
+            if self._is_over():  # before this run
+                return {**self.state, "train": {}, "validation": {}}
             if not self.done and self.section.val_at_start:
                 self._validate()
                 self._observe({}, self.validation)
@@ -251,7 +260,7 @@ class Run:
         """Whether all steps are done, or validation has reached what it was to reach."""
         reached = self.validation.get(self.stop_metric, -math.inf)
         stops = self.stop_threshold is not None and reached >= self.stop_threshold
-        return self.done >= self.trainer.steps or stops
+        return stops or self.trainer.is_last(self.state)
 
     def _step(self, progress: Progress) -> bool:
         """One step and what follows it; False if the run ends with it."""
@@ -333,7 +342,7 @@ class Run:
     def _save(
         self, metrics: Mapping[str, float], validation: Mapping[str, float], **more: Any
     ) -> None:
-        info = {**self.state, **validation, "data_sha256": self.trainer.digest}
+        info = {**self.state, **validation, "identity": self.identity}
         if "accuracy" in validation:
             info["val_reward"] = validation["accuracy"]  # as NeMo RL's GRPO calls it
         name = self.manager.metric_name

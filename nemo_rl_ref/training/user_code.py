@@ -14,7 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_rl_ref.training.identity import sources
 from nemo_rl_ref.training.processes import from_main, process_state
+
+#: The files that have been imported, with their contents then.
+_imported: dict[Path, bytes] = {}
 
 
 def load_object(spec: str, option: str = "--loss") -> Any:
@@ -48,7 +52,12 @@ def load_object(spec: str, option: str = "--loss") -> Any:
             f"{f', {found.origin}' if found else ''}; rename the file"
         )
     try:
+        contents = {file: file.read_bytes() for file in sources(path)}
+        if any(_imported.get(file, content) != content for file, content in contents.items()):
+            for file in contents:  # edited since: Python keeps what it has imported
+                sys.modules.pop(file.stem, None)
         module = importlib.import_module(path.stem)
+        _imported.update(contents)
     except Exception as error:  # the file is the user's: anything may happen in it
         raise ImportError(f"{option}: {path_text}: {type(error).__name__}: {error}") from error
     if not hasattr(module, name):
