@@ -256,6 +256,11 @@ def check_prompts(
         raise ValueError(
             f"data.train: {len(training)} prompts, expected at least the {needed} of one step"
         )
+    if not any(prompt.weight for prompt in training):
+        raise ValueError(
+            f"data.train: all {len(training)} prompts are longer than data.max_input_seq_length; "
+            "raise it, there is nothing to learn from"
+        )
     if uses_validation(cfg) and not validation:
         raise ValueError(
             "data.validation: not set, expected a dataset, or val_period=0, val_at_start=false "

@@ -335,16 +335,14 @@ class RLTrainer:
 
         Returns:
             Metrics.
-
-        Raises:
-            ValueError: If no response counts in the loss.
         """
         cfg, mask = self.cfg, data["token_mask"] * data["sample_mask"].unsqueeze(-1)
-        if not mask.any():
-            raise ValueError(
-                "no response counts in the loss: all prompts are longer than "
-                "data.max_input_seq_length, or overlong_filtering or seq_logprob_error_threshold "
-                "leave none"
+        is_empty = not mask.any()
+        if is_empty and self.accelerator.is_main_process:
+            print(
+                "WARNING: no response of this step counts in the loss, which is 0: prompts longer "
+                "than data.max_input_seq_length, overlong_filtering and "
+                "seq_logprob_error_threshold leave none"
             )
         with self.timer.time("advantage_calculation"):
             reference, prev = data.get("reference_policy_logprobs"), data.get("prev_logprobs")
@@ -364,9 +362,14 @@ class RLTrainer:
         low, high = (getattr(cfg, f"advantage_clip_{end}", None) for end in ("low", "high"))
         if low is not None or high is not None:
             advantages = advantages.clamp(low, high)
+        if is_empty:  # REINFORCE++ divides by the number of tokens
+            advantages = advantages.nan_to_num(0.0)
         data["advantages"] = advantages
         shown = advantages[(mask if self.is_ppo else data["token_mask"]).bool()]
-        ends = {end: getattr(shown, end)().item() for end in ("mean", "max", "min")}
+        # As NeMo RL has it, 0 where there is none.
+        ends = dict.fromkeys(("mean", "max", "min"), 0.0)
+        if len(shown):
+            ends = {end: getattr(shown, end)().item() for end in ends}
         return {
             **getattr(self.estimator, "last_metrics", {}),
             **{f"advantages/{end}": value for end, value in ends.items()},

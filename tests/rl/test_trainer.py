@@ -287,10 +287,44 @@ def test_overlong_filtering_and_shaping(tmp_path):
     assert metrics["reward"] == pytest.approx(1 - metrics["mean_gen_tokens_per_sample"], abs=1e-5)
 
 
-def test_nothing_left_to_train_on(tmp_path):
-    changes = {"policy.generation.max_new_tokens": 1, "grpo.overlong_filtering": True}
-    with pytest.raises(ValueError, match="no response counts in the loss"):
-        steps(settings(tmp_path, changes))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"grpo.seq_logprob_error_threshold": 0.5},
+        {"grpo.adv_estimator": {"name": "grpo", "normalize_rewards": False}},
+        {"grpo.adv_estimator": {"name": "reinforce_plus_plus"}},
+        {"grpo.adv_estimator": {"name": "gdpo"}},
+        {"loss_fn.reference_policy_kl_penalty": 0.1, "policy.train_global_batch_size": 8},
+        {"loss_fn.token_level_loss": False},
+        {"ppo.ppo_epochs": 2},
+        {"ppo.adv_estimator": {**GAE, "name": "raw_reward"}},
+    ],
+    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items())[:60],
+)
+def test_a_step_in_which_no_response_counts_has_loss_zero(tmp_path, capsys, changes):
+    """Kind: an error that comes again at every resume, because the same step is taken again.
+
+    As NeMo RL: the step is taken, whatever makes advantages, and the run goes on.
+    """
+    name = next(iter(changes)).partition(".")[0]
+    name = "ppo" if name == "ppo" else "grpo"
+    cut = {"policy.generation.max_new_tokens": 1, f"{name}.overlong_filtering": True}
+    environment = dense
+    if "gdpo" in str(changes):
+        environment = lambda *texts: {"a": 1.0, "b": float(len(texts[1]))}  # noqa: E731
+    found, _ = steps(
+        settings(tmp_path, {**cut, **changes}, ppo=name == "ppo"), environment=environment
+    )
+    assert capsys.readouterr().out.count("WARNING: no response of this step counts in") == 2
+    for metrics in found:
+        assert metrics["loss"] == 0 and metrics["grad_norm"] == 0
+        assert all(math.isfinite(value) for value in metrics.values()), metrics
+
+
+def test_prompts_that_are_all_too_long_are_refused_before_the_first_step(tmp_path):
+    changes = {"data.max_input_seq_length": 2}
+    with pytest.raises(ValueError, match="data.train: all .* prompts are longer than data.max_in"):
+        run_grpo.train(settings(tmp_path, changes))
 
 
 def test_dynamic_sampling(tmp_path):
