@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,20 @@ def check_checkpoint(checkpoint_path: str | Path) -> None:
         checkpoint_path: The checkpoint.
 
     Raises:
-        CheckpointError: If a file is missing, cut short or changed. The message names it, and the
-            checkpoint to go back to.
+        CheckpointError: If a file is missing, cut short, changed, or was put to those of a model
+            later. The message names it, and the checkpoint to go back to.
     """
     folder = Path(checkpoint_path)
-    for name, (size, digest) in read_json(folder / "files.json").items():
-        path = folder / name
+    listed = read_json(folder / "files.json")
+    try:
+        sums = {folder / name: (size, digest) for name, (size, digest) in listed.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise broken(folder / "files.json", f"is not what was written: {error}") from error
+    parts = [path for path in folder.iterdir() if path.is_dir()]
+    for path in (path for part in parts for path in part.rglob("*")):
+        if path.is_file() and path not in sums:
+            raise broken(path, "was put there later, and libraries would read it")
+    for path, (size, digest) in sums.items():
         if not path.exists():
             raise broken(path, "the file is missing")
         if path.stat().st_size != size:
@@ -60,21 +69,30 @@ def check_checkpoint(checkpoint_path: str | Path) -> None:
             raise broken(path, "is not what was written: its SHA-256 differs")
 
 
+def temporary_name(step: int) -> str:
+    """The name under which this process writes the checkpoint of a step."""
+    return f"tmp_step_{step}_{socket.gethostname()}_{os.getpid()}"
+
+
 def clear_leftovers(folder: Path) -> None:
     """Put away what a killed run left behind. Call it before a checkpoint is looked for.
 
+    Only names that this package makes are touched.
+
     Args:
-        folder: The folder of the checkpoints.
+        folder: The folder of the checkpoints, which no other run writes to.
     """
-    for old in folder.glob("old_step_*"):
-        final = old.with_name(old.name.removeprefix("old_"))
-        if not final.exists():  # killed between the two renames of a replacement
-            os.rename(old, final)
-    for pattern in ("tmp_step_*", "old_step_*", "removed_step_*"):
-        for leftover in folder.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in folder.glob(".*.tmp"):  # of nemo_rl_ref.files.whole
-        leftover.unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if re.fullmatch(r"old_step_\d+", path.name) and path.is_dir():
+            final = path.with_name(path.name.removeprefix("old_"))
+            if not final.exists():  # killed between the two renames of a replacement
+                os.rename(path, final)
+        if path.is_dir() and re.fullmatch(
+            r"(old|removed)_step_\d+|tmp_step_\d+(_[\w.-]+_\d+)?", path.name
+        ):
+            shutil.rmtree(path, ignore_errors=True)
+        elif re.fullmatch(r"\.reference_logprobs\.safetensors\.\w{8}\.tmp", path.name):
+            path.unlink(missing_ok=True)  # of nemo_rl_ref.files.whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -101,7 +119,9 @@ def broken(path: Path, problem: str) -> CheckpointError:
 
 def steps_in(folder: Path) -> list[int]:
     """The steps of which a folder has checkpoints."""
-    names = [path.name for path in folder.glob("step_*")]
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if path.is_dir()]
     return [int(name[5:]) for name in names if re.fullmatch(r"step_\d+", name)]
 
 

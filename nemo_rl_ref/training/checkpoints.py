@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from nemo_rl_ref.files.sealed import CheckpointError, broken
+from nemo_rl_ref.files.sealed import CheckpointError, broken, temporary_name
 from nemo_rl_ref.training.processes import from_main, is_deepspeed, is_sharded
 from nemo_rl_ref.utils.checkpoint import CheckpointManager, PathLike
 
@@ -96,10 +96,11 @@ def save_checkpoint(
     if not manager.save_optimizer:
         random_states = []
     problem: str | None = None
+    folder = (manager.checkpoint_dir / temporary_name(step)).absolute()
     if accelerator.is_main_process:
         name = "training_info.json"
         try:
-            folder = Path(manager.init_tmp_checkpoint(step, training_info, run_config))
+            manager.init_tmp_checkpoint(step, training_info, run_config)
             for name, write in _parts(
                 models, states, optimizers, random_states, tokenizer, accelerator
             ):
@@ -109,10 +110,10 @@ def save_checkpoint(
             if not is_deepspeed(accelerator):
                 manager.finalize_checkpoint(folder)
         except Exception as error:  # OSError, or what safetensors and torch make of one
-            shutil.rmtree(manager.checkpoint_dir / f"tmp_step_{step}", ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             latest = manager.get_latest_checkpoint_path()
             problem = (
-                f"{manager.checkpoint_dir / f'tmp_step_{step}' / name}: cannot be written: "
+                f"{folder / name}: cannot be written: "
                 f"{error}. Step {step} is not saved. "
                 + (f"{latest} is whole: " if latest else "There is no earlier checkpoint: ")
                 + "free space, or move the folder to a larger disk and set "
@@ -121,7 +122,7 @@ def save_checkpoint(
     if problem := from_main(problem):
         raise CheckpointError(problem)
     if is_deepspeed(accelerator):
-        folder = (manager.checkpoint_dir / f"tmp_step_{step}").absolute()
+        folder = from_main(folder)  # the main process has named it
         if manager.save_optimizer:
             accelerator.save_state(str(folder / "policy" / "optimizer" / "deepspeed"))
         accelerator.wait_for_everyone()

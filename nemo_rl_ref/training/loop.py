@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import torch
 
 from nemo_rl_ref.config.sections import RunSettings, TrainedConfig
-from nemo_rl_ref.files.sealed import check_checkpoint, clear_leftovers
+from nemo_rl_ref.files.lock import FolderInUse, FolderLock
+from nemo_rl_ref.files.sealed import CheckpointError, check_checkpoint, clear_leftovers
 from nemo_rl_ref.training.checkpoints import Trained, save_checkpoint
 from nemo_rl_ref.training.identity import RESULTS, changes, effects, refuse, source_of
 from nemo_rl_ref.training.optimizers import make_optimizer, make_scheduler
@@ -163,9 +164,38 @@ class Run:
         self.validation: dict[str, float] = {}
         self._check_names()
         self.timeout = TimeoutChecker(self.saving.checkpoint_must_save_by, True)
+        self.lock = self._take_folder()
+        try:
+            self._start(allow_config_changes)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _take_folder(self) -> FolderLock | None:
+        """Nobody else writes checkpoints there until the run ends."""
+        lock, problem = None, None
         if self.manager and self.main:
-            clear_leftovers(self.manager.checkpoint_dir)
-        trainer.accelerator.wait_for_everyone()
+            try:
+                lock = FolderLock(self.manager.checkpoint_dir)
+                clear_leftovers(self.manager.checkpoint_dir)
+            except FolderInUse as error:
+                problem = f"checkpointing.checkpoint_dir: {error}"
+            except OSError as error:
+                problem = (
+                    f"checkpointing.checkpoint_dir: {self.manager.checkpoint_dir} cannot be "
+                    f"written to: {error}"
+                )
+        if problem := from_main(problem):
+            raise CheckpointError(problem)
+        return lock
+
+    def _let_go(self) -> None:
+        if self.lock:
+            self.lock.release()
+
+    def _start(self, allow_config_changes: bool) -> None:
+        """Find the checkpoint to go on from, and load the models."""
+        trainer = self.trainer
         checkpoint = self.manager.get_latest_checkpoint_path() if self.manager else None
         self.state: dict[str, Any] = dict.fromkeys(trainer.counters, 0)
         self.identity = self._identity
@@ -249,6 +279,7 @@ class Run:
         finally:
             if self.logger:
                 self.logger.finish()
+            self._let_go()
         return {**self.state, "train": self.metrics, "validation": self.validation}
 
     @property

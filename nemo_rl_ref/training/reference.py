@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def _add(chunks: Sequence[_Chunk], rows: Sequence[Tensor]) -> None:
 def _fingerprint(policy: PolicyConfig, chunks: Sequence[_Chunk]) -> str:
     """A sum over what the log-probabilities depend on: model, precision and tokens."""
     name = str(policy.model_name)
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    files = sorted(p for p in Path(name).iterdir() if p.is_file()) if Path(name).is_dir() else []
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     summed = hashlib.sha256(json.dumps([COLUMN, name, policy.precision, stats]).encode())
     for samples, numbers in chunks:
@@ -140,18 +141,33 @@ def _write(path: Path, rows: Sequence[Tensor], fingerprint: str) -> None:
 
     lengths = torch.tensor([len(row) for row in rows])
     tensors = {"logprobs": torch.cat(list(rows)), "lengths": lengths}
+    metadata = {"fingerprint": fingerprint, "sha256": _sum(tensors)}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"fingerprint": fingerprint})
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def _read(path: Path, fingerprint: str) -> list[Tensor] | None:
-    """What was kept, or None if that is nothing, of something else, or cannot be read."""
+    """What was kept, or None if that is nothing, of something else, or not what was written."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            if file.metadata().get("fingerprint") == fingerprint:
-                return list(file.get_tensor("logprobs").split(file.get_tensor("lengths").tolist()))
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in ("logprobs", "lengths")}
+    except FileNotFoundError:
+        return None
     except (OSError, SafetensorError):
-        pass  # not there, or cut short: it is computed again
-    return None
+        metadata, tensors = {}, {}
+    if metadata.get("sha256") != _sum(tensors):
+        warnings.warn(f"{path}: is not what was written; it is computed again", stacklevel=2)
+        return None
+    if metadata["fingerprint"] != fingerprint:
+        return None
+    return list(tensors["logprobs"].split(tensors["lengths"].tolist()))
+
+
+def _sum(tensors: dict[str, Tensor]) -> str:
+    summed = hashlib.sha256()
+    for tensor in tensors.values():
+        summed.update(tensor.numpy().tobytes())
+    return summed.hexdigest()

@@ -2,7 +2,7 @@
 """Where the checkpoints of a run lie, which is the latest and the best, and which are kept.
 
 `CheckpointManager` is NeMo RL's, without the background thread. A checkpoint is written as
-``tmp_step_20``, sealed (`nemo_rl_ref.files.sealed`) and renamed to ``step_20``. What is in it:
+``tmp_step_20_…``, sealed (`nemo_rl_ref.files.sealed`) and renamed to ``step_20``. What is in it:
 `nemo_rl_ref.training.checkpoints`.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
-from nemo_rl_ref.files.sealed import flush, read_json, seal, steps_in
+from nemo_rl_ref.files.sealed import flush, read_json, seal, steps_in, temporary_name
 
 PathLike = Union[str, "os.PathLike[Any]"]
 
@@ -80,11 +80,11 @@ class CheckpointManager:
             run_config: Goes to ``config.yaml``: a plain dict or a pydantic model.
 
         Returns:
-            The folder ``tmp_step_{step}``, absolute.
+            The folder, absolute: ``tmp_step_{step}`` with host and process.
         """
         import yaml
 
-        folder = (self.checkpoint_dir / f"tmp_step_{step}").absolute()
+        folder = (self.checkpoint_dir / temporary_name(step)).absolute()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         info = {k: v.item() if hasattr(v, "item") else v for k, v in training_info.items()}
@@ -102,7 +102,7 @@ class CheckpointManager:
         """
         temporary = Path(checkpoint_path)
         seal(temporary)
-        final = temporary.parent / temporary.name.removeprefix("tmp_")
+        final = temporary.parent / "_".join(temporary.name.split("_")[1:3])
         old = temporary.parent / f"old_{final.name}"
         if final.exists():
             os.rename(final, old)
@@ -176,6 +176,10 @@ class CheckpointManager:
 
 
 def _history(folder: Path) -> dict[int, dict[str, Any]]:
-    """The training info of every checkpoint that has one, by step."""
-    paths = {step: folder / f"step_{step}" / "training_info.json" for step in steps_in(folder)}
-    return {step: read_json(path) for step, path in paths.items() if path.exists()}
+    """The training info of every checkpoint that this package has sealed, by step."""
+    folders = {step: folder / f"step_{step}" for step in steps_in(folder)}
+    return {
+        step: read_json(path / "training_info.json")
+        for step, path in folders.items()
+        if (path / "files.json").exists()
+    }

@@ -4,6 +4,8 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from trainer_runs import curve, run
 
 from nemo_rl_ref import tiny
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
@@ -42,3 +44,32 @@ def test_every_sample_gets_it_also_if_some_were_tokenized_before(pairs):
     add_reference_logprobs(reference, [pairs], accelerator, batch_size=7)  # again, cut otherwise
     again = pairs.batch(range(256))["reference_policy_logprobs"]
     torch.testing.assert_close(again, column, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["numbers", "no metadata", "half", "text", "shorter"])
+def test_the_kept_column_is_verified_or_computed_again(tmp_path, damage):
+    """Kind: a file beside a checkpoint is trusted. It is not what was written: it is not read."""
+    changes = {"dpo__max_num_steps": 5, "dpo__val_period": 0}  # an epoch: all pairs
+    run("dpo", tmp_path, **changes)
+    changes["dpo__max_num_steps"] = 6
+    path = tmp_path / "run" / "reference_logprobs.safetensors"
+    content = path.read_bytes()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    if damage == "numbers":
+        flipped = bytearray(content)
+        flipped[-len(tensors["logprobs"]) * 2] ^= 0x40
+        path.write_bytes(flipped)
+    elif damage == "no metadata":
+        save_file(tensors, path)
+    elif damage == "shorter":
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        path.write_bytes(content[: 8 + size] + b"\0" * (len(content) - 8 - size))
+    else:
+        path.write_bytes(content[: len(content) // 2] if damage == "half" else b"not tensors")
+    with pytest.warns(UserWarning, match=r"reference_logprobs\.safetensors: is not what was writ"):
+        _, resumed = run("dpo", tmp_path, **changes)
+    _, whole = run("dpo", tmp_path, name="whole", **changes)
+    assert curve(resumed) == curve(whole)
+    again = load_file(path)
+    assert again.keys() == tensors.keys() and all(again[k].equal(tensors[k]) for k in tensors)

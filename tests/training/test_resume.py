@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_a_full_disk_destroys_nothing(stopped):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     message = str(error.value)
-    assert "run/tmp_step_12/policy/weights: cannot be written: " in message
+    assert re.search(r"run/tmp_step_12_.*/policy/weights: cannot be written: ", message)
     assert re.search(r"Step 12 is not saved\. .*/step_8 is whole: free space", message)
     assert sorted(path.name for path in (stopped / "run").iterdir()) == ["step_4", "step_8"]
     assert (stopped / "run" / "step_8" / "files.json").read_text() == before
@@ -185,3 +186,50 @@ def test_a_checkpoint_is_a_model_and_holds_the_configuration(stopped):
     info = json.loads((folder / "training_info.json").read_text())
     assert (info["epoch"], info["step"], info["total_steps"]) == (1, 3, 8)
     assert info["consumed_samples"] == 64
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    """Kind: two runs write one folder; also from the same program, and while the first ends."""
+
+    def second(step, metrics):
+        with pytest.raises(CheckpointError) as caught:
+            run("sft", tmp_path)
+        text = f"another run (host {socket.gethostname()}, pid {os.getpid()}) writes to {folder}"
+        assert text in str(caught.value)
+        assert str(caught.value).startswith("checkpointing.checkpoint_dir: ")
+        seen.append(step)
+
+    folder, seen = tmp_path / "run", []
+    run("sft", tmp_path, sft__max_num_steps=4, observe=second)
+    assert seen == [0, 1, 2, 3, 4]
+    assert sorted(path.name for path in folder.iterdir()) == ["step_4"]
+    result, _ = run("sft", tmp_path)
+    assert result["total_steps"] == 12
+
+
+def test_a_run_that_fails_lets_go_of_the_folder_and_leaves_nothing(tmp_path):
+    for changes in (
+        {"model": tmp_path / "nowhere"},
+        {"samples": 9, "data__max_input_seq_length": 2},
+    ):
+        with pytest.raises((ValueError, OSError)):
+            run("sft", tmp_path, **changes)
+        assert not (tmp_path / "run").exists() and not (tmp_path / "run-logs").exists()
+    run("sft", tmp_path, sft__max_num_steps=1)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    """A file where the folder should be, and a folder that is read-only."""
+    (tmp_path / "run").touch()
+    with pytest.raises(CheckpointError, match=r"checkpointing\.checkpoint_dir: .*/run cannot be w"):
+        run("sft", tmp_path, model=tmp_path / "nowhere")
+    (tmp_path / "run").unlink()
+    if os.geteuid() == 0:  # may write everywhere
+        monkeypatch.setattr(
+            "nemo_rl_ref.training.loop.FolderLock",
+            lambda folder: (_ for _ in ()).throw(PermissionError(13, "Permission denied", folder)),
+        )
+    else:
+        (tmp_path / "run").mkdir(mode=0o555)
+    with pytest.raises(CheckpointError, match="cannot be written to: .*Permission denied"):
+        run("sft", tmp_path, model=tmp_path / "nowhere")

@@ -122,3 +122,52 @@ def test_resume_paths(tmp_path):
     assert (weights, optimizer) == (tmp_path / "value/weights", tmp_path / "value/optimizer")
     with pytest.warns(UserWarning, match="the optimizer starts afresh"):
         assert CheckpointManager.get_resume_paths(tmp_path)[1] is None
+
+
+def test_only_names_of_our_own_are_put_away(tmp_path):
+    """Kind: cleaning by a pattern that other names fit, too."""
+    theirs = [".important.tmp", ".notes.txt.ab12cd34.tmp", "old_step_mine", "tmp_step_5.txt",
+              "removed_step_", "step_7.bak", "tmp_step_final_1_2"]  # fmt: skip
+    folders = ["tmp_step_dir", "old_step_by_me", "tmp_step_", "removed_step_3x"]
+    for name in theirs:
+        (tmp_path / name).touch()
+    for name in folders:
+        (tmp_path / name).mkdir()
+    ours = ["tmp_step_5", "tmp_step_5_host-1.local_17", "removed_step_3"]
+    for name in ours:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".reference_logprobs.safetensors.abc_12xy.tmp").touch()
+    clear_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(theirs + folders)
+
+
+def test_checkpoints_of_others_are_not_removed(tmp_path):
+    """NeMo RL's own have the same names, and no list of files."""
+    target = manager(tmp_path, keep_top_k=1)
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "step_1" / "training_info.json").write_text("{}")
+    for step in (2, 4):
+        save(target, step, **{"val:loss": 1.0 / step})
+    assert steps(tmp_path) == [1, 4]
+
+
+@pytest.mark.parametrize("content", ["[]", '{"weights": 3}', "{", "null"])
+def test_a_list_of_files_that_is_none_is_refused(tmp_path, content):
+    save(manager(tmp_path), 2)
+    (tmp_path / "step_2" / "files.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"step_2/files\.json: "):
+        check_checkpoint(tmp_path / "step_2")
+
+
+def test_a_file_that_was_put_to_a_model_later_is_refused(tmp_path):
+    """from_pretrained would read an adapter or an index; notes beside the model are nobody's."""
+    target = manager(tmp_path)
+    folder = target.init_tmp_checkpoint(2, {}, {})
+    (folder / "policy").mkdir()
+    (folder / "policy" / "model.safetensors").touch()
+    target.finalize_checkpoint(folder)
+    (tmp_path / "step_2" / "notes.txt").touch()
+    check_checkpoint(tmp_path / "step_2")
+    (tmp_path / "step_2" / "policy" / "adapter_config.json").touch()
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: was put there later"):
+        check_checkpoint(tmp_path / "step_2")
