@@ -286,6 +286,9 @@ def describe_start(opened: Search) -> str:
         lines.append(f"goes on after {done} of {opened.budget} trials")
     if opened.budget < settings.trials:
         lines.append(f"the grid has {opened.budget} points")
+    end = f"{opened.spec.algorithm}.val_at_end"
+    if opened.spec.validates_at_end and not opened.spec.base.get(end):
+        lines.append(f"every trial validates at its last step, as with {end}=true")
     return "\n".join(lines)
 
 

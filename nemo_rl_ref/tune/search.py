@@ -45,7 +45,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nemo_rl_ref.tune.methods import grid_points, make_pruner, make_sampler
 from nemo_rl_ref.tune.spec import Spec
-from nemo_rl_ref.tune.trial import Runner, TrialFailed, cause_of, reason_of, run_trial
+from nemo_rl_ref.tune.trial import Ages, Runner, TrialFailed, cause_of, reason_of, run_trial
 
 #: Called with the search and each trial that this process has finished.
 Listener = Callable[["Search", FrozenTrial], None]
@@ -189,7 +189,7 @@ class Search:
             raise
         finally:
             trial.set_user_attr("seconds", round(time.perf_counter() - start, 3))
-            trial.set_user_attr("steps", watcher.step)
+            trial.set_user_attr("steps", watcher.ages.step)
 
     def note(self, trial: FrozenTrial) -> None:
         """Tell the listener that this process has finished a trial, and count failures."""
@@ -215,8 +215,7 @@ class Watcher:
 
     def __init__(self, spec: Spec, trial: optuna.Trial):
         self.spec, self.trial = spec, trial
-        self.step = 0
-        self.seen: set[str] = set()
+        self.ages = Ages()
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
         """Look at the metrics of a step, and of its validation; the trainer calls this.
@@ -226,12 +225,12 @@ class Watcher:
             TrialFailed: If an objective is not a finite number.
             SearchStopped: If the run does not log an objective.
         """
-        self.step, objectives = step, self.spec.objectives
-        self.seen.update(metrics)
+        objectives = self.spec.objectives
+        self.ages(step, metrics)
         for objective in objectives:
             source = objective.metric.partition(":")[0]
             there = sorted(name for name in metrics if name.startswith(f"{source}:"))
-            if there and objective.metric not in self.seen:
+            if there and objective.metric not in self.ages.measured:
                 raise _not_logged(objective.metric, there)
             self._check_number(objective.metric, metrics.get(objective.metric, 0.0))
         value = metrics.get(objectives[0].metric)
@@ -244,19 +243,21 @@ class Watcher:
 
     def _check_number(self, metric: str, value: float) -> None:
         if not math.isfinite(value):
-            raise TrialFailed(f"step {self.step}: {metric} is {value}")
+            raise TrialFailed(f"step {self.ages.step}: {metric} is {value}")
 
     def values(self, metrics: Mapping[str, float]) -> list[float]:
         """Take the objectives from the metrics at the end of a run.
 
         Raises:
             TrialFailed: If one is not a finite number.
-            SearchStopped: If the run did not log one.
+            SearchStopped: If the run did not log one, or not at its last step.
         """
         names = [objective.metric for objective in self.spec.objectives]
         for name in names:
             if name not in metrics:
                 raise _not_logged(name, sorted(metrics))
+            if problem := self.ages.problem(name):
+                raise SearchStopped(f"objective: {problem}; expected a value of the last step")
             self._check_number(name, metrics[name])
         return [float(metrics[name]) for name in names]
 

@@ -123,6 +123,11 @@ class Spec:
         return steps if isinstance(steps, int) and steps > 0 else None
 
     @property
+    def validates_at_end(self) -> bool:
+        """Whether trials validate after their last step: an objective is a ``val:`` metric."""
+        return any(objective.metric.startswith("val:") for objective in self.objectives)
+
+    @property
     def seed(self) -> int:
         """The seed of the configuration."""
         return self.base.get(f"{self.algorithm}.seed", 42)
@@ -202,6 +207,8 @@ def _check_space(space: Space, spec: Spec, base: Mapping[str, Any]) -> None:
                 f"{key}: a seed that is searched finds a lucky run, not a good configuration; "
                 "--vary-seed gives every trial its own"
             )
+        if key == f"{spec.algorithm}.val_at_end" and spec.validates_at_end:
+            raise SpaceError(f"{key}: the search sets it: trials are compared by their last step")
         for other, text in given.items():
             if key == other or key.startswith(f"{other}.") or other.startswith(f"{key}."):
                 raise SpaceError(f"{key}: set by the override {text} too, expected one of them")

@@ -28,6 +28,32 @@ Observe = Callable[[int, Mapping[str, float]], None]
 Runner = Callable[..., dict[str, float]]
 
 
+class Ages:
+    """Notes at which step of a run each metric was measured last; an observer.
+
+    Attributes:
+        step: The last step of the run so far.
+        measured: By metric, the step of its last value.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.measured: dict[str, int] = {}
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note what was measured after so many steps."""
+        self.step = step
+        self.measured.update(dict.fromkeys(metrics, step))
+
+    def problem(self, metric: str) -> str:
+        """Say why a metric's last value does not tell what the run came to; empty if it does."""
+        step = self.measured.get(metric)
+        if step is None or 0 < step == self.step:
+            return ""
+        where = f"at step {step}" if step else "before the first step"
+        return f"{metric} was last measured {where}, and the run ended with step {self.step}"
+
+
 class TrialFailed(Exception):
     """A trial that has no result, and why.
 
@@ -98,12 +124,23 @@ def trial_config(
 ) -> dict[str, Any]:
     """Read the configuration of a trial: values set, logs in the folder, no checkpoints."""
     runner = runner_of(spec.algorithm)
-    ours = {"checkpointing.enabled": False, "logger.log_dir": str(folder)}
-    if seed is not None:
-        ours[f"{spec.algorithm}.seed"] = seed
+    ours = {"logger.log_dir": str(folder), **settings_of_search(spec, seed)}
     lines = [*spec.overrides, *overrides(values), *overrides(ours)]
     config, _ = read_config(spec.config, lines, runner.used, not_here=runner.not_here)
     return config
+
+
+def settings_of_search(spec: Spec, seed: int | None) -> dict[str, Any]:
+    """What a search sets in every trial, besides its values: above all, what it judges by is new.
+
+    A ``val:`` objective is measured at the last step, whatever the period of validation.
+    """
+    found: dict[str, Any] = {"checkpointing.enabled": False}
+    if spec.validates_at_end:
+        found[f"{spec.algorithm}.val_at_end"] = True
+    if seed is not None:
+        found[f"{spec.algorithm}.seed"] = seed
+    return found
 
 
 def reason_of(error: BaseException) -> str:

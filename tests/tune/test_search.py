@@ -398,3 +398,42 @@ def test_the_package_imports_neither_ray_nor_torch():
         [sys.executable, "-c", code], capture_output=True, check=True, text=True
     )
     assert output.stdout.strip() == "[]"
+
+
+# The age of a metric
+
+
+def measuring(*steps, last=9):
+    """A runner that validates after these of its steps."""
+
+    def runner(spec, values, folder, *, seed=None, observe=None):
+        metrics = {}
+        for step in sorted({*steps, last}):
+            found = {"train:loss": 1.0} if step else {}
+            found |= {"val:loss": stand_in.loss(values, step)} if step in steps else {}
+            observe(step, found)
+            metrics.update(found)
+        return metrics
+
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("runner", "why"),
+    [
+        (measuring(0), "was last measured before the first step, and the run ended with step 9"),
+        (measuring(3), "was last measured at step 3, and the run ended with step 9"),
+        (measuring(0, last=0), "was last measured before the first step"),
+    ],
+)
+def test_a_value_that_is_older_than_the_run_is_refused(tmp_path, runner, why):
+    """A runner may validate only before training, or not at its end, or take no step at all."""
+    with pytest.raises(SearchStopped, match=f"objective: val:loss {why}"):
+        search(tmp_path, runner=runner)
+    (trial,) = opened(tmp_path).study.trials
+    assert trial.state is TrialState.FAIL and trial.value is None
+
+
+def test_a_value_of_the_last_step_is_taken(tmp_path):
+    study = search(tmp_path, runner=measuring(0, 3, 9), trials=1)
+    assert study.best_value == stand_in.loss(study.best_params, 9)

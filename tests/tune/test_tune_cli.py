@@ -9,7 +9,7 @@ import stand_in
 
 from nemo_rl_ref.config.read import read_config
 from nemo_rl_ref.tune.__main__ import main
-from nemo_rl_ref.tune.search import Stopped, optimize
+from nemo_rl_ref.tune.search import Settings, Stopped, open_search, optimize
 from nemo_rl_ref.tune.spec import make_spec
 from nemo_rl_ref.tune.trainers import runner_of
 from nemo_rl_ref.tune.trial import run_trial
@@ -69,6 +69,10 @@ REFUSED = {
         {"space": "checkpointing.save_period: {int: [1, 9]}"},
         ["checkpointing.save_period", "writes no checkpoints"],
     ),
+    "a validation that is not at the end": (
+        {"space": "dpo.val_at_end: {choice: [true, false]}"},
+        ["dpo.val_at_end", "trials are compared by their last step"],
+    ),
     "set twice": (
         {"space": "dpo.max_num_steps: {int: [1, 9]}"},
         ["dpo.max_num_steps", "set by the override dpo.max_num_steps=2 too"],
@@ -108,6 +112,24 @@ def test_a_misspelt_option_is_refused(tmp_path, capfd):
         main(command(tmp_path, "--trails", "3"))
     assert caught.value.code == 2
     assert "--trails: no such option" in capfd.readouterr().err
+
+
+def test_a_validation_objective_is_measured_at_the_last_step_whatever_the_period(tmp_path, capfd):
+    """Else every trial has the value before the first update: a loss of log 2, an accuracy of ties."""
+    short = [text for text in SHORT if "val_period" not in text and "val_at" not in text]
+    period = ("dpo.val_period=25", "dpo.val_at_start=true", "dpo.val_at_end=false")
+    loss = "val:validation-default_loss"
+    line = command(tmp_path, "--trials", "2", objective=loss, overrides=(*short, *period))
+    assert main(line) == 0
+    said = capfd.readouterr().out
+    assert "every trial validates at its last step, as with dpo.val_at_end=true" in said
+    assert " at step 2, the lowest" in said
+    study = open_search(
+        make_spec("dpo", "configs/dpo.yaml", tmp_path / "space.yaml", [loss], (*short, *period)),
+        Settings(), tmp_path / "s",
+    ).study  # fmt: skip
+    values = [trial.value for trial in study.trials]
+    assert len(set(values)) == 2 and not any(abs(value - 0.693147) < 1e-5 for value in values)
 
 
 def test_an_interrupted_search_says_how_to_go_on(tmp_path, capfd, monkeypatch):

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_rl_ref.tune.space import overrides
-from nemo_rl_ref.tune.trial import Observe, TrialFailed
+from nemo_rl_ref.tune.trial import Observe, TrialFailed, settings_of_search
 from nemo_rl_ref.upstream import load_manifest
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def run_trial(
     line = [
         *command, script_of(spec.algorithm), "--config", str(Path(spec.config).resolve()),
         *spec.overrides, *overrides(values),
-        *overrides(_ours(spec.algorithm, folder, seed)),
+        *overrides(_ours(spec, folder, seed)),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.pop("VIRTUAL_ENV", None)  # ours, not the checkout's
@@ -153,18 +153,15 @@ def run_trial(
     return metrics
 
 
-def _ours(algorithm: str, folder: Path, seed: int | None) -> dict[str, Any]:
+def _ours(spec: Spec, folder: Path, seed: int | None) -> dict[str, Any]:
     """What the launcher itself sets."""
     found = {
         "logger.log_dir": str(folder / "logs"),
         "logger.tensorboard_enabled": True,
         # Its value is not read where log_dir is given, but the section must be there.
         "logger.tensorboard.log_dir": "tensorboard",
-        "checkpointing.enabled": False,
     }
-    if seed is not None:
-        found[f"{algorithm}.seed"] = seed
-    return found
+    return found | settings_of_search(spec, seed)
 
 
 def _pass_on(steps: Iterable[Step], metrics: dict[str, float], observe: Observe | None) -> None:

@@ -48,7 +48,7 @@ from nemo_rl_ref.tune.search import (
     torch_threads,
 )
 from nemo_rl_ref.tune.spec import Spec
-from nemo_rl_ref.tune.trial import Runner, TrialFailed, reason_of, run_trial
+from nemo_rl_ref.tune.trial import Ages, Runner, TrialFailed, reason_of, run_trial
 
 #: Ray's settings: nothing is sent home; a trial without GPUs of its own sees the machine's.
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
@@ -128,11 +128,11 @@ class _Worker:
     def _run(
         self, runner: Runner, spec: Spec, values: dict[str, Any], folder: Path, seed: int
     ) -> None:
-        start, last, reason, metrics = time.perf_counter(), 0, None, {}
+        start, ages, reason, metrics = time.perf_counter(), Ages(), None, {}
 
         def observe(step: int, found: Mapping[str, float]) -> None:
-            nonlocal last
-            first, last = not last, step
+            first = not ages.step
+            ages(step, found)
             if self._ended:
                 raise TrialPruned
             if first or any(name.startswith("val:") for name in found):
@@ -147,7 +147,7 @@ class _Worker:
             reason = "ended by the driver"
         except Exception as error:  # of the runner: a reason for the study
             reason = error.reason if isinstance(error, TrialFailed) else reason_of(error)
-        self._events.put(("end", round(time.perf_counter() - start, 3), last, reason, metrics))
+        self._events.put(("end", round(time.perf_counter() - start, 3), ages, reason, metrics))
 
 
 @dataclass
@@ -226,9 +226,9 @@ class _Driver:
         self.running[one.worker.go_on.remote(one.ended is None)] = one
 
     def _tell(self, one: _Running, end: list[Any]) -> None:
-        trial, (seconds, step, reason, metrics) = one.trial, end
+        trial, (seconds, one.watcher.ages, reason, metrics) = one.trial, end
         trial.set_user_attr("seconds", seconds)
-        trial.set_user_attr("steps", step)
+        trial.set_user_attr("steps", one.watcher.ages.step)
         try:
             if one.ended is not None:
                 raise one.ended

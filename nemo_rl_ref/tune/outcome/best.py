@@ -63,6 +63,7 @@ class Best:
     Attributes:
         trial: Its number.
         scores: Its values by objective.
+        step: The step at which they were measured, the trial's last; None if it is not known.
         values: Every value that it sets, by key.
         override_line: The same in Hydra's grammar, quoted for a shell.
         config: The whole configuration, resolved, a plain dict.
@@ -73,6 +74,7 @@ class Best:
 
     trial: int
     scores: dict[str, float]
+    step: int | None
     values: dict[str, Any]
     override_line: str
     config: dict[str, Any]
@@ -104,6 +106,17 @@ def ranked(study: Study) -> list[FrozenTrial]:
     return sorted(usable, key=lambda trial: (sign * trial.values[0], trial.number))
 
 
+def differing_steps(study: Study) -> str:
+    """Say that complete trials were measured at different steps; empty if they were not."""
+    steps = sorted({trial.user_attrs.get("steps", 0) for trial in ranked(study)})
+    if len(steps) < 2:
+        return ""
+    return (
+        f"The trials ended at different steps, {steps[0]} to {steps[-1]}, and each value is of its "
+        "trial's last step: a difference may be one of length"
+    )
+
+
 def choose(study: Study, rule: str | None = None) -> tuple[FrozenTrial, str]:
     """Choose the best trial of a study by a rule, see above; of equal ones the earlier.
 
@@ -125,7 +138,9 @@ def choose(study: Study, rule: str | None = None) -> tuple[FrozenTrial, str]:
                 "value is the rule"
             )
         extreme = "highest" if objectives[0].direction == "maximize" else "lowest"
-        return trials[0], f"the {extreme} {metrics[0]}"
+        same = sum(trial.values == trials[0].values for trial in trials) - 1
+        ties = f", which {same} other trial{'s have' if same > 1 else ' has'} too, the earliest"
+        return trials[0], f"the {extreme} {metrics[0]}{ties if same else ''}"
     signs = [1 if objective.direction == "maximize" else -1 for objective in objectives]
     numbers = {trial.number for trial in study.best_trials}
     front = [trial for trial in trials if trial.number in numbers]
@@ -212,7 +227,8 @@ def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> 
     config = resolved_config(path, [*given, *shlex.split(line)])
     metrics = [objective.metric for objective in objectives_of(study)]
     scores = dict(zip(metrics, trial.values or (), strict=False))
-    shown = ", ".join(f"{name} {value:.6g}" for name, value in scores.items())
+    step = trial.user_attrs.get("steps")
+    shown = describe_scores(scores, step)
     module = f"nemo_rl_ref.run_{'grpo' if algorithm == 'ppo' else algorithm}"
     words = ["python", "-m", module, "--config", str(path), *given]
     command = f"{shlex.join(words)} {line}".rstrip()
@@ -226,7 +242,13 @@ def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> 
         write_text(copy := Path(folder, "best.yaml"), text)
         if resolved_config(copy, []) != config:
             raise ValueError("the YAML of the best trial does not load as its configuration")
-    return Best(trial.number, scores, values, line, config, text, how, command)
+    return Best(trial.number, scores, step, values, line, config, text, how, command)
+
+
+def describe_scores(scores: Mapping[str, float], step: int | None) -> str:
+    """Write values with their step: ``val:accuracy 0.91 at step 60``."""
+    at = f" at step {step}" if step else ""
+    return ", ".join(f"{name} {value:.6g}" for name, value in scores.items()) + at
 
 
 def _check_unchanged(study: Study, path: str, given: Sequence[str]) -> None:

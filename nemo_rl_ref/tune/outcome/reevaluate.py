@@ -38,7 +38,7 @@ from optuna.study import Study
 from nemo_rl_ref.files.whole import write_text
 from nemo_rl_ref.tune.outcome.best import objectives_of, ranked, written_spec
 from nemo_rl_ref.tune.spec import Objective, Spec
-from nemo_rl_ref.tune.trial import Runner, TrialFailed
+from nemo_rl_ref.tune.trial import Ages, Runner, TrialFailed
 from nemo_rl_ref.tune.trial import run_trial as in_this_process
 
 #: The first seed to try for a re-evaluation; seeds that the search used are left out.
@@ -54,7 +54,7 @@ class Run:
     """One training of the re-evaluation.
 
     ``candidate`` is ``default`` or ``trial 17``; ``value`` is the objective at the end, None where
-    the run failed, for the reason ``failure``.
+    the run failed, for the reason ``failure``; ``step`` is the last one, None if it is not known.
     """
 
     candidate: str
@@ -62,6 +62,7 @@ class Run:
     value: float | None
     failure: str | None
     seconds: float
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,12 @@ class Reevaluation:
             f"seed{'s' * (seeds != 1)} that the search did not use, compared by {self.metric} on "
             "the same seed."
         )
+        steps = sorted({run.step for run in self.runs if run.value is not None and run.step})
+        if len(steps) > 1:
+            start += (
+                f" The runs ended at different steps, {steps[0]} to {steps[-1]}: a difference may "
+                "be one of length."
+            )
         if winner.mean is None:
             return [start, f"{winner.name} and the default have no seed on which both finished."]
         side = "better than" if winner.optimism > 0 else "worse than"
@@ -308,18 +315,21 @@ def _run(
     runner: Runner, spec: Spec, values: Mapping[str, Any], folder: Path, seed: int, name: str
 ) -> Run:
     metric = spec.objectives[0].metric
-    started, value, failure = time.perf_counter(), None, None
+    started, value, failure, ages = time.perf_counter(), None, None, Ages()
     try:
-        metrics = runner(spec, values, folder, seed=seed)
+        metrics = runner(spec, values, folder, seed=seed, observe=ages)
         if metric not in metrics:
             failure = f"the run has no {metric}"
         elif not math.isfinite(metrics[metric]):
             failure = f"{metric} is {metrics[metric]}"
+        elif problem := ages.problem(metric):
+            failure = problem
         else:
             value = float(metrics[metric])
     except TrialFailed as error:
         failure = error.reason
-    return Run(name, seed, value, failure, round(time.perf_counter() - started, 3))
+    seconds = round(time.perf_counter() - started, 3)
+    return Run(name, seed, value, failure, seconds, ages.step or None)
 
 
 def _compare(

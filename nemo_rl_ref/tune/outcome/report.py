@@ -27,7 +27,14 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from nemo_rl_ref.files.whole import write_text
-from nemo_rl_ref.tune.outcome.best import NoBest, best_from, choose, objectives_of, ranked
+from nemo_rl_ref.tune.outcome.best import (
+    NoBest,
+    best_from,
+    choose,
+    differing_steps,
+    objectives_of,
+    ranked,
+)
 from nemo_rl_ref.tune.outcome.reevaluate import Reevaluation
 from nemo_rl_ref.tune.search import quiet
 from nemo_rl_ref.tune.spec import Objective
@@ -110,6 +117,7 @@ def render(
         seconds=sum(t.user_attrs.get("seconds", 0) for t in study.get_trials(deepcopy=False)),
         best=best,
         problem=problem,
+        steps=differing_steps(study),
         reevaluation=reevaluation,
         failures=failures_of(study),
         sections=_figures(study, objectives),

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from optuna.study import Study
 
-from nemo_rl_ref.tune.outcome.best import NoBest, best_of, write_yaml
+from nemo_rl_ref.tune.outcome.best import (
+    NoBest,
+    best_of,
+    describe_scores,
+    differing_steps,
+    write_yaml,
+)
 from nemo_rl_ref.tune.outcome.reevaluate import Reevaluation
 from nemo_rl_ref.tune.outcome.report import describe_states, failures_of, write_report
 
@@ -35,12 +41,14 @@ def write_outcome(
     except NoBest as error:
         lines.append(f"no best configuration: {error}")
     else:
-        scores = ", ".join(f"{metric} {value:.6g}" for metric, value in best.scores.items())
+        scores = describe_scores(best.scores, best.step)
         path = write_yaml(best, Path(folder) / "best.yaml")
         lines += [
             f"best: trial {best.trial}, {scores}, {best.rule}; as overrides:",
             f"  {best.override_line}",
             f"best configuration: {path}",
         ]
+    if note := differing_steps(study):
+        lines.append(f"NOTE: {note}")
     path = Path(report or Path(folder) / "report.html")
     return [*lines, f"report: {write_report(study, path, rule=rule, reevaluation=reevaluation)}"]

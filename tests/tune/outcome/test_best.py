@@ -33,6 +33,7 @@ from nemo_rl_ref.tune.outcome.best import (
     resolved_config,
     write_yaml,
 )
+from nemo_rl_ref.tune.outcome.write import write_outcome
 from nemo_rl_ref.utils.config import OverridesError, load_config, parse_hydra_overrides
 
 
@@ -230,3 +231,39 @@ def test_a_rule_for_one_objective_is_refused(study):
 
 def test_resolved_config_has_no_interpolations():
     assert "${" not in str(resolved_config("configs/dpo.yaml", [f"{BETA}=0.2"]))
+
+
+# The age of a metric
+
+
+def test_best_report_and_summary_say_at_which_step_a_value_was_measured(tmp_path):
+    """Trials may end at different steps: the length is searched, or a run stops early."""
+    study = make_study(4)
+    said = "\n".join(write_outcome(study, tmp_path))
+    assert f"{best_of(study).scores[ACCURACY]:.6g} at step 60, the highest" in said
+    assert " at step 60." in best_of(study).yaml.splitlines()[0]
+    assert "different steps" not in said + (tmp_path / "report.html").read_text()
+    study.add_trial(
+        create_trial(
+            value=0.1, params=study.trials[0].params, distributions=study.trials[0].distributions,
+            user_attrs={**study.trials[0].user_attrs, "steps": 20},
+        )
+    )  # fmt: skip
+    note = "The trials ended at different steps, 20 to 60"
+    assert note in "\n".join(write_outcome(study, tmp_path))
+    assert note in (tmp_path / "report.html").read_text()
+
+
+def test_a_best_value_that_other_trials_have_too_is_called_a_tie():
+    """Such as an accuracy on few pairs: the search did not decide between them."""
+    study = make_study(3)
+    best = study.best_trial
+    for _ in range(2):
+        study.add_trial(
+            create_trial(
+                value=best.value, params=best.params, distributions=best.distributions,
+                user_attrs=best.user_attrs,
+            )
+        )  # fmt: skip
+    how = f"the highest {ACCURACY}, which 2 other trials have too, the earliest"
+    assert best_of(study).rule == how and best_of(study).trial == best.number

@@ -297,6 +297,26 @@ def test_a_candidate_that_overtakes_is_read_by_its_simultaneous_interval(study, 
     assert f"{overtaken.low_simultaneous:.4g} to" in render(study, reevaluation=result)
 
 
+def test_runs_that_end_at_different_steps_are_compared_with_a_word(study, tmp_path):
+    """And a value that is older than its run is not compared at all."""
+
+    def lengths(last_of):
+        def run(spec, values, folder, *, seed=None, observe=None):
+            observe(20, found := runner(spec, values, folder, seed=seed))
+            observe(last_of(seed), {"train:loss": 1.0} if last_of(seed) > 60 else found)
+            return found
+
+        return run
+
+    longer = lengths(lambda seed: 60 - 20 * (seed % 2))
+    result = reevaluate(study, tmp_path / "a", top=1, seeds=2, run_trial=longer)
+    assert "The runs ended at different steps, 40 to 60" in result.sentences()[0]
+    stale = reevaluate(study, tmp_path / "b", top=1, seeds=1, run_trial=lengths(lambda seed: 80))
+    assert {run.failure for run in stale.runs} == {
+        f"{ACCURACY} was last measured at step 20, and the run ended with step 80"
+    }
+
+
 def test_the_report_has_it(study, tmp_path):
     result = reevaluate(study, tmp_path, top=3, seeds=4, run_trial=runner, show=lambda text: None)
     soup = BeautifulSoup(render(study, reevaluation=result), "html.parser")

@@ -90,7 +90,8 @@ def main():
             raise ValueError(f"policy.train_global_batch_size: got 7 at step {step}")
         if step == odd.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if step % dpo["val_period"] == 0:
+        last = step == dpo["max_num_steps"] and dpo.get("val_at_end")
+        if step % dpo["val_period"] == 0 or last:
             accuracy = peak * (1 - math.exp(-step / 4))
             validation = {"loss": 1 - accuracy, "accuracy": accuracy}
             writer.log(validation, step, "validation-default")
