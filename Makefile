@@ -31,7 +31,7 @@ help: ## print this list
 	@echo "Variables: PYTHON=python3.12  SPHINXOPTS=...  PYTESTARGS=\"-k loss\"  PORT=8000"
 
 html: venv ## execute what changed, build the site into _build/html; a warning is an error
-	@$(PY) -m sphinx -W --keep-going $(SPHINXFLAGS) || { rm -f _build/html/.doctrees/environment.pickle; exit 1; }
+	@$(PY) -m sphinx -W --keep-going $(SPHINXFLAGS)
 	@$(PY) -c 'from pathlib import Path; page = Path("_build/html/index.html").resolve(); \
 		print("The site: %s\n          %s" % (page, page.as_uri()))'
 

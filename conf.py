@@ -19,6 +19,7 @@ root_doc = "index"
 
 extensions = [
     # our own, in docs/_ext
+    "one_build",
     "page_paths",
     "notebook_pages",
     "embed",

@@ -17,6 +17,7 @@ read. The result is kept under `_build/equations` until something that it stands
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -101,6 +102,7 @@ def start_checks(app: Sphinx) -> None:
             stderr=subprocess.PIPE,
             text=True,
         )
+        atexit.register(CHECKS.process.kill)  # where a notebook fails, nobody waits for it
 
 
 def finish_checks(app: Sphinx) -> None:

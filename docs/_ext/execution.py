@@ -2,9 +2,10 @@
 """The executed notebooks of the site: each one run once, and kept until something changes.
 
 A notebook is `notebooks/NAME.py`. Its executed copy is `_build/notebooks/NAME/KEY/NAME.ipynb`,
-where KEY is a hash of all that the outputs may stand on: the notebook, the package and its data,
-the pins and what is installed of them, the Python version, and whether there is a CUDA device. A
-copy that is there is used as it is; nothing that it was made from has changed.
+where KEY is a hash of all that the outputs may stand on: the notebook, the other files beside it,
+the package and its data, the pins and what is installed of them, the Python version, and whether
+there is a CUDA device. A copy that is there is used as it is; nothing that it was made from has
+changed.
 
 All notebooks are executed before Sphinx reads the first page (`notebook_pages.py`). The same
 can be had from the command line:
@@ -27,7 +28,7 @@ import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from notebook_kernel import AT_ONCE, Log, Notebook, NotebookFailure, execute
 
 # What notebooks read: the package, the example configurations, the recorded results.
@@ -47,13 +48,18 @@ def find_notebooks(root: Path) -> list[Notebook]:
 
 
 def files_stood_on(root: Path) -> list[Path]:
-    """List the files that notebooks read, data included, and nothing that Python leaves there."""
+    """List the files that notebooks read, data included, and nothing that Python leaves there.
+
+    Of the notebooks' own folder that is all but the notebooks and their `.ipynb` copies.
+    """
     found = []
-    for top in STOOD_ON:
+    for top in (*STOOD_ON, "notebooks"):
         for folder, subfolders, files in os.walk(root / top):
             subfolders[:] = [n for n in subfolders if n != "__pycache__" and not n.startswith(".")]
             found += [Path(folder, n) for n in files if not n.startswith(".") and n[-4:] != ".pyc"]
-    return sorted(found)
+    notebooks = [notebook.path for notebook in find_notebooks(root)]
+    copies = [path.with_suffix(".ipynb") for path in notebooks]
+    return sorted(set(found) - {*notebooks, *copies})
 
 
 def pinned_names(pins: str) -> list[str]:
@@ -136,11 +142,37 @@ def remove_old(folder: Path, keep: Path) -> None:
             shutil.rmtree(path.parent, ignore_errors=True)
 
 
+#: The locks that this process holds, by file; one that nothing refers to would be released.
+HELD: dict[Path, FileLock] = {}
+
+
+def hold(store: Path, log: Log) -> None:
+    """Wait until no other process builds with a store, and keep others out until this one ends.
+
+    Args:
+        store: the folder that keeps executed copies.
+        log: told if there is something to wait for.
+    """
+    path = store.resolve() / ".lock"
+    if path in HELD:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        log(f"waiting for another build in {store.parent} to end ...")
+        lock.acquire()
+    HELD[path] = lock
+
+
 # ---- all notebooks ----------------------------------------------------------------------------
 
 
 def ensure_executed(root: Path, store: Path, log: Log = print) -> dict[str, Path]:
     """Execute the notebooks that changed, or stand on something that did.
+
+    No other process may do the same at the same time, see `hold`.
 
     Args:
         root: the project's top folder.
@@ -179,21 +211,17 @@ def executed_copy(notebook: Notebook, environment: str, store: Path, log: Log) -
     path = stored_path(store, notebook, key)
     if path.is_file():
         return path
-    (store / notebook.name).mkdir(parents=True, exist_ok=True)
-    with FileLock(store / notebook.name / ".lock"):  # a second build waits and finds the result
-        if path.is_file():
-            return path
-        log(f"executing {notebook.shown} ...")
-        began = time.perf_counter()
-        content = execute(notebook, log)
-        log(f"executed {notebook.shown} in {time.perf_counter() - began:.1f} s")
-        after = notebook_key(notebook, environment_key(notebook.root))
-        if after != key:
-            log(f"{notebook.shown} or the package was edited meanwhile; build once more")
-            mixed = hashlib.sha256(f"{key}\0{after}".encode()).hexdigest()
-            path = stored_path(store, notebook, mixed)
-        write_atomically(path, content)
-        remove_old(store / notebook.name, keep=path)
+    log(f"executing {notebook.shown} ...")
+    began = time.perf_counter()
+    content = execute(notebook, log)
+    log(f"executed {notebook.shown} in {time.perf_counter() - began:.1f} s")
+    after = notebook_key(notebook, environment_key(notebook.root))
+    if after != key:
+        log(f"{notebook.shown} or the package was edited meanwhile; build once more")
+        mixed = hashlib.sha256(f"{key}\0{after}".encode()).hexdigest()
+        path = stored_path(store, notebook, mixed)
+    write_atomically(path, content)
+    remove_old(store / notebook.name, keep=path)
     return path
 
 
@@ -205,8 +233,13 @@ def main() -> int:
     parser.add_argument("--copy-to", type=Path, help="a folder for .ipynb copies")
     arguments = parser.parse_args()
     store = arguments.store or arguments.root / "_build" / "notebooks"
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+
     try:
-        executed = ensure_executed(arguments.root, store, lambda line: print(line, flush=True))
+        hold(store, log)
+        executed = ensure_executed(arguments.root, store, log)
     except NotebookFailure as failure:
         print(failure, file=sys.stderr)
         return 1

@@ -224,11 +224,49 @@ def run_cells(notebook: Notebook, content: Any, nums: dict[int, list[Num]], log:
                 raised = any(output.output_type == "error" for output in cell.outputs)
                 if EXPECTED in cell.metadata.get("tags", []) and not raised:
                     raise NotebookFailure(f"{place} is tagged {EXPECTED!r} but raised nothing")
+                drop_artist(client, cell)
                 clean_outputs(notebook.root, place, cell, log)
                 store_values(notebook, content, index, client, nums[index])
                 seconds = time.perf_counter() - began
                 if seconds >= LONG_CELL:
                     log(f"  {place}: {seconds:.1f} s")
+
+
+def evaluate(client: Any, expressions: dict[str, str]) -> dict[str, Any]:
+    """Evaluate expressions in a notebook's kernel; the answers by name, as Jupyter gives them."""
+    from nbclient.util import run_sync
+
+    async def ask() -> Any:
+        return await client.kc.execute(
+            "", silent=True, user_expressions=expressions, reply=True, timeout=CELL_TIMEOUT
+        )
+
+    return run_sync(ask)()["content"]["user_expressions"]
+
+
+#: Whether the result of an execution is one of Matplotlib's objects, or a list or tuple of them,
+#: or of lists or arrays of them. A class of the reader's whose repr looks like theirs is none.
+IS_ARTIST = """(lambda value, module: module is not None and (
+    lambda parts: bool(parts) and all(isinstance(part, module.Artist) for part in parts)
+)([
+    part
+    for item in (value if isinstance(value, (list, tuple)) else [value])
+    for part in (item if isinstance(item, (list, tuple)) else getattr(item, "flat", [item]))
+]))(
+    __import__("IPython").get_ipython().user_ns["_oh"].get({count}),
+    __import__("sys").modules.get("matplotlib.artist"),
+)"""
+
+
+def drop_artist(client: Any, cell: Any) -> None:
+    """Drop a cell's result beside a figure where it is only what Matplotlib's last call returned."""
+    if not any("image/png" in output.get("data", {}) for output in cell.outputs):
+        return
+    for output in [o for o in cell.outputs if o.output_type == "execute_result"]:
+        asked = IS_ARTIST.replace("{count}", str(output.execution_count)).replace("\n", " ")
+        answer = evaluate(client, {"artist": asked})["artist"]
+        if answer["status"] == "ok" and answer["data"]["text/plain"] == "True":
+            cell.outputs.remove(output)
 
 
 def store_values(
@@ -240,19 +278,11 @@ def store_values(
         NotebookFailure: an expression raises, a format does not fit, the text is empty or has
             several lines, or it is a number that was not formatted.
     """
-    from nbclient.util import run_sync
     from nbformat.v4 import new_output
 
     if not nums:
         return
-
-    async def evaluate() -> Any:
-        expressions = {num.name: num.expression for num in nums}
-        return await client.kc.execute(
-            "", silent=True, user_expressions=expressions, reply=True, timeout=CELL_TIMEOUT
-        )
-
-    answers = run_sync(evaluate)()["content"]["user_expressions"]
+    answers = evaluate(client, {num.name: num.expression for num in nums})
     texts = {}
     for num in nums:
         found = answers[num.name]
@@ -316,24 +346,15 @@ def shorten_paths(text: str, root: Path) -> str:
 # ---- outputs ----------------------------------------------------------------------------------
 
 
-#: How Matplotlib shows its objects, or a list or tuple of them: a legend, a title, lines.
-ARTIST = re.compile(r"[\[(\s]*(<matplotlib\.|<Figure |<Axes|Text\()")
-
-
 def clean_outputs(root: Path, place: str, cell: Any, log: Log) -> None:
     """Make a cell's outputs fit to print, in place.
 
     Error output that is no error (warnings, progress bars) goes to the log and not on the page,
-    unless the cell is tagged 'show-stderr'. What Matplotlib's last call returned is no result
-    beside a figure. Addresses in memory and paths of this machine, which differ in every run, are
-    taken out. Of an expected error only the frames of the cell stay.
+    unless the cell is tagged 'show-stderr'. Addresses in memory and paths of this machine, which
+    differ in every run, are taken out. Of an expected error only the frames of the cell stay.
     """
     kept = []
-    has_figure = any("image/png" in output.get("data", {}) for output in cell.outputs)
     for output in cell.outputs:
-        data = output.get("data", {})
-        if has_figure and "image/png" not in data and ARTIST.match(data.get("text/plain", "")):
-            continue
         is_stderr = output.output_type == "stream" and output.name == "stderr"
         if is_stderr and SHOW_STDERR not in cell.metadata.get("tags", []):
             text = textwrap.indent(output.text.rstrip(), "    ")

@@ -214,6 +214,22 @@ def copy_downloads(app: Sphinx, exception: Exception | None) -> None:
                 write_atomically(target, content)
 
 
+def remove_old_pages(app: Sphinx, exception: Exception | None) -> None:
+    """Remove what an earlier build left of pages and notebooks that are gone, downloads too."""
+    if exception is not None or app.builder.format != "html":
+        return
+    top = Path(app.outdir)
+    made = {"genindex", "search", "py-modindex", *app.config.html_additional_pages}
+    for path in top.rglob("*.html"):
+        name = path.relative_to(top).with_suffix("").as_posix()
+        if name.startswith("_") or name in made or name in app.env.found_docs:
+            continue
+        path.unlink()
+        if path.parent == top / FOLDER:
+            for suffix in (".ipynb", ".py"):
+                path.with_suffix(suffix).unlink(missing_ok=True)
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
     app.setup_extension("page_uses")
@@ -222,4 +238,5 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("source-read", give_executed_copy)
     app.connect("doctree-resolved", add_links)
     app.connect("build-finished", copy_downloads)
+    app.connect("build-finished", remove_old_pages)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directive `{equation}`, the tables, the glossary's links."""
 
+import os
 import re
+import time
 
 import pytest
 from small_site import make_site
@@ -186,6 +188,33 @@ def test_a_failed_check_ends_the_build_with_its_message(site):
     result = site.build(builder="dummy")
     assert result.code != 0
     assert "Equation error: equation 'loss' is not what double computes" in result.text
+
+
+def test_the_checks_end_when_a_notebook_fails(site):
+    """Nobody waits for them then, and they would go on for minutes."""
+    site.write(
+        "nemo_rl_ref/equations/__main__.py",
+        "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(100)\n",
+    )
+    site.notebook(
+        "one", "import os, time\nwhile not os.path.exists('pid'): time.sleep(0.05)\n1 / 0"
+    )
+    done = site.run("-m", "sphinx", ".", "_build/html")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+    number = int((site.top / "pid").read_text())
+    deadline = time.monotonic() + 30
+    while alive(number):
+        assert time.monotonic() < deadline, "the checks go on"
+        time.sleep(0.05)
+
+
+def alive(number):
+    """Whether there is a process of that number."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_new_result_rewrites_the_pages_that_show_it(site):

@@ -7,6 +7,9 @@ from small_site import fill, make_site
 NUMBERED = ("index.html", "deep/down/losses.html", "notebooks/first.html")
 
 
+SPHINX = ("-m", "sphinx", "-W", "--keep-going", ".", "_build/html")
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The full small site, built once; each test below builds it again."""
@@ -58,3 +61,33 @@ def test_a_page_is_read_again_when_its_cell_is_gone(project):
     assert "losses.md:22: WARNING: no cell is labelled 'other'" in result.text
     path.write_text(text)
     assert project.build().code == 0
+
+
+def test_nothing_of_a_page_or_notebook_that_is_gone_stays(site):
+    """Also after a build that failed, when Sphinx does not remember what was there."""
+    for name in ("one", "two"):
+        site.notebook(name, f"# %% [markdown]\n# # {name}", "1 + 1")
+        site.write(f"docs/deep/{name}.md", f"# Page {name}\n")
+    index = "# Home\n\n```{{toctree}}\n:glob:\nnotebooks/*\ndeep/*\n```\n{}"
+    site.write("docs/index.md", index.format(""))
+    assert site.build().code == 0
+    for path in ("notebooks/two.py", "docs/deep/two.md"):
+        (site.top / path).unlink()
+    site.write("docs/index.md", index.format("\n{nonsense}`x`\n"))
+    assert site.run(*SPHINX).returncode == 1
+    site.write("docs/index.md", index.format(""))
+    done = site.run(*SPHINX)
+    assert done.returncode == 0, done.stderr
+    left = {path.relative_to(site.html).as_posix() for path in site.html.rglob("*.*")}
+    assert {path for path in left if "two" in path} == set()
+    assert {"notebooks/one.html", "notebooks/one.ipynb", "notebooks/one.py"} <= left
+    assert {"deep/one.html", "index.html", "search.html", "genindex.html"} <= left
+
+
+def test_a_warning_is_told_again_by_the_next_build(site):
+    """Sphinx remembers the pages of a failed build, and not their warnings."""
+    site.write("docs/index.md", "# Home\n\n{nonsense}`x`\n")
+    for _ in range(2):
+        done = site.run(*SPHINX)
+        assert done.returncode == 1
+        assert "nonsense" in done.stderr
