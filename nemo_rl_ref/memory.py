@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""How much memory a training step takes, before it is run: weights to logits, byte by byte.
 
+.. code-block:: sh
+
     python -m nemo_rl_ref.memory --model DIR --config dpo.yaml policy.train_micro_batch_size=4
 
 `estimate` adds up what is alive at the moments of a step at which memory peaks. It is derived

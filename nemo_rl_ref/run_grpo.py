@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO and PPO on one machine, with NeMo RL's configuration files.
 
+.. code-block:: sh
+
     python -m nemo_rl_ref.run_grpo --config configs/grpo_tiny.yaml grpo.max_num_steps=50
     python -m nemo_rl_ref.run_grpo --config configs/ppo.yaml --env my_file.py:reward
     accelerate launch --num_processes 2 -m nemo_rl_ref.run_grpo --config configs/grpo_tiny.yaml

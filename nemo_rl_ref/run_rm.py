@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training a Bradley-Terry reward model with NeMo RL's configuration.
 
+.. code-block:: sh
+
     python -m nemo_rl_ref.run_rm --config rm.yaml policy.model_name=… data.train.data_path=…
 
 The model gets a new output, drawn with the run's seed, that maps the state at the last token to a

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning with NeMo RL's configuration.
 
+.. code-block:: sh
+
     python -m nemo_rl_ref.run_sft --config sft.yaml policy.model_name=… data.train.data_path=…
     accelerate launch --num_processes 4 -m nemo_rl_ref.run_sft --config sft.yaml …
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the kernels of the log-probabilities take of a GPU, by the assembler. No GPU is needed.
 
+.. code-block:: sh
+
     python -m nemo_rl_ref.kernels sm_90
     python -m nemo_rl_ref.kernels sm_80 sm_100 --only "bfloat16, 512"
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make every file in ``assets/`` again: tokenizer, weights, preference pairs, problems.
 
+.. code-block:: sh
+
     python -m nemo_rl_ref.tiny.make            # about half a minute on two cores
     python -m nemo_rl_ref.tiny.make --out DIR  # somewhere else
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Searches for hyperparameters over NeMo RL's own configuration keys.
 
+.. code-block:: sh
+
     python -m nemo_rl_ref.tune dpo --config configs/dpo.yaml --space configs/spaces/dpo.yaml \
         --objective val:validation-default_accuracy --trials 30
 

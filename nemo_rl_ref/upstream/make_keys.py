@@ -3,6 +3,8 @@
 
 The checkout is at the pinned commit::
 
+.. code-block:: sh
+
     python -m nemo_rl_ref.upstream.make_keys path/to/RL
 
 A key exists if a configuration class has it, starting from every ``MasterConfig``, or if a YAML

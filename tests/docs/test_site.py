@@ -25,6 +25,8 @@ JS_LOAD = re.compile(
     r"(?:import\(|import |fetch\(|importScripts\(|\.src\s*=|\.href\s*=|\.open\(\"GET\",)\s*"
     r"[\"'`](?:https?:)?//[^\"'`]+"
 )
+#: A command-line option whose two hyphens became a dash: the command fails when it is pasted.
+DASHED_OPTION = re.compile(r"(?<![\w)])–[a-z][\w-]*")
 
 SCRIPTS = {"nemo_rl_ref.tiny.make"}  # run with `python -m`, not imported
 
@@ -82,6 +84,19 @@ def test_a_load_from_elsewhere_is_seen(name, text):
 )
 def test_a_link_is_no_load(name, text):
     assert loads_elsewhere(name, text) == []
+
+
+def test_an_option_on_a_page_has_its_hyphens(project_html):
+    """Shown once on a text that has lost them."""
+    assert DASHED_OPTION.findall("run_dpo –config dpo.yaml, 3–5, (a)–b") == ["–config"]
+    found = {
+        page.relative_to(project_html).as_posix(): DASHED_OPTION.findall(
+            BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").get_text()
+        )
+        for page in project_html.rglob("*.html")
+        if "_modules" not in page.parts
+    }
+    assert {page: options for page, options in found.items() if options} == {}
 
 
 def test_no_built_file_loads_from_elsewhere(project_html):
