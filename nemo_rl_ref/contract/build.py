@@ -168,7 +168,7 @@ def signature_of(kind: type) -> tuple[str, Any, dict[str, Any]]:
         parameter = named[0] if named and named[0].name not in hints else None
     config = None
     if parameter is not None:
-        config = hints.get(parameter.name) or _config_by_name(kind)
+        config = hints.get(parameter.name) or _config_by_name(kind) or _config_of_base(kind)
     name = parameter.name if parameter is not None and config is not None else ""
     others = {p.name: hints.get(p.name, str) for p in named if p.name != name}
     return name, config, others
@@ -183,6 +183,12 @@ def _config_by_name(kind: type) -> Any:
     if fitting:
         return fitting[0]
     return next(iter(configs.values())) if len(configs) == 1 else None
+
+
+def _config_of_base(kind: type) -> Any:
+    """The config class of the next class that has an ``__init__``: ``cfg`` is often not annotated."""
+    bases = (base for base in kind.__mro__[1:-1] if "__init__" in vars(base))
+    return signature_of(base)[1] if (base := next(bases, None)) else None
 
 
 def _is_config(kind: Any) -> bool:

@@ -69,6 +69,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         "Several make a search for a Pareto front"
     )
     add("--objective", required=True, action="append", metavar="METRIC[:DIRECTION]", help=objective)
+    loss = "a loss of your own to train with; its keys may be in the space"
+    add("--loss", metavar="FILE.py:CLASS", help=loss)
+    add("--env", metavar="FILE.py:FUNCTION", help="a reward of your own, for grpo and ppo")
     trials = "to finish; n processes may end with up to n - 1 more. Default: 30"
     add("--trials", type=int, default=30, metavar="N", help=trials)
     sampler = "default: tpe. cmaes keeps a pickle in the study: only go on with one that you know"
@@ -171,7 +174,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str], argv: Sequence[st
     """Run a search as the options say, and return the command's exit status."""
     spec = make_spec(
         options.algorithm, options.config, options.space, options.objective, overrides,
-        options.launcher,
+        options.launcher, loss=options.loss, env=options.env,
     )  # fmt: skip
     parse_rule(options.choose, [objective.metric for objective in spec.objectives])
     names = (

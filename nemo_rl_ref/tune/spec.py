@@ -17,6 +17,9 @@ from typing import Any
 from nemo_rl_ref.config.keys import KeyReport, flatten_keys, nearest_key
 from nemo_rl_ref.config.read import read_config
 from nemo_rl_ref.config.types import key_types, type_name
+from nemo_rl_ref.contract.build import fields_of, signature_of, takes_any_field
+from nemo_rl_ref.training.identity import source_of
+from nemo_rl_ref.training.user_code import load_object
 from nemo_rl_ref.tune.space import RANGES, Space, SpaceError, overrides
 from nemo_rl_ref.tune.trainers import ALGORITHMS, runner_of
 from nemo_rl_ref.utils.config import load_config
@@ -85,18 +88,35 @@ class Spec:
     space: Space
     objectives: tuple[Objective, ...]
     launcher: str = "here"
+    loss: str | None = None
+    env: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The search in JSON's types."""
         lists = {"overrides": [*self.overrides], "objectives": [*map(str, self.objectives)]}
         names = {"algorithm": self.algorithm, "config": self.config, "launcher": self.launcher}
-        return {**names, **lists, "space": self.space.to_dict()}
+        return {**names, **lists, "space": self.space.to_dict(), **self.code}
+
+    @property
+    def options(self) -> dict[str, str]:
+        """What a trainer gets besides the configuration: ``loss`` and ``env``, where given."""
+        given = {"loss": self.loss, "env": self.env}
+        return {name: text for name, text in given.items() if text}
+
+    @property
+    def code(self) -> dict[str, list[str]]:
+        """Loss and reward, ``FILE.py:NAME`` and a sum over the file: another file, another search."""
+        return {
+            name: [text, source_of(load_object(text, f"--{name}"))]
+            for name, text in self.options.items()
+        }
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Spec:
         """The search that `to_dict` wrote, checked again; reads the configuration file."""
         names = ("algorithm", "config", "space", "objectives", "overrides", "launcher")
-        return make_spec(*(written[name] for name in names))
+        code = {name: written[name][0] for name in ("loss", "env") if name in written}
+        return make_spec(*(written[name] for name in names), **code)
 
     @cached_property
     def base(self) -> dict[str, Any]:
@@ -140,6 +160,9 @@ def make_spec(
     objectives: Sequence[Objective | str],
     overrides: Sequence[str] = (),
     launcher: str = "here",
+    *,
+    loss: str | None = None,
+    env: str | None = None,
 ) -> Spec:
     """Make a search and check it.
 
@@ -152,9 +175,11 @@ def make_spec(
         overrides: Overrides that all trials share, in Hydra's grammar.
         launcher: ``here``; or ``nemo-rl``, if trials run NeMo RL itself: then the space may have
             every key that NeMo RL has, also those that mean nothing to this package's trainers.
+        loss: ``FILE.py:CLASS``, a loss to train with, whose own keys the space may have.
+        env: ``FILE.py:FUNCTION``, a reward to train with, of GRPO and PPO.
 
     Raises:
-        SpecError: If algorithm or objectives cannot be used.
+        SpecError: If algorithm, objectives, loss or reward cannot be used.
         SpaceError: If the space cannot be used, or does not fit the configuration.
         ConfigKeyError: If the configuration cannot be used; an override is an ``OverridesError``.
     """
@@ -166,7 +191,9 @@ def make_spec(
     metrics = [objective.metric for objective in found]
     if not found or len(set(metrics)) < len(metrics):
         raise SpecError(f"objective: got {metrics}, expected one or several different metrics")
-    spec = Spec(algorithm, str(config), tuple(overrides), None, found, launcher)  # type: ignore[arg-type]
+    _check_code(algorithm, launcher, loss, env)
+    options = {"launcher": launcher, "loss": loss, "env": env}
+    spec = Spec(algorithm, str(config), tuple(overrides), Space({}), found, **options)
     sections = load_config(config)
     if algorithm not in sections:
         there = [name for name in ALGORITHMS if name in sections]
@@ -179,12 +206,36 @@ def make_spec(
     if isinstance(space, (str, Path)):
         space = Space.read(space, base=base)
     else:
-        written = space.to_dict() if isinstance(space, Space) else space
-        space = Space.from_dict(written, base=base)
+        is_space = isinstance(space, Space)
+        space = Space(space.entries, base) if is_space else Space.from_dict(space, base=base)
     _check_space(space, spec, base)
-    spec = Spec(algorithm, str(config), tuple(overrides), space, found, launcher)
+    spec = Spec(algorithm, str(config), tuple(overrides), space, found, **options)
     spec.__dict__["base"] = base  # what the cached property would read again
     return spec
+
+
+def _check_code(algorithm: str, launcher: str, loss: str | None, env: str | None) -> None:
+    """Raise unless the trainers take such a loss and such a reward, and both can be loaded."""
+    if launcher == "nemo-rl" and (loss or env):
+        raise SpecError("--loss and --env: not with NeMo RL itself, whose scripts take neither")
+    if env and algorithm not in ("grpo", "ppo"):
+        raise SpecError(f"--env: got {env} with {algorithm}, expected grpo or ppo")
+    for option, text in (("--loss", loss), ("--env", env)):
+        if text:
+            load_object(text, option)
+
+
+def _takes(spec: Spec, key: str) -> bool:
+    """Whether a key is one of the loss's own: in its section, and the class takes it."""
+    section = "loss_fn" if spec.algorithm in ("grpo", "ppo") else spec.algorithm
+    if not spec.loss or not key.startswith(f"{section}."):
+        return False
+    kind = load_object(spec.loss, "--loss")
+    if not isinstance(kind, type):
+        return False
+    _, config, others = signature_of(kind)
+    name = key.removeprefix(f"{section}.")
+    return takes_any_field(config) or name in fields_of(config) or name in others
 
 
 def _read(spec: Spec, lines: Sequence[str]) -> tuple[dict[str, Any], KeyReport]:
@@ -228,7 +279,7 @@ def _check_read(space: Space, spec: Spec) -> None:
     probes = {key: _probe(entry) for key, entry in space.entries.items()}
     _, report = _read(spec, [*spec.overrides, *overrides(probes)])
     for key in space.entries:
-        if _is_in(key, report.used):
+        if _is_in(key, report.used) or _takes(spec, key):
             continue
         why = [f"ignored: {what}" for what, keys in report.ignored.items() if _is_in(key, keys)]
         same = [used for used in report.used if used.rpartition(".")[2] == key.rpartition(".")[2]]

@@ -107,7 +107,7 @@ def run_trial(
     with output, redirect_stdout(output), redirect_stderr(output):
         try:
             config = trial_config(spec, values, folder, seed)
-            runner_of(spec.algorithm).train(config, observe=watch)
+            runner_of(spec.algorithm).train(config, observe=watch, **spec.options)
         except Exception as error:
             if error in from_observe:
                 raise

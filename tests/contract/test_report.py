@@ -217,6 +217,17 @@ class Unannotatable(NLLLossFn):
         self.cfg = cfg
 
 
+def test_a_config_without_annotation_is_that_of_the_base_class():
+    class Unannotated(DPOLossFn):
+        def __init__(self, cfg):
+            super().__init__(cfg)
+            self.margin = getattr(cfg, "margin", 0.5)
+
+    Unannotated.__module__ = "json"  # whose names are no configurations
+    assert build_loss(Unannotated, ["margin=2", "sft_loss_weight=1"]).sft_loss_weight == 1.0
+    assert build_loss(Unannotated, ["margin=2"]).margin == 2
+
+
 def test_config_values_have_their_types():
     loss = build_loss(Strict, ["rate=1e-3", "limit=null", "kind=b", "weights=[1, 2]", "fused=true"])
     assert loss.cfg == StrictConfig(rate=0.001, limit=None, kind="b", weights=[1.0, 2.0])

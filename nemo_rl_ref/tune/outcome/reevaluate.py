@@ -291,9 +291,36 @@ def reevaluate(
     wanted = {DEFAULT: default_values(spec.space)} | {
         f"trial {number}": values for number, values, _ in candidates
     }
+    sides = {name: (spec, values) for name, values in wanted.items()}
+    runs = run_sides(sides, chosen, folder, run_trial=run_trial, show=show)
+    comparisons = [_compare(one, runs, objective, level, len(candidates)) for one in candidates]
+    return Reevaluation(objective.metric, level, chosen, tuple(comparisons), tuple(runs))
+
+
+def run_sides(
+    sides: Mapping[str, tuple[Spec, Mapping[str, Any]]],
+    seeds: Sequence[int],
+    folder: str | Path,
+    *,
+    run_trial: Runner | None = None,
+    show: Callable[[str], None] = print,
+) -> list[Run]:
+    """Train several configurations on the same seeds; what was trained before is read.
+
+    Args:
+        sides: The configurations by name: a search's, whose first objective counts, and the values
+            of the keys that differ from it.
+        seeds: The seeds.
+        folder: Where the runs' folders are.
+        run_trial: What runs a trial, see `nemo_rl_ref.tune.trial.run_trial`, which is the default.
+        show: Gets a line after each run.
+
+    Returns:
+        The runs, seed by seed.
+    """
     runs: list[Run] = []
-    for seed in chosen:
-        for name, values in wanted.items():
+    for seed in seeds:
+        for name, (spec, values) in sides.items():
             place = Path(folder, f"{name.replace(' ', '-')}-seed-{seed}")
             path, key = place / "run.json", _digest([spec.to_dict(), values, seed])
             known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -303,12 +330,11 @@ def reevaluate(
             run = _run(run_trial or in_this_process, spec, values, place, seed, name)
             write_text(path, json.dumps({"key": key} | asdict(run)))
             runs.append(run)
-            metric = objective.metric
+            metric = spec.objectives[0].metric
             what = f"failed: {run.failure}" if run.failure else f"{metric} {run.value:.4g}"
-            total = len(chosen) * len(wanted)
+            total = len(seeds) * len(sides)
             show(f"{name}, seed {seed}: {what}  ({run.seconds:.1f} s, run {len(runs)} of {total})")
-    comparisons = [_compare(one, runs, objective, level, len(candidates)) for one in candidates]
-    return Reevaluation(objective.metric, level, chosen, tuple(comparisons), tuple(runs))
+    return runs
 
 
 def _run(
