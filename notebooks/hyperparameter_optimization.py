@@ -666,7 +666,7 @@ def lost(size, other):
 
 
 # What the page says of them.
-assert first[1] > 0 and 0 < last[1] and last[0] < first[0]
+assert first[1] > 0 and last[1] > 0 and last[0] < first[0]
 assert best_rate[sizes[0]] < best_rate[sizes[-1]]
 Markdown("\n".join(rows))
 
