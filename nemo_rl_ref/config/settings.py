@@ -142,7 +142,7 @@ def _problems(
         else:
             text = f"got {entry['input']!r}, expected {_expected(annotation, metadata)}"
             if entry["type"] == "less_than" and "below" not in text:
-                text += f" and below {entry['ctx']['lt']}"
+                text += f" and below {entry.get('ctx', {}).get('lt')}"
         yield ".".join(key) or "configuration", text
 
 

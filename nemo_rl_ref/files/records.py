@@ -210,9 +210,7 @@ def _read_datasets(
     elif split:
         raise ValueError(f"split: got {split!r}, but {path} has no splits; set it to null")
     for row, record in enumerate(found):
+        fields = dict(record)
         if kind == "csv":  # its numbers are text that looks like numbers
-            record = {
-                key: str(value) if isinstance(value, (int, float)) else value
-                for key, value in record.items()
-            }
-        yield (f"{path}[{row}]" if kind else f"{path}[{name}][{row}]"), dict(record)
+            fields = {k: str(v) if isinstance(v, (int, float)) else v for k, v in fields.items()}
+        yield (f"{path}[{row}]" if kind else f"{path}[{name}][{row}]"), fields

@@ -111,10 +111,10 @@ def read_messages(messages: Any, where: str) -> list[dict[str, Any]]:
             raise DataError(f"{where}[{number}].role is {message['role']!r:.80}, expected text")
         content = message["content"]
         if isinstance(content, list):
-            kinds = [part.get("type") if isinstance(part, Mapping) else None for part in content]
-            texts = [part.get("text") for part in content if isinstance(part, Mapping)]
-            if all(kind == "text" for kind in kinds) and all(isinstance(t, str) for t in texts):
-                content = "".join(texts)
+            parts = [part for part in content if isinstance(part, Mapping)]
+            texts = [part.get("text") for part in parts if part.get("type") == "text"]
+            texts = [text for text in texts if isinstance(text, str)]
+            content = "".join(texts) if len(texts) == len(content) else content
         if not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
             raise DataError(
                 f"{where}[{number}].content is {content!r:.80}, expected text, or parts "

@@ -49,10 +49,9 @@ class OpenAIFormatDataset(Records):
         for record, place in zip(self.dataset, self.places, strict=True):
             if chat_key not in record:
                 raise DataError(f"{place}: no field {chat_key!r}; got {sorted(record)}")
-            if not isinstance(record.get(system_key), (str, NoneType)):
-                raise DataError(
-                    f"{place}: field {system_key!r} is {record[system_key]!r:.80}, expected text"
-                )
+            system = record.get(system_key) if system_key else None
+            if not isinstance(system, (str, NoneType)):
+                raise DataError(f"{place}: field {system_key!r} is {system!r:.80}, expected text")
             messages = read_conversation(record[chat_key], place, chat_key)
             conversations.append(self.format_data({**record, chat_key: messages}))
         self.dataset = conversations
