@@ -109,7 +109,9 @@ class TrainedConfig(Section):
     train_global_batch_size: Count
     train_micro_batch_size: Count
     max_grad_norm: float | None = Field(default=None, gt=0)
-    optimizer: OptimizerConfig
+    optimizer: Annotated[
+        OptimizerConfig, "a mapping with name, kwargs; one below megatron_cfg is not read here"
+    ]
     scheduler: Scheduler | None = None
 
 

@@ -53,6 +53,12 @@ def read_settings(config: Mapping[str, Any], *kinds: type[Settings]) -> Settings
         ValueError: If a value is missing, of a wrong type or out of range. The message has a line
             for each of them, with the key, what it got and what it should be.
     """
+    algorithms = [kind.algorithm for kind in kinds if hasattr(kind, "algorithm")]
+    if algorithms and not any(name in config for name in algorithms):
+        raise ValueError(
+            f"{' or '.join(algorithms)}: not set, expected a mapping; the configuration has "
+            f"{', '.join(map(str, config)) or 'nothing'}"
+        )
     named = (kind for kind in kinds[:-1] if getattr(kind, "algorithm", None) in config)
     kind, settings = next(named, kinds[-1]), None
     problems = dict(_switches_for_numbers(kind, config))

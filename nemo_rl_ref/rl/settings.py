@@ -113,8 +113,6 @@ def read_rl_settings(config: Mapping[str, Any]) -> GRPOSettings | PPOSettings:
         ValueError: If a setting cannot be used, or settings contradict each other. The message
             names the key.
     """
-    if not {"grpo", "ppo"} & config.keys():
-        raise ValueError("the configuration has neither a section grpo nor a section ppo")
     settings = read_settings(config, PPOSettings, GRPOSettings)
     _check_section(settings)
     _check_together(settings)
