@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn
-from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.config.sections import DPOSettings
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.models import load_policy
+from nemo_rl_ref.training.models import load_policy, load_tokenizer
 from nemo_rl_ref.training.reference import keep_reference_logprobs
 from nemo_rl_ref.training.samples import preference_samples
 from nemo_rl_ref.training.supervised import Task, fit, read_supervised_settings
@@ -51,17 +51,18 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
         loss_fn = checked_loss(loss, settings.dpo.given(), "dpo", pairs=True, strict=strict)
     else:
         loss_fn = DPOLossFn(DPOLossConfig(**settings.dpo.given()))
-    tokenizer = get_tokenizer(settings.policy.tokenizer.given())
+    tokenizer = load_tokenizer(settings.policy.tokenizer)
     training, validation = preference_samples(settings, tokenizer, add_loss_mask=True)
+    load = partial(load_policy, tokenizer=tokenizer)
     task = Task(
         training,
         validation,
-        load_policy,
+        load,
         loss_fn,
         validation_metrics=None if loss else {name: name for name in METRICS},
     )
     task.prepare = lambda accelerator, sets, folder: keep_reference_logprobs(
-        settings.policy, sets, load_policy, accelerator, folder
+        settings.policy, sets, load, accelerator, folder
     )
     return fit(task, settings, tokenizer, config, **options)
 

@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from nemo_rl_ref.algorithms.loss import PreferenceLossFn
-from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.config.sections import RMSettings
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.models import load_reward_model
+from nemo_rl_ref.training.models import load_reward_model, load_tokenizer
 from nemo_rl_ref.training.samples import preference_samples
 from nemo_rl_ref.training.supervised import Task, fit, read_supervised_settings
 from nemo_rl_ref.training.user_code import checked_loss
@@ -43,12 +42,12 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
     loss_fn = PreferenceLossFn()
     if loss:
         loss_fn = checked_loss(loss, settings.rm.given(), "rm", pairs=True, strict=strict)
-    tokenizer = get_tokenizer(settings.policy.tokenizer.given())
+    tokenizer = load_tokenizer(settings.policy.tokenizer)
     training, validation = preference_samples(settings, tokenizer, add_loss_mask=False)
     task = Task(
         training,
         validation,
-        lambda name: load_reward_model(name, tokenizer.pad_token_id),
+        lambda name: load_reward_model(name, tokenizer.pad_token_id, tokenizer),
         loss_fn,
         validation_metrics=None if loss else {name: name for name in METRICS},
     )

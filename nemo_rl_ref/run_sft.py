@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from nemo_rl_ref.algorithms.loss import NLLLossFn
-from nemo_rl_ref.algorithms.utils import get_tokenizer
 from nemo_rl_ref.config.sections import SFTSettings
 from nemo_rl_ref.training.command_line import run
-from nemo_rl_ref.training.models import load_policy
+from nemo_rl_ref.training.models import load_policy, load_tokenizer
 from nemo_rl_ref.training.samples import supervised_samples
 from nemo_rl_ref.training.supervised import Task, fit, read_supervised_settings
 from nemo_rl_ref.training.user_code import checked_loss
@@ -42,15 +42,15 @@ def train(config: dict[str, Any], *, loss: str | None = None, strict: bool = Fal
     loss_fn = NLLLossFn()
     if loss:
         loss_fn = checked_loss(loss, settings.sft.given(), "sft", pairs=False, strict=strict)
-    tokenizer = get_tokenizer(settings.policy.tokenizer.given())
+    tokenizer = load_tokenizer(settings.policy.tokenizer)
     training, validation = supervised_samples(settings, tokenizer)
     if not validation and settings.sft.val_period > 0:
         raise ValueError(
             f"sft.val_period: got {settings.sft.val_period} without data.validation; set it to 0, "
             "or data.train.split_validation_size above 0"
         )
-    names = {"loss": "val_loss"}
-    task = Task(training, validation, load_policy, loss_fn, names, pairs=False)
+    names, load = {"loss": "val_loss"}, partial(load_policy, tokenizer=tokenizer)
+    task = Task(training, validation, load, loss_fn, names, pairs=False)
     return fit(task, settings, tokenizer, config, **options)
 
 

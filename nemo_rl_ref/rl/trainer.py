@@ -38,7 +38,6 @@ from nemo_rl_ref.algorithms.loss import ClippedPGLossFn, MseValueLossFn
 from nemo_rl_ref.algorithms.reward_functions import apply_reward_shaping
 from nemo_rl_ref.algorithms.utils import (
     calculate_baseline_and_std_per_prompt,
-    get_tokenizer,
     mask_out_neg_inf_logprobs,
     set_seed,
 )
@@ -61,7 +60,7 @@ from nemo_rl_ref.rl.settings import (
 from nemo_rl_ref.training.checkpoints import Trained, load_checkpoint
 from nemo_rl_ref.training.identity import tokenizer_digest
 from nemo_rl_ref.training.loop import make_trained
-from nemo_rl_ref.training.models import load_policy, load_value_model, token_values
+from nemo_rl_ref.training.models import load_policy, load_tokenizer, load_value_model, token_values
 from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
 from nemo_rl_ref.training.progress import Timer
 from nemo_rl_ref.training.samples import Batches, digest
@@ -115,7 +114,7 @@ class RLTrainer:
         elif isinstance(self.estimator, estimators.GeneralizedAdvantageEstimator):
             self.value_config = settings.value
             self.value_loss_fn = make_loss(MseValueLossFn, settings.value_loss_fn, "value_loss_fn")
-        self.tokenizer = get_tokenizer(policy.tokenizer.given())
+        self.tokenizer = load_tokenizer(policy.tokenizer)
         self.train_prompts, self.val_prompts = load_prompts(
             settings.data, self.tokenizer, environment
         )
@@ -148,24 +147,26 @@ class RLTrainer:
         policy = self.policy_config
         set_seed(self.cfg.seed)
         weights, _ = CheckpointManager.get_resume_paths(checkpoint)
-        model = load_policy(weights or policy.model_name)
+        model = load_policy(weights or policy.model_name, tokenizer=self.tokenizer)
         self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
         self.whole = self._frozen(weights or policy.model_name, is_sharded(self.accelerator))
         self.policy = make_trained(self.accelerator, model, policy)
         self.models = {"policy": self.policy}
         kl = self.loss_config.reference_policy_kl_penalty
         self.reference = self._frozen(policy.model_name, kl)
-        self.teacher = self._frozen(self.teacher_name, self.teacher_name)
+        key = "on_policy_distillation.teacher_model_by_agent_name"
+        self.teacher = self._frozen(self.teacher_name, self.teacher_name, key)
         if self.value_config is not None:
             weights, _ = CheckpointManager.get_resume_paths(checkpoint, model_component="value")
-            model = load_value_model(weights or self.value_config.model_name)
+            model = load_value_model(weights or self.value_config.model_name, self.tokenizer)
             self.models["value"] = make_trained(self.accelerator, model, self.value_config, "value")
         if checkpoint:
             load_checkpoint(checkpoint, accelerator=self.accelerator, models=self.models)
 
-    def _frozen(self, name: Any, wanted: Any = True) -> Any:
+    def _frozen(self, name: Any, wanted: Any = True, key: str = "policy.model_name") -> Any:
         if wanted:
-            return load_policy(name).eval().requires_grad_(False).to(self.accelerator.device)
+            model = load_policy(name, key=key, tokenizer=self.tokenizer).eval()
+            return model.requires_grad_(False).to(self.accelerator.device)
 
     def next_step(self, state: dict[str, Any]) -> dict[str, Any] | None:
         """A step with the prompts that follow; see `nemo_rl_ref.training.loop.Trainer`."""

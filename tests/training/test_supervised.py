@@ -254,8 +254,8 @@ def test_a_passthrough_template_joins_the_contents():
 def test_reference_logprobs_are_computed_once_and_kept(tmp_path, monkeypatch):
     asked, load_policy = [], run_dpo.load_policy
 
-    def counting(name):
-        model = load_policy(name)
+    def counting(name, **options):
+        model = load_policy(name, **options)
         model.register_forward_hook(lambda *_: asked.append(name))
         return model
 
@@ -269,10 +269,12 @@ def test_reference_logprobs_are_computed_once_and_kept(tmp_path, monkeypatch):
     first = forward_passes(dpo__max_num_steps=12)
     kept = tmp_path / "run" / "reference_logprobs.safetensors"
     assert kept.exists()
-    assert forward_passes() == 0  # the run is at its end, and the file is there
+    assert forward_passes() == 0  # the run is at its end
+    of_a_step = forward_passes(dpo__max_num_steps=13)  # the file is there
     os.truncate(kept, kept.stat().st_size - 10)
-    again = forward_passes()
-    assert 0 < again < first
+    with pytest.warns(UserWarning, match="computed again"):
+        again = forward_passes(dpo__max_num_steps=14)
+    assert of_a_step < again < first
     assert forward_passes(name="elsewhere", checkpointing__enabled=False) == first
     assert not (tmp_path / "elsewhere").exists()
 
