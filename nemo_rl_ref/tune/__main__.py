@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from optuna.trial import FrozenTrial
+from sqlalchemy.exc import SQLAlchemyError
 
 from nemo_rl_ref.tune.methods import PRUNERS, SAMPLERS
 from nemo_rl_ref.tune.outcome.best import parse_rule
@@ -163,14 +164,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{misspelt[0]}: no such option")
     if problem := check_together(options):
         parser.error(problem)
+    again = f"python -m nemo_rl_ref.tune {shlex.join(argv)}"
     try:
-        return run(options, overrides, argv)
+        return run(options, overrides, again, argv)
     except (OverridesError, OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted. To go on: {again}")
+        return 130
+    except Exception as error:  # Optuna gives errors of a database whatever type it likes
+        if not (why := database_problem(error)):
+            raise
+        print(f"error: the study's database: {why}. To go on: {again}", file=sys.stderr)
+        return 1
 
 
-def run(options: argparse.Namespace, overrides: Sequence[str], argv: Sequence[str]) -> int:
+def database_problem(error: BaseException | None) -> str:
+    """Say what the database behind an error reported, such as a full disk; empty if nothing."""
+    while error is not None and not isinstance(error, SQLAlchemyError):
+        error = error.__cause__ or error.__context__
+    return str(error).splitlines()[0] if error else ""
+
+
+def run(
+    options: argparse.Namespace, overrides: Sequence[str], again: str, argv: Sequence[str]
+) -> int:
     """Run a search as the options say, and return the command's exit status."""
     spec = make_spec(
         options.algorithm, options.config, options.space, options.objective, overrides,
@@ -184,7 +203,6 @@ def run(options: argparse.Namespace, overrides: Sequence[str], argv: Sequence[st
     settings = Settings(**{name: getattr(options, name) for name in names})
     folder, runner = options.folder or f"results/tune_{options.algorithm}", make_runner(options)
     opened = open_search(spec, settings, folder, runner=runner, listen=say)
-    again = f"python -m nemo_rl_ref.tune {shlex.join(argv)}"
     print(describe_start(opened), flush=True)
     status, result = 0, None
     try:
@@ -203,12 +221,13 @@ def run(options: argparse.Namespace, overrides: Sequence[str], argv: Sequence[st
         if options.reevaluate and not options.only_trials and not status:
             result = run_best_again(opened, options)
     except KeyboardInterrupt:
-        done = f"{len(opened.finished())} of {opened.budget} trials are finished"
-        print(f"interrupted; {done}, and nothing is lost. To go on:\n  {again}")
+        if not options.only_trials:  # the process that started this one says it for all
+            done = f"{len(opened.finished())} of {opened.budget} trials are finished"
+            print(f"interrupted; {done}, and nothing is lost. To go on: {again}")
         return 130
     except SearchStopped as error:
         print(f"error: the search ended itself: {error}", file=sys.stderr)
-        print(f"To go on after mending it:\n  {again}")
+        print(f"To go on after mending it: {again}")
         status = 1
     if options.only_trials:
         return status
@@ -234,7 +253,10 @@ def make_runner(options: argparse.Namespace) -> Runner:
 
 
 def start_processes(argv: Sequence[str], jobs: int) -> int:
-    """Start the same command so many times, and wait; 0 if one of them finishes the search."""
+    """Start the same command so many times, and wait; 0 if one of them finishes the search.
+
+    Ctrl-C reaches this process alone, and this one ends the others.
+    """
     line = [sys.executable, "-m", "nemo_rl_ref.tune", *argv, "--jobs", "1", "--only-trials"]
     devices = visible_devices()
     processes = []
@@ -242,7 +264,8 @@ def start_processes(argv: Sequence[str], jobs: int) -> int:
         try:
             for number in range(jobs):
                 device = {"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} if devices else {}
-                processes.append(subprocess.Popen(line, env={**os.environ, **device}))
+                environment = {**os.environ, **device}
+                processes.append(subprocess.Popen(line, env=environment, start_new_session=True))
             statuses = [process.wait() for process in processes]
         except BaseException:
             for process in processes:

@@ -160,7 +160,8 @@ class Search:
             others = states[TrialState.RUNNING]
             if not others or time.monotonic() > until or not (is_grid or others >= left):
                 return not is_grid
-            time.sleep(_PERIOD)
+            with holding_signals(False):
+                time.sleep(_PERIOD)
 
     def begin(self, trial: optuna.Trial) -> tuple[dict[str, Any], Path, int]:
         """Begin a trial: draw and note its values by key, its folder, and its training's seed."""
@@ -179,7 +180,8 @@ class Search:
         try:
             values, folder, seed = self.begin(trial)
             start = time.perf_counter()
-            metrics = self.runner(self.spec, values, folder, seed=seed, observe=watcher)
+            with holding_signals(False):
+                metrics = self.runner(self.spec, values, folder, seed=seed, observe=watcher)
             return watcher.values(metrics)
         except (TrialPruned, UpdateFinishedTrialError):
             raise
@@ -225,6 +227,10 @@ class Watcher:
             TrialFailed: If an objective is not a finite number.
             SearchStopped: If the run does not log an objective.
         """
+        with holding_signals(True):
+            self._look(step, metrics)
+
+    def _look(self, step: int, metrics: Mapping[str, float]) -> None:
         objectives = self.spec.objectives
         self.ages(step, metrics)
         for objective in objectives:
@@ -333,30 +339,34 @@ def open_search(
 
 
 def _open_storage(settings: Settings, folder: Path, heartbeats: bool) -> RDBStorage:
+    from sqlalchemy import URL
     from sqlalchemy.exc import SQLAlchemyError
 
-    url = settings.storage or f"sqlite:///{(folder / FILE).resolve()}"
-    if settings.storage is None:  # the file keeps this mode, in which nobody waits for readers
-        with closing(sqlite3.connect(folder / FILE, timeout=_PATIENCE)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+    url = settings.storage
+    if url is None:
+        path = str((folder / FILE).resolve())
+        url = URL.create("sqlite", database=path).render_as_string(hide_password=False)
     options = {"connect_args": {"timeout": _PATIENCE}} if url.startswith("sqlite:") else {}
     try:
+        if settings.storage is None:  # the file keeps this mode, in which nobody waits for readers
+            with closing(sqlite3.connect(folder / FILE, timeout=_PATIENCE)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
         with quiet():
             return RDBStorage(
                 url, engine_kwargs=options, grace_period=settings.grace,
                 heartbeat_interval=settings.heartbeat if heartbeats else None,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
             )  # fmt: skip
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, sqlite3.Error, RuntimeError) as error:  # the last: another schema
         raise ValueError(
-            f"storage: got {address(url)}, expected a database as sqlite:///study.db or "
-            f"postgresql://user@host/name: {str(error).splitlines()[0]}"
+            f"storage: got {address(settings.storage or path)}, expected a database as "
+            f"sqlite:///study.db or postgresql://user@host/name: {str(error).splitlines()[0]}"
         ) from error
 
 
 def address(url: str) -> str:
     """Write a database's address without its password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", url)
 
 
 def _claim_study(study: optuna.Study, spec: Spec, settings: Settings) -> None:
@@ -429,7 +439,8 @@ def work(search: Search) -> None:
             failed of one cause.
         Stopped: If it was asked to end. The trial that ran is queued again.
     """
-    with stopping_at_signals(), torch_threads(search.settings.threads):
+    threads = torch_threads(search.settings.threads)
+    with stopping_at_signals(), threads, holding_signals(True):
         while search.has_room():
             try:
                 callbacks = [search.after]
@@ -460,9 +471,28 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@dataclass
+class _Signals:
+    """What the handler of signals shares with the code that it interrupts."""
+
+    held: bool = False
+    came: str = ""
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal came, unless signals are held back.
+
+        It is raised again at the next chance: an import may have swallowed it.
+        """
+        if self.came and not self.held:
+            raise Stopped(self.came)
+
+
+_SIGNALS = _Signals()
+
+
 @contextmanager
 def stopping_at_signals() -> Iterator[None]:
-    """Raise `Stopped` in the main thread at SIGINT and SIGTERM."""
+    """Raise `Stopped` in the main thread at SIGINT, SIGTERM and SIGHUP, see `holding_signals`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -470,14 +500,35 @@ def stopping_at_signals() -> Iterator[None]:
     def stop(number: int, _: Any) -> None:
         for one in before:  # a second one must not interrupt what is put in order after the first
             signal.signal(one, signal.SIG_IGN)
-        raise Stopped(signal.Signals(number).name)
+        _SIGNALS.came = signal.Signals(number).name
+        _SIGNALS.check()
 
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {n: handler for n, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
+        _SIGNALS.came = ""
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def holding_signals(hold: bool) -> Iterator[None]:
+    """Hold back what a signal raises to the end of the context, or let it through inside of that.
+
+    A transaction that is interrupted leaves the database locked by this very process, and a trial
+    that is interrupted between being drawn and being noted stays ``RUNNING``.
+    """
+    before, _SIGNALS.held = _SIGNALS.held, hold
+    try:
+        _SIGNALS.check()
+        yield
+    finally:
+        _SIGNALS.held = before
+    _SIGNALS.check()
 
 
 @contextmanager

@@ -217,7 +217,8 @@ def flatten_dict(d: Mapping[str, Any], sep: str = ".", expand_lists: bool = True
 
 def get_next_experiment_dir(base_log_dir: str) -> str:
     """Make and return the folder ``exp_001`` below another, or the next number that is free."""
-    names = [os.path.basename(path) for path in glob.glob(os.path.join(base_log_dir, "exp_*"))]
+    pattern = os.path.join(glob.escape(base_log_dir), "exp_*")
+    names = [os.path.basename(path) for path in glob.glob(pattern)]
     numbers = [int(match[1]) for name in names if (match := re.match(r"exp_(\d+)", name))]
     folder = os.path.join(base_log_dir, f"exp_{max(numbers, default=0) + 1:03d}")
     os.makedirs(folder, exist_ok=True)

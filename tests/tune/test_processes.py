@@ -113,7 +113,8 @@ def test_jobs_are_plain_processes_of_the_same_command(monkeypatch):
     started = []
 
     class Process:
-        def __init__(self, line, env):
+        def __init__(self, line, env, start_new_session):
+            assert start_new_session, "Ctrl-C is for the process that starts the others"
             started.append((line, env.get("CUDA_VISIBLE_DEVICES")))
 
         def wait(self):

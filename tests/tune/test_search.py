@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Studies in one process, with a runner that trains nothing."""
 
+import contextlib
+import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -10,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import optuna
 import pytest
 import stand_in
-from optuna.storages import RetryHeartbeatStaleTrialCallback
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from nemo_rl_ref.tune.methods import PRUNERS, SAMPLERS, SearchError, make_pruner
@@ -19,9 +23,12 @@ from nemo_rl_ref.tune.search import (
     Settings,
     Stopped,
     StudyError,
+    address,
+    holding_signals,
     open_search,
     optimize,
     quiet,
+    stopping_at_signals,
     work,
 )
 from nemo_rl_ref.tune.spec import Objective, SpecError
@@ -437,3 +444,87 @@ def test_a_value_that_is_older_than_the_run_is_refused(tmp_path, runner, why):
 def test_a_value_of_the_last_step_is_taken(tmp_path):
     study = search(tmp_path, runner=measuring(0, 3, 9), trials=1)
     assert study.best_value == stand_in.loss(study.best_params, 9)
+
+
+# What a user may call things
+
+
+@pytest.mark.parametrize(
+    "name", ["what?", "a#b", "per%20cent", "{x}", "a&b=c", "[lr=1]", "x@y:1", 'it\'s "so"', "$x$"]
+)
+def test_a_study_is_in_its_folder_whatever_that_is_called(tmp_path, name):
+    """A name goes into a database's URL, and into patterns of files."""
+    opened(tmp_path / name)
+    assert [path.name for path in (tmp_path / name / "s").glob("*.db")] == ["study.db"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_password_is_not_shown():
+    for secret in ("secret", "se@cr:et"):
+        shown = address(f"postgresql://me:{secret}@host/name")
+        assert shown == "postgresql://me:***@host/name"
+
+
+# Signals
+
+
+def test_a_signal_waits_for_what_must_not_be_cut_in_two():
+    """A transaction that is interrupted leaves the database locked by this process."""
+    done = []
+    with pytest.raises(Stopped, match="SIGTERM"), stopping_at_signals():
+        with holding_signals(True):
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("in one piece")
+        done.append("not this")
+    assert done == ["in one piece"]
+    with (
+        pytest.raises(Stopped, match="SIGINT"), stopping_at_signals(), holding_signals(True),
+        holding_signals(False),
+    ):  # fmt: skip
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("not this")
+
+
+def test_a_signal_that_was_swallowed_is_raised_again():
+    """Some packages catch everything around their imports, which a first trial runs into."""
+    with pytest.raises(Stopped), stopping_at_signals():
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGINT)
+        with holding_signals(True):
+            pass
+
+
+def test_a_signal_that_the_user_ignores_is_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with stopping_at_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("moment", ["ask", "report", "tell"])
+def test_a_signal_in_a_transaction_leaves_no_trial_running(tmp_path, monkeypatch, moment):
+    owner, name = {
+        "ask": (optuna.Study, "ask"),
+        "report": (RDBStorage, "set_trial_intermediate_value"),
+        "tell": (RDBStorage, "set_trial_state_values"),
+    }[moment]
+    plain, count = getattr(owner, name), []
+
+    def interrupted(self, *arguments, **named):
+        result = plain(self, *arguments, **named)
+        count.append(0)
+        if len(count) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(Stopped):
+        search(tmp_path)
+    monkeypatch.undo()
+    states = [trial.state for trial in opened(tmp_path).study.trials]
+    assert TrialState.RUNNING not in states
+    assert (
+        not sqlite3.connect(tmp_path / "s/study.db", timeout=1).execute("begin immediate").close()
+    )

@@ -2,6 +2,10 @@
 """The command, with trainings of a few steps on the tiny model."""
 
 import shlex
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
 
 import optuna
 import pytest
@@ -141,7 +145,8 @@ def test_an_interrupted_search_says_how_to_go_on(tmp_path, capfd, monkeypatch):
     assert main(arguments) == 130
     output = capfd.readouterr().out
     assert "interrupted; 0 of 9 trials are finished, and nothing is lost" in output
-    assert f"python -m nemo_rl_ref.tune {shlex.join(arguments)}" in output
+    assert f"To go on: python -m nemo_rl_ref.tune {shlex.join(arguments)}" in output
+    assert len(output.splitlines()) == 2, "where the study is, and how to go on"
 
 
 def test_a_training_that_fails_is_recorded_with_its_reason(tmp_path):
@@ -165,3 +170,55 @@ def test_the_spaces_of_this_repository_fit_their_configurations(tmp_path, algori
     metrics = run_trial(spec, values, tmp_path / "trial", seed=1)
     assert metric in metrics
     assert (tmp_path / "trial/output.txt").read_text().count("step 1/1") == 1
+
+
+#: A search in whose trials the disk is full from the second step on: no file may grow.
+FULL_DISK = """
+import resource, sys
+from nemo_rl_ref.tune import __main__ as command
+
+def run(spec, values, folder, *, seed=None, observe=None):
+    observe(1, {"val:loss": 1.0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    observe(2, {"val:loss": 1.0})
+    return {"val:loss": 1.0}
+
+command.run_trial = run
+sys.exit(command.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_ends_a_search_in_one_line(tmp_path):
+    line = command(tmp_path, "--trials", "3", objective="val:loss")
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, *line], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: the study's database: ")
+    assert "To go on: python -m nemo_rl_ref.tune dpo" in done.stderr
+
+
+def of_a_later_optuna(path):
+    spec = make_spec("dpo", "configs/dpo.yaml", {LR: {"choice": [1e-4]}}, [METRIC], SHORT)
+    open_search(spec, Settings(), path.parent)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("update alembic_version set version_num = 'v99.0.0.a'")
+        database.commit()
+
+
+def damaged(path):
+    path.parent.mkdir()
+    path.write_bytes(b"this is no database" * 500)
+
+
+def a_folder(path):
+    path.mkdir(parents=True)
+
+
+@pytest.mark.parametrize("spoil", [of_a_later_optuna, damaged, a_folder])
+def test_a_database_that_cannot_be_used_is_named_in_one_line(tmp_path, capsys, spoil):
+    path = tmp_path / "s" / "study.db"
+    spoil(path)
+    assert main(command(tmp_path, "--trials", "3")) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1, error
+    assert error.startswith(f"error: storage: got {path}, expected a database as ")

@@ -2,6 +2,7 @@
 """Where metrics go, and under which names."""
 
 import json
+from pathlib import Path
 
 import numpy
 import pytest
@@ -107,3 +108,10 @@ def test_timeout():
     assert not tight.check_save()
     tight.iteration_times = [100.0]
     assert tight.check_save()
+
+
+@pytest.mark.parametrize("name", ["runs[lr=1]", "a*b", "what?", "{x}", "[!a]"])
+def test_each_run_has_its_own_folder_whatever_the_name_holds(tmp_path, name):
+    """A name is no pattern; two runs would append to one log."""
+    folders = [get_next_experiment_dir(str(tmp_path / name)) for _ in range(3)]
+    assert [Path(folder).name for folder in folders] == ["exp_001", "exp_002", "exp_003"]

@@ -43,6 +43,7 @@ from nemo_rl_ref.tune.search import (
     Settings,
     StudyError,
     Watcher,
+    holding_signals,
     open_search,
     stopping_at_signals,
     torch_threads,
@@ -95,7 +96,7 @@ def optimize_on_ray(
         spec, Settings(**settings), folder, runner=runner, listen=listen, heartbeats=False
     )
     cpus = math.ceil(jobs * cpus_per_trial) if jobs else None
-    with stopping_at_signals(), _ray(address, cpus):
+    with stopping_at_signals(), _ray(address, cpus), holding_signals(True):
         most = _most_at_once(wanted)
         _Driver(search, wanted, min(jobs or most, most)).run()
     return search.study
@@ -180,7 +181,8 @@ class _Driver:
                     self._begin(self.study.ask())
                 if not self.running:
                     return
-                ready, _ = ray.wait(list(self.running), timeout=1.0)
+                with holding_signals(False):
+                    ready, _ = ray.wait(list(self.running), timeout=1.0)
                 for event in ready:
                     self._hear(self.running.pop(event), event)
         finally:  # where it was interrupted, or has ended itself

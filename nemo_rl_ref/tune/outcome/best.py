@@ -235,9 +235,10 @@ def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> 
     comment = (
         f"# Trial {trial.number} of the study {study.study_name!r}: {shown}.\n"
         f"# Chosen as {how}.\n# Made from {path}" + (f" with {' '.join(given)}" if given else "")
-        + ("\n# and " + line if line else "") + "\n"
+        + ("\n# and " + line if line else "")
     )  # fmt: skip
-    text = comment + _dump(config)
+    lines = [text if text.startswith("# ") else f"# {text}" for text in comment.splitlines()]
+    text = "\n".join([*lines, _dump(config)])  # a value may hold the end of a line
     with tempfile.TemporaryDirectory() as folder:
         write_text(copy := Path(folder, "best.yaml"), text)
         if resolved_config(copy, []) != config:

@@ -225,7 +225,8 @@ def _draw(plot: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     from matplotlib import pyplot
 
     # Optuna's plots set a style for all figures to come, and are experimental since 2021.
-    with matplotlib.rc_context({"figure.figsize": (6.4, 4.0)}), warnings.catch_warnings():
+    settings = {"figure.figsize": (6.4, 4.0), "text.parse_math": False}  # a "$" is no formula
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         axes = np.ravel(plot(*arguments, **options))[0]
         axes.set_title("")

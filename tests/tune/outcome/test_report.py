@@ -12,7 +12,10 @@ from matplotlib import pyplot
 from optuna.trial import TrialState, create_trial
 from studies import ACCURACY, BATCH, KL, LR, SPACE, make_study, spec_of
 
+from nemo_rl_ref.tune import make_spec
+from nemo_rl_ref.tune.outcome.best import best_from
 from nemo_rl_ref.tune.outcome.report import failures_of, render, write_report
+from nemo_rl_ref.tune.outcome.write import write_outcome
 
 SECTIONS = [
     "Best configuration", "Failed trials", "History", "Which keys matter", "Value against each key",
@@ -193,3 +196,27 @@ def test_the_file_is_written_whole(tmp_path):
     path = write_report(make_study(0), tmp_path / "a folder" / "report.html")
     assert path.read_text(encoding="utf-8").endswith("</html>\n")
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+def test_values_are_text_and_neither_markup_nor_formulas(tmp_path):
+    """In the page, in its figures, in the comment of best.yaml, in what is printed at the end."""
+    odd = [
+        "$\\frac{x$", "$x_$", "[/INST]", "[red]", "<script>alert(1)</script>", "100%", "{a}", "a_b^c",
+        "\"q'\"", "two\nlines: x", "\\",
+    ]  # fmt: skip
+    space = {LR: {"log_uniform": [1e-6, 1e-2]}, "policy.tokenizer.name": {"choice": odd}}
+    spec = make_spec(
+        "dpo", "configs/dpo.yaml", space, [ACCURACY], ["policy.model_name='<b>$m$</b>'"]
+    )
+    study = make_study(40, spec, name="<i>$s$</i>")
+    said = write_outcome(study, tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text and "<b>" not in text and "<i>" not in text
+    soup = BeautifulSoup(text, "html.parser")
+    drawn = "".join(pictures(soup, "Value against each key"))
+    for value in ("$x_$", "[/INST]", "100%", "{a}", "a_b^c"):
+        assert value in drawn, value
+    assert "&lt;script&gt;" in drawn
+    assert "no best" not in "\n".join(said)
+    for trial in study.trials:
+        assert best_from(study, trial).config["policy"]["tokenizer"]["name"] in odd
