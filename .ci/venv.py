@@ -47,7 +47,11 @@ def present_key() -> dict[str, str] | None:
         key = json.loads(KEY_FILE.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return key if (VENV / "bin" / "python").exists() else {}  # its Python may have been removed
+    except ValueError:  # empty, or damaged
+        return {}
+    python = VENV / "bin" / "python"  # may have been removed, or be empty, which a shell runs
+    works = os.access(python, os.X_OK) and python.stat().st_size > 0
+    return key if works and isinstance(key, dict) else {}
 
 
 def write_key(key: dict[str, str]) -> None:

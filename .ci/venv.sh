@@ -26,7 +26,7 @@ examine() {
     problem=
     version=$("$1" -c "$probe" 2>/dev/null)
     case $? in
-    0) ;;
+    0) [ -n "$version" ] || problem="$1 is no Python" ;;
     3) problem="$1 is Python $version" ;;
     4) problem="$1 (Python $version) has no ensurepip module, which a virtual environment needs; \
 on Debian or Ubuntu: apt install python3-venv (or python${version%.*}-venv)" ;;

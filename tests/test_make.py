@@ -208,6 +208,31 @@ def test_a_python_that_was_removed_makes_it_afresh(fake_tools):
     assert fake_tools.succeed("venv") == ""
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"null", b'"text"', b"{}"])
+def test_a_damaged_marker_makes_it_afresh(fake_tools, content):
+    """A full disk or a power cut leaves an empty file; whatever is in it, make made it."""
+    fake_tools.succeed("venv")
+    (fake_tools.folder / ".venv" / "made-by-make.json").write_bytes(content)
+    assert "Removing .venv" in fake_tools.succeed("venv")
+    assert len(fake_tools.pip_calls()) == 2
+    assert fake_tools.succeed("venv") == ""
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o755])
+def test_an_empty_python_makes_it_afresh(fake_tools, mode):
+    """The shell runs an empty file without an error, and so does nothing."""
+    fake_tools.succeed("venv")
+    path = bare_path(fake_tools)
+    (path / "python3").symlink_to(fake_tools.env.pop("PYTHON"))
+    fake_tools.env["PATH"] = str(path)
+    python = fake_tools.folder / ".venv" / "bin" / "python"
+    python.unlink()
+    python.touch()
+    python.chmod(mode)
+    assert "broken" in fake_tools.succeed("venv")
+    assert fake_tools.succeed("venv") == ""
+
+
 def test_failed_installation_is_an_error_and_is_redone(fake_tools):
     fake_tools.pip_behaves("fail")
     assert fake_tools.fail("test").startswith("error: pip failed, see above")

@@ -32,7 +32,7 @@ SOURCES = Path(__file__).parent
 MINIMUM_CAPABILITY = (8, 0)
 
 _INSTALL = "install the extra: pip install 'nemo-rl-ref[kernels]'"
-_MAGIC = b"nemo-rl-ref kernel 1\n"
+_MAGIC = b"nemo-rl-ref kernel 2\n"
 
 
 class KernelsUnavailable(RuntimeError):
@@ -142,7 +142,8 @@ def cached_kernel(source: str, expression: str, architecture: str) -> Compiled:
     The name of an entry is a hash of the source and headers, the expression, the architecture and
     the compiler's version. An entry is written to a temporary file that is then renamed, so
     processes that compile the same kernel at the same time do not disturb each other. An entry
-    that is damaged is made again. Where the folder cannot be written to, nothing is kept.
+    that is damaged, or another user's, is made again. Where the folder cannot be written to,
+    nothing is kept.
 
     Args:
         source: As for :func:`compile_kernel`.
@@ -345,17 +346,29 @@ def _sources_digest(source: str) -> bytes:
 
 
 def _read_entry(path: Path) -> Compiled | None:
-    """An entry is: the magic line, the SHA-256 of the rest, a line with the symbol, the cubin."""
+    """An entry is: the magic line, a SHA-256 of its name and the rest, the symbol's line, the cubin.
+
+    One that another user wrote, or can write, is none: it would run with this user's data. Root may.
+    """
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            state = os.fstat(file.fileno())
+            if state.st_uid not in (os.geteuid(), 0) or state.st_mode & 0o022:
+                return None
+            data = file.read()
     except OSError:
         return None
     head = len(_MAGIC) + 32
     digest, rest = data[len(_MAGIC) : head], data[head:]
-    if not data.startswith(_MAGIC) or hashlib.sha256(rest).digest() != digest:
+    if not data.startswith(_MAGIC) or _digest(path, rest) != digest:
         return None
     symbol, _, cubin = rest.partition(b"\n")
     return Compiled(symbol.decode(), cubin)
+
+
+def _digest(path: Path, rest: bytes) -> bytes:
+    """The sum of an entry; with its name, so that a link to another entry is none."""
+    return hashlib.sha256(path.name.encode() + b"\0" + rest).digest()
 
 
 def _write_entry(path: Path, entry: Compiled) -> None:
@@ -365,7 +378,7 @@ def _write_entry(path: Path, entry: Compiled) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             temporary = Path(file.name)
-            file.write(_MAGIC + hashlib.sha256(rest).digest() + rest)
+            file.write(_MAGIC + _digest(path, rest) + rest)
         temporary.replace(path)
     except OSError:  # a read-only or full disk: the kernel runs all the same
         if temporary is not None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels compile for every architecture without spilling; the cache; what may be missing."""
 
+import os
 import subprocess
 import sys
 
@@ -146,6 +147,29 @@ def test_a_damaged_entry_is_made_again(damage, cache, count):
     path.write_bytes(damage(path.read_bytes()))
     assert get().cubin == expected.cubin and len(count) == 2
     assert get().cubin == expected.cubin and len(count) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["owner", "writable", "link"])
+def test_an_entry_of_another_user_is_not_taken(cache, count, monkeypatch, how):
+    """In a folder that several share. Nor one that others can write, nor a link to another entry."""
+    expected, other = get(), get(FORWARD.replace("float", "double"))
+    path = next(p for p in cache.iterdir() if expected.cubin in p.read_bytes())
+    if how == "link":
+        path.unlink()
+        path.hardlink_to(*cache.iterdir())
+        assert other.cubin in path.read_bytes()
+    elif how == "writable":
+        path.chmod(0o666)
+    elif os.geteuid():
+        with monkeypatch.context() as patch:
+            patch.setattr(loader.os, "geteuid", lambda: os.getuid() + 1)
+            assert get().cubin == expected.cubin and len(count) == 3
+        return
+    else:
+        os.chown(path, 12345, -1)
+    assert get().cubin == expected.cubin and len(count) == 3
+    assert get().cubin == expected.cubin and len(count) == 3  # it was replaced
 
 
 @needs_compiler
