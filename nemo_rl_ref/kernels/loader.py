@@ -31,7 +31,7 @@ SOURCES = Path(__file__).parent
 #: The oldest architecture the kernels are written for, as a compute capability.
 MINIMUM_CAPABILITY = (8, 0)
 
-_INSTALL = "install the extra: pip install 'nemo-rl-ref[kernels]'"
+_INSTALL = "install the extra, in a clone: pip install '.[kernels]'"
 _MAGIC = b"nemo-rl-ref kernel 2\n"
 
 

@@ -11,7 +11,7 @@ the file itself last. A section of the top level with ``_override_: true`` repla
 section instead of being merged into it. Interpolations such as ``${policy.precision}`` stay as
 written and follow later changes; the resolvers are needed when they are read.
 
-Needs omegaconf and hydra-core: ``pip install 'nemo-rl-ref[train]'``.
+Needs omegaconf and hydra-core: ``pip install '.[train]'``.
 """
 
 from __future__ import annotations
