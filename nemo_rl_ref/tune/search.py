@@ -396,6 +396,7 @@ def _by_key(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """What must be the same for all of a study, by a name for each part."""
     spec = attributes["spec"]
     found = {name: spec[name] for name in ("algorithm", "launcher", "objectives")}
+    found |= {f"--{name}": spec[name][1] for name in ("loss", "env") if name in spec}
     found |= {f"space: {key}": value for key, value in spec["space"].items()}
     found |= {f"configuration: {key}": value for key, value in attributes["base"].items()}
     return found | {"vary_seed": attributes["vary_seed"]}

@@ -56,6 +56,7 @@ from pydantic import (
 )
 from yaml import YAMLError
 
+from nemo_rl_ref.config.keys import key_exists
 from nemo_rl_ref.config.types import fits, key_types, problem_with_key, type_name
 
 if TYPE_CHECKING:
@@ -112,13 +113,19 @@ class Entry(BaseModel):
     when: dict[str, Listed] = Field({}, min_length=1)
 
     @classmethod
-    def parse(cls, key: str, written: Any) -> Entry:
+    def parse(cls, key: str, written: Any, own: str = "") -> Entry:
         """Read what the file has for a key; a value alone fixes it.
+
+        Args:
+            key: The key.
+            written: What the file has.
+            own: A section that may have keys which NeMo RL does not have, of a loss of one's own.
 
         Raises:
             SpaceError: If it cannot be used.
         """
-        if problem := problem_with_key(key):
+        is_own = own and key.rpartition(".")[0] == own and not key_exists(key)
+        if not is_own and (problem := problem_with_key(key)):
             raise SpaceError(f"{key}: got {key}, expected {problem}")
         fields = written if isinstance(written, Mapping) else {"value": written}
         try:
@@ -309,19 +316,24 @@ class Space:
         self._order = self._check()
 
     @classmethod
-    def read(cls, path: str | Path, *, base: Mapping[str, Any] | None = None) -> Space:
+    def read(
+        cls, path: str | Path, *, base: Mapping[str, Any] | None = None, own: str = ""
+    ) -> Space:
         """Read a space from a YAML file, whose name is in an error's message."""
         try:
-            return cls.from_dict(_read_yaml(Path(path)), base=base)
+            return cls.from_dict(_read_yaml(Path(path)), base=base, own=own)
         except SpaceError as error:
             raise SpaceError(f"{path}: {error}") from error
 
     @classmethod
-    def from_dict(cls, written: Any, *, base: Mapping[str, Any] | None = None) -> Space:
-        """Make a space of what the file holds, or of what `to_dict` returned."""
+    def from_dict(
+        cls, written: Any, *, base: Mapping[str, Any] | None = None, own: str = ""
+    ) -> Space:
+        """Make a space of what the file holds, or of what `to_dict` returned; see `Entry.parse`."""
         if not isinstance(written, Mapping) or not written:
             raise SpaceError(f"got {_short(written)}, expected keys with what to search each over")
-        return cls({str(key): Entry.parse(str(key), value) for key, value in written.items()}, base)
+        entries = {str(key): Entry.parse(str(key), value, own) for key, value in written.items()}
+        return cls(entries, base)
 
     def to_dict(self) -> dict[str, Any]:
         """The entries as they are written, in JSON's types."""

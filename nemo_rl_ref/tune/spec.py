@@ -7,6 +7,7 @@ trainer reads every key that is searched, and that nothing is set twice.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_ref.config.keys import KeyReport, flatten_keys, nearest_key
+from nemo_rl_ref.config.keys import KeyReport, flatten_keys, key_exists, nearest_key
 from nemo_rl_ref.config.read import read_config
 from nemo_rl_ref.config.types import key_types, type_name
-from nemo_rl_ref.contract.build import fields_of, signature_of, takes_any_field
+from nemo_rl_ref.contract.build import UsageError, build_loss
 from nemo_rl_ref.training.identity import source_of
 from nemo_rl_ref.training.user_code import load_object
 from nemo_rl_ref.tune.space import RANGES, Space, SpaceError, overrides
@@ -96,6 +97,13 @@ class Spec:
         lists = {"overrides": [*self.overrides], "objectives": [*map(str, self.objectives)]}
         names = {"algorithm": self.algorithm, "config": self.config, "launcher": self.launcher}
         return {**names, **lists, "space": self.space.to_dict(), **self.code}
+
+    @property
+    def own_section(self) -> str:
+        """The section in which a loss of one's own has its keys; empty without such a loss."""
+        return ("loss_fn" if self.algorithm in ("grpo", "ppo") else self.algorithm) * bool(
+            self.loss
+        )
 
     @property
     def options(self) -> dict[str, str]:
@@ -204,10 +212,13 @@ def make_spec(
     tree, _ = _read(spec, overrides)
     base = flatten_keys(tree)
     if isinstance(space, (str, Path)):
-        space = Space.read(space, base=base)
+        space = Space.read(space, base=base, own=spec.own_section)
     else:
         is_space = isinstance(space, Space)
-        space = Space(space.entries, base) if is_space else Space.from_dict(space, base=base)
+        own = spec.own_section
+        space = (
+            Space(space.entries, base) if is_space else Space.from_dict(space, base=base, own=own)
+        )
     _check_space(space, spec, base)
     spec = Spec(algorithm, str(config), tuple(overrides), space, found, **options)
     spec.__dict__["base"] = base  # what the cached property would read again
@@ -225,17 +236,14 @@ def _check_code(algorithm: str, launcher: str, loss: str | None, env: str | None
             load_object(text, option)
 
 
-def _takes(spec: Spec, key: str) -> bool:
-    """Whether a key is one of the loss's own: in its section, and the class takes it."""
-    section = "loss_fn" if spec.algorithm in ("grpo", "ppo") else spec.algorithm
-    if not spec.loss or not key.startswith(f"{section}."):
-        return False
-    kind = load_object(spec.loss, "--loss")
-    if not isinstance(kind, type):
-        return False
-    _, config, others = signature_of(kind)
-    name = key.removeprefix(f"{section}.")
-    return takes_any_field(config) or name in fields_of(config) or name in others
+def _check_own(spec: Spec, key: str, probe: Any) -> None:
+    """Raise unless the loss reads a key that NeMo RL does not have."""
+    kind = load_object(spec.loss or "", "--loss")
+    try:
+        if isinstance(kind, type):
+            build_loss(kind, [f"{key.rpartition('.')[2]}={json.dumps(probe)}"])
+    except UsageError as error:
+        raise SpaceError(f"{key}: {error}") from error
 
 
 def _read(spec: Spec, lines: Sequence[str]) -> tuple[dict[str, Any], KeyReport]:
@@ -279,7 +287,10 @@ def _check_read(space: Space, spec: Spec) -> None:
     probes = {key: _probe(entry) for key, entry in space.entries.items()}
     _, report = _read(spec, [*spec.overrides, *overrides(probes)])
     for key in space.entries:
-        if _is_in(key, report.used) or _takes(spec, key):
+        if _is_in(key, report.used):
+            continue
+        if key.rpartition(".")[0] == spec.own_section and not key_exists(key):
+            _check_own(spec, key, probes[key])
             continue
         why = [f"ignored: {what}" for what, keys in report.ignored.items() if _is_in(key, keys)]
         same = [used for used in report.used if used.rpartition(".")[2] == key.rpartition(".")[2]]
