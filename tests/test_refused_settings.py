@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all five trainers refuse: one line with the key, before a model or a record is read."""
 
+import contextlib
 import re
 
 import pytest
@@ -258,3 +259,125 @@ def test_the_command_line_reads_what_the_environment_has(section, tmp_path, monk
         "error: policy.train_micro_batch_size: got 'two', expected an integer from 1 on\n"
     )
     assert out.out == "" and len(list(tmp_path.glob("*logs*/*"))) == 1  # of the first
+
+
+# Whole files and whole sections
+
+CAN_BE_EMPTY = ("loss_fn", "value_loss_fn", "data.train")
+
+
+def said(section, path, capsys):
+    """What the program prints to stderr, which is one error."""
+    capsys.readouterr()
+    assert TRAINERS[section].main(["--config", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("error: ") == 1
+    return error.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.mark.parametrize("section", TRAINERS)
+@pytest.mark.parametrize(("raw", "message"), [
+    (b"", "{kind}: not set, expected a mapping; the configuration has nothing"),
+    (b"# nothing\n---\n", "{kind}: not set, expected a mapping; the configuration has nothing"),
+    (b"policy:\n", "{kind}: not set, expected a mapping; the configuration has policy"),
+    (b"[1, 2]", "{path}: got a list, expected a mapping of keys to values"),
+    (b"text", "{path}: "),
+    (b"a: {b", "{path}: cannot be read as YAML: "),
+    (b"a: 1\na: 2", "{path}: cannot be read as YAML: "),
+    (b"a: !!python/object/apply:os.system [x]", "{path}: cannot be read as YAML: "),
+    (b"\x00", "{path}: "),
+    (b"a: ${b}", "{path}: "),
+    (b"defaults: nowhere.yaml", "no configuration file "),
+    (b"1: 2", "{path}: keys that cannot be used:\n  1: NeMo RL has no such key"),
+])  # fmt: skip
+def test_a_broken_file_is_one_error(section, raw, message, tmp_path, capsys):
+    """Empty, another kind of YAML, no YAML at all, or one that names what is not there."""
+    path = tmp_path / "run.yaml"
+    path.write_bytes(raw)
+    kind = "ppo or grpo" if section in ("grpo", "ppo") else section
+    assert said(section, path, capsys).startswith(message.format(path=path, kind=kind))
+
+
+@pytest.mark.parametrize("section", ["sft", "dpo", "rm", "grpo"])
+@pytest.mark.parametrize("program", ["sft", "dpo", "rm", "grpo"])
+def test_the_configuration_of_another_program_is_told_apart(section, program, tmp_path, capsys):
+    if section == program:
+        return
+    OmegaConf.save(OmegaConf.create(configuration(section, tmp_path)), tmp_path / "run.yaml")
+    kind = {"grpo": "ppo or grpo"}.get(program, program)
+    start = f"{kind}: not set, expected a mapping; the configuration has "
+    assert re.match(rf"{start}.*\b{section}\b", said(program, tmp_path / "run.yaml", capsys))
+
+
+@pytest.mark.parametrize("section", TRAINERS)
+@pytest.mark.parametrize("part", ["policy", "data", "checkpointing", "logger", "policy.generation",
+                                  "policy.tokenizer", "data.train", "{section}", "value",
+                                  "loss_fn", "value_loss_fn"])  # fmt: skip
+@pytest.mark.parametrize("value", [None, {}, [], "text", 3, "missing"])
+def test_a_section_of_another_shape_is_an_error_of_its_keys(section, part, value, tmp_path, capsys):
+    """Null, empty, a list, a text, a number, or not there: every section of every trainer."""
+    part = part.format(section=section)
+    config = configuration(section, tmp_path)
+    *path, last = part.split(".")
+    place = config
+    for name in path:
+        place = place.get(name, {})
+    if last not in place:
+        return
+    place[last] = value
+    if value == "missing":
+        del place[last]
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "run.yaml")
+    if (value == {} or value == "missing") and part in (section, *CAN_BE_EMPTY):
+        with contextlib.suppress(Loaded):  # everything has a default
+            said(section, tmp_path / "run.yaml", capsys)
+        return
+    for line in said(section, tmp_path / "run.yaml", capsys).splitlines():
+        assert line.startswith(part) or "ppo or grpo: not set" in line, line
+
+
+@pytest.mark.parametrize("section", TRAINERS)
+@pytest.mark.parametrize(("kwargs", "message"), [
+    ({"lr": 1e-3, "betas": [0.9]}, "policy.optimizer: torch.optim.AdamW refuses"),
+    ({"lr": 1e-3, "betas": 0.9}, "policy.optimizer: torch.optim.AdamW refuses"),
+    ({"lr": 1e-3, "betas": ["a", "b"]}, "policy.optimizer: torch.optim.AdamW refuses"),
+    ({"lr": "fast"}, "policy.optimizer: torch.optim.AdamW refuses"),
+    ({"lr": None}, "policy.optimizer: torch.optim.AdamW refuses"),
+    ({"lr": [1e-3]}, "policy.optimizer: torch.optim.AdamW refuses"),
+    ({"params": []}, "policy.optimizer"),
+    ({"lr": 1e-3, "foreach": True, "fused": True}, "policy.optimizer: torch.optim.AdamW refuses"),
+])  # fmt: skip
+def test_arguments_that_an_optimizer_refuses_are_one_line(section, kwargs, message, tmp_path):
+    config = changed(configuration(section, tmp_path), "policy.optimizer.kwargs", kwargs)
+    found = refused(section, config)
+    assert found.startswith(message) and len(found.splitlines()) == 1
+
+
+@pytest.mark.parametrize("section", TRAINERS)
+@pytest.mark.parametrize(("name", "kwargs"), [
+    ("StepLR", {"step_size": "two"}), ("StepLR", {"step_size": None}), ("StepLR", {}),
+    ("LinearLR", {"start_factor": 2.0}), ("LambdaLR", {"lr_lambda": 1}), ("SequentialLR", {}),
+    ("CosineAnnealingLR", {"T_max": 0}), ("CosineAnnealingLR", {"T_max": "ten"}),
+    ("MultiStepLR", {"milestones": 3}), ("StepLR", {"step_size": 0}),
+    ("ReduceLROnPlateau", {}), ("ExponentialLR", {"gamma": -1.0}),
+    ("ExponentialLR", {"gamma": float("inf")}),
+])  # fmt: skip
+def test_a_scheduler_that_cannot_step_is_one_line(section, name, kwargs, tmp_path):
+    scheduler = {"name": f"torch.optim.lr_scheduler.{name}", "kwargs": kwargs}
+    found = refused(
+        section, changed(configuration(section, tmp_path), "policy.scheduler", scheduler)
+    )
+    assert found.startswith("policy.scheduler") and len(found.splitlines()) == 1
+
+
+def test_every_scheduler_of_a_list_is_tried(tmp_path):
+    """Also those that have their turn late."""
+    schedulers = [
+        {"name": "torch.optim.lr_scheduler.ConstantLR", "kwargs": {"total_iters": 1000}},
+        {"name": "torch.optim.lr_scheduler.CosineAnnealingLR", "kwargs": {"T_max": 0}},
+        {"milestones": [1000]},
+    ]
+    found = refused("sft", changed(configuration("sft", tmp_path), "policy.scheduler", schedulers))
+    assert found.startswith(
+        "policy.scheduler.1: torch.optim.lr_scheduler.CosineAnnealingLR refuses"
+    )

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,19 +56,41 @@ SCHEDULERS: dict[str, type[lr_scheduler.LRScheduler]] = {
 
 
 def check_optimizer(section: TrainedConfig, key: str) -> None:
-    """Check names and arguments of optimizer and scheduler, on a parameter that stands for all.
+    """Check names and arguments of optimizer and scheduler by a step of each, on one parameter.
+
+    PyTorch takes ``step_size: null`` or ``T_max: 0`` and fails at the first step; and a rate below
+    0, from ``gamma: -1``, would train away from the data.
 
     Args:
         section: The section ``policy`` or ``value``.
         key: Its name, for messages.
 
     Raises:
-        ValueError: As `make_optimizer` and `make_scheduler`.
+        ValueError: As `make_optimizer` and `make_scheduler`, if a step fails, or if it makes a
+            learning rate that is no finite number from 0 on.
     """
-    trial = make_optimizer(
-        section.optimizer, [torch.nn.Parameter(torch.zeros(1))], f"{key}.optimizer"
-    )
-    make_scheduler(section.scheduler, trial, f"{key}.scheduler")
+    parameter, optimizer_key = torch.nn.Parameter(torch.zeros(1)), f"{key}.optimizer"
+    parameter.grad = torch.zeros(1)
+
+    def trial() -> optim.Optimizer:
+        return make_optimizer(section.optimizer, [parameter], optimizer_key)
+
+    make_scheduler(section.scheduler, trial(), f"{key}.scheduler")  # all of them together
+    alone = {f"{key}.scheduler": section.scheduler}
+    if isinstance(section.scheduler, list):
+        alone = {f"{key}.scheduler.{i}": entry for i, entry in enumerate(section.scheduler)}
+    for where, entry in alone.items():
+        optimizer = trial()
+        is_one = isinstance(entry, SchedulerConfig)
+        scheduler = make_scheduler(entry if is_one else None, optimizer, where)
+        with _refusal(optimizer_key, section.optimizer):
+            optimizer.step()
+        if is_one:
+            with _refusal(where, entry):
+                scheduler.step()
+                rate = scheduler.get_last_lr()[0]
+                if not 0 <= rate < math.inf:
+                    raise ValueError(f"the learning rate becomes {rate}")
 
 
 def make_optimizer(
@@ -155,10 +179,18 @@ def _build(
                 f"{key}.kwargs.{argument}: {name} has no such argument; {hint}"
                 f"It has {', '.join(known)}"
             )
-    try:
+    with _refusal(key, config):
         return allowed[name](*first, **kwargs)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{key}: {name} refuses {kwargs}: {error}") from error
+
+
+@contextmanager
+def _refusal(key: str, config: OptimizerConfig) -> Iterator[None]:
+    """Whatever PyTorch raises inside names the key and the arguments."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).split("\n")[0]
+        raise ValueError(f"{key}: {config.name} refuses {config.kwargs}: {text}") from error
 
 
 def _dtype(value: Any, key: str) -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -304,11 +305,18 @@ def load_datasets(
     """
     for part, entries in (("train", data.train), ("validation", data.validation or [])):
         for entry in (_filled(entry, data.default) for entry in entries):
-            try:
+            with _in_part(part):
                 dataset = load(entry.given())
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"data.{part}: {error}") from error
             yield part, entry, dataset
+
+
+@contextmanager
+def _in_part(part: str) -> Iterator[None]:
+    """What is raised inside has the part's key before it, once."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"data.{part}: {error}") from error
 
 
 def _filled(entry: DatasetConfig, default: DatasetConfig | None) -> DatasetConfig:
@@ -472,9 +480,11 @@ def preference_samples(
     """
     data = settings.data
 
-    def samples(entry: DatasetConfig) -> Samples:
+    def samples(entry: DatasetConfig, part: str) -> Samples:
+        with _in_part(part):
+            dataset = load_preference_dataset(_filled(entry, data.default).given())
         return preference_pairs(
-            load_preference_dataset(_filled(entry, data.default).given()),
+            dataset,
             tokenizer,
             max_seq_length=data.longest,
             mask_too_long=True,
@@ -489,4 +499,6 @@ def preference_samples(
     }
     if not sets and data.validation:
         sets = {"default": data.validation}
-    return samples(data.train), {name: samples(entry) for name, entry in sets.items()}
+    part = "val_data_paths" if named else "validation"
+    validation = {name: samples(entry, part) for name, entry in sets.items()}
+    return samples(data.train, "train"), validation

@@ -66,7 +66,8 @@ class BinaryPreferenceDataset(Records):
         for key in keys:
             if key not in record:
                 raise DataError(
-                    f"{place}: no field {key!r}; got {sorted(record)}, expected {', '.join(keys)}"
+                    f"{place}: no field {key!r}; got {sorted(record)}, expected "
+                    f"{', '.join(map(str, keys))}"
                 )
             accepted = (str, list) if key == self.prompt_key else str
             if not isinstance(record[key], accepted):
