@@ -74,8 +74,11 @@ def read_config(
     try:
         report = check_keys(config, used, ignored, overrides, not_here)
         resolved = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-    except (ConfigKeyError, OmegaConfBaseException) as error:
+    except ConfigKeyError as error:
         raise ConfigKeyError(f"{path}: {error}") from error
+    except OmegaConfBaseException as error:
+        text, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+        raise ConfigKeyError(f"{path}: {f'{key}: ' if key else ''}{text}") from error
     empty = [key for key, value in flatten_keys(config).items() if value == "???"]
     if needed := [key for key in empty if key in report.used]:
         names = ", ".join(needed)

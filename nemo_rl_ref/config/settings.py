@@ -53,7 +53,7 @@ def read_settings(config: Mapping[str, Any], *kinds: type[Settings]) -> Settings
         ValueError: If a value is missing, of a wrong type or out of range. The message has a line
             for each of them, with the key, what it got and what it should be.
     """
-    algorithms = [kind.algorithm for kind in kinds if hasattr(kind, "algorithm")]
+    algorithms = [str(kind.algorithm) for kind in kinds if hasattr(kind, "algorithm")]  # pyright: ignore
     if algorithms and not any(name in config for name in algorithms):
         raise ValueError(
             f"{' or '.join(algorithms)}: not set, expected a mapping; the configuration has "

@@ -87,7 +87,7 @@ def tried(path, folder):
 def names_what_is_missing(error):
     """Whether every problem of an error is a key of NeMo RL's, or the section of another program."""
     assert error.startswith("error: "), error
-    lines = error.removeprefix("error: ").splitlines()
+    lines = re.sub(r"^error: (/[^:]*\.yaml: (?=[a-z_.]+: ))?", "", error).splitlines()
     if lines[0].endswith("keys that cannot be used:"):
         lines = [line.strip() for line in lines[1:]]
     if lines[0].startswith("ppo or grpo: not set, expected a mapping; the configuration has "):
@@ -122,9 +122,9 @@ def test_a_configuration_of_the_manifest_runs_or_says_what_is_missing(name, dry,
 
 @pytest.mark.filterwarnings("ignore")
 def test_every_configuration_of_a_checkout_runs_or_says_what_is_missing(dry, tmp_path):
-    checkout = os.environ.get("NEMO_RL_CHECKOUT")
+    checkout = os.environ.get("NEMO_RL_CHECKOUT") or os.environ.get("CHECKOUT")
     if not checkout:
-        pytest.skip("NEMO_RL_CHECKOUT does not name a checkout of NeMo RL")
+        pytest.skip("neither NEMO_RL_CHECKOUT nor CHECKOUT names a checkout of NeMo RL")
     paths = sorted(Path(checkout, "examples/configs").rglob("*.yaml"))
     results = {}
     for number, path in enumerate(paths):

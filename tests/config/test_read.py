@@ -55,5 +55,25 @@ def test_a_key_with_dots_in_a_file_is_shown_nested(tmp_path, text, message):
     assert config["data"]["val_data_paths"] == {"set-1.0": "x.jsonl"}
 
 
+@pytest.mark.parametrize(("text", "problem"), [
+    ("${nowhere}", "Interpolation key 'nowhere' not found"),
+    ("${oc.env:NOT_THERE_AT_ALL}", "Environment variable 'NOT_THERE_AT_ALL' not found"),
+    ("${mul:2,x}", ""), ("${div:1,0}", "ZeroDivisionError"), ("${no_such:1}", "Unsupported"),
+    ("${policy.precision}", ""),
+])  # fmt: skip
+def test_an_interpolation_that_fails_is_one_line_with_its_key(tmp_path, text, problem):
+    (tmp_path / "run.yaml").write_text(f"policy: {{precision: '{text}'}}")
+    if text == "${mul:2,x}":
+        assert read_config(tmp_path / "run.yaml", [], ["policy"])[0] == {
+            "policy": {"precision": "xx"}
+        }
+        return
+    with pytest.raises(ConfigKeyError) as caught:
+        read_config(tmp_path / "run.yaml", [], ["policy"])
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}/run.yaml: policy.precision: ") and problem in message
+    assert len(message.splitlines()) == 1
+
+
 def test_good_overrides_are_applied(config):
     assert apply_overrides(config, ["dpo.seed=7"]).dpo.seed == 7
