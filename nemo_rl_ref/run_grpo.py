@@ -26,7 +26,7 @@ from nemo_rl_ref.rl.settings import (
 from nemo_rl_ref.rl.trainer import RLTrainer
 from nemo_rl_ref.training.command_line import run
 from nemo_rl_ref.training.loop import Run
-from nemo_rl_ref.training.user_code import checked_loss, load_object
+from nemo_rl_ref.training.user_code import checked_loss, load_reward
 
 
 def train(
@@ -45,7 +45,8 @@ def train(
             given, each dataset's ``env_name`` does.
         loss: ``file.py:Class`` to take in the place of `ClippedPGLossFn`.
         strict: Refuse such a loss if it breaks one of NeMo RL's promises.
-        **options: ``allow_config_changes`` and ``observe`` of `nemo_rl_ref.training.loop.Run`.
+        **options: ``allow_config_changes``, ``observe`` and ``report`` of
+            `nemo_rl_ref.training.loop.Run`.
 
     Returns:
         The last validation's metrics; empty if there was none.
@@ -60,7 +61,7 @@ def train(
     if loss:
         section = settings.loss_fn.model_dump(exclude_unset=True)
         loss_fn = checked_loss(loss, section, "loss_fn", pairs=False, strict=strict)
-    environment = load_object(env, "--env") if env else None
+    environment = load_reward(env) if env else None
     trainer = RLTrainer(config, environment=environment, loss_fn=loss_fn, load=False)
     check_prompts(trainer.cfg, trainer.train_prompts, trainer.val_prompts)
     loop = Run(trainer, **options)  # pyright: ignore[reportArgumentType], see [tool.pyright]

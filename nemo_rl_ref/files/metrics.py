@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -19,7 +20,8 @@ from typing import Any, Optional
 class JsonlLogger:
     """A JSON Lines file, with the methods of NeMo RL's loggers.
 
-    A line is handed to the system whole, so a run that is killed leaves whole lines.
+    A line is handed to the system whole, so a run that is killed leaves whole lines. One that does
+    not fit on the disk is taken back.
 
     Args:
         path: The file; lines are appended.
@@ -43,8 +45,15 @@ class JsonlLogger:
             if isinstance(number, float) and not math.isfinite(number):
                 number = str(number)
             line[f"{prefix}/{name}" if prefix else name] = value if number is None else number
+        left = (json.dumps(line, default=str) + "\n").encode()
         with self.path.open("ab", buffering=0) as file:
-            file.write((json.dumps(line, default=str) + "\n").encode())
+            size = file.tell()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(size)
+                raise
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Nothing: checkpoints hold the configuration, and `Logger` writes it beside this file."""
@@ -67,17 +76,27 @@ def read_metrics(log_dir: str | Path) -> dict[int, dict[str, Any]]:
         By step, the metrics of that step.
     """
     merged: dict[int, dict[str, Any]] = {}
-    files = [*sorted(Path(log_dir).glob("exp_*/metrics.jsonl")), Path(log_dir) / "metrics.jsonl"]
-    for path in files:
+    runs = [folder for _, folder in numbered_runs(log_dir)]
+    for path in (folder / "metrics.jsonl" for folder in (*runs, Path(log_dir))):
         for line in _lines(path):
             merged.setdefault(line.pop("step"), {}).update(line)
     return dict(sorted(merged.items()))
 
 
+def numbered_runs(log_dir: str | Path) -> list[tuple[int, Path]]:
+    """Number and path of the folders ``exp_001``, ``exp_002``, … below another, in their order."""
+    found = Path(log_dir).glob("exp_*")
+    named = ((re.fullmatch(r"exp_(\d+)", path.name), path) for path in found)
+    return sorted((int(match[1]), path) for match, path in named if match)
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     lines = path.read_text().split("\n") if path.exists() else [""]
-    for text in lines[:-1]:  # what follows the last newline is nothing, or was cut off
-        yield json.loads(text)
+    for number, text in enumerate(lines[:-1], start=1):  # behind the last newline is half a line
+        try:
+            yield json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a line of metrics: {text[:80]!r}") from error
 
 
 def number_of(value: Any) -> int | float | None:

@@ -64,7 +64,7 @@ from nemo_rl_ref.training.models import load_policy, load_tokenizer, load_value_
 from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
 from nemo_rl_ref.training.progress import Timer
 from nemo_rl_ref.training.samples import Batches, digest
-from nemo_rl_ref.training.step import NotFinite, combine_updates, update
+from nemo_rl_ref.training.step import NotFinite, checked_result, combine_updates, update
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 
 Batch = BatchedDataDict[Any]
@@ -488,12 +488,13 @@ class RLTrainer:
                 part["prev_logprobs"] = logprobs.detach()
                 seen.append(part["prev_logprobs"])
             seqs, toks = counts
-            return self.loss_fn(
+            found = self.loss_fn(
                 next_token_logprobs=logprobs[:, 1:],
                 data=part,
                 global_valid_seqs=seqs,
                 global_valid_toks=toks,
             )
+            return checked_result(self.loss_fn, found)
 
         metrics = self._update(self.policy, self.policy_config, data, loss)
         if seen:

@@ -70,7 +70,7 @@ def sources(path: Path) -> list[Path]:
     found, todo = set(), [path]
     while todo:
         found.add(file := todo.pop())
-        for node in ast.walk(ast.parse(file.read_bytes())):
+        for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]

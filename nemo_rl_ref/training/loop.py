@@ -31,7 +31,7 @@ from nemo_rl_ref.training.processes import (
     is_deepspeed,
     prepare_deepspeed,
 )
-from nemo_rl_ref.training.progress import Progress, Timer
+from nemo_rl_ref.training.progress import Progress, Timer, in_words, tell
 from nemo_rl_ref.training.step import NotFinite
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 from nemo_rl_ref.utils.logger import Logger
@@ -136,6 +136,10 @@ class Run:
         trainer: What is trained.
         allow_config_changes: Resume although configuration or data have changed.
         observe: Watches the run and can end it.
+        report: Called by the main process at the end with what the run has come to: ``state``
+            (``done``, ``stopped`` or ``nothing to train``), ``step``, ``checkpoint``,
+            ``metrics_file``, the last ``train`` and ``validation`` metrics, ``best_validation``
+            with the step that it was measured at, and the ``limit`` that ended the run.
 
     Raises:
         ValueError: If the configuration cannot be used. The message names the key.
@@ -148,6 +152,7 @@ class Run:
         *,
         allow_config_changes: bool = False,
         observe: Observer | None = None,
+        report: Callable[[dict[str, Any]], Any] | None = None,
     ):
         self.trainer, self.settings = trainer, trainer.settings
         self.name, self.section = self.settings.algorithm, self.settings.section
@@ -157,11 +162,15 @@ class Run:
         self.stop_threshold = getattr(self.section, "stop_at_validation_threshold", None)
         self.saving = self.settings.checkpointing
         self.main = trainer.accelerator.is_main_process
-        self.observe = observe if self.main else None
+        self.observe, self.report = observe if self.main else None, report
         self.manager = CheckpointManager(self.saving.model_dump()) if self.saving.enabled else None
         self.logger: Logger | None = None
         self.metrics: dict[str, float] = {}
         self.validation: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None  # the best validation: metric, value, step
+        self.metrics_file: str | None = None
+        self.log_problem: str | None = None
+        self.time_is_up = False
         self._check_names()
         self.timeout = TimeoutChecker(self.saving.checkpoint_must_save_by, True)
         self.lock = self._take_folder()
@@ -202,16 +211,11 @@ class Run:
         if checkpoint:
             self._resume(checkpoint, allow_config_changes)
             if self._is_over():
-                if self.main:
-                    print(
-                        f"{self.name}: finished at step {self.done}, nothing to train; the results "
-                        f"are in {checkpoint}"
-                    )
                 return
         trainer.load(checkpoint)
-        if self.main:
-            self.logger = Logger(self.settings.logger.model_dump())
-            self.logger.log_hyperparams(trainer.config)
+        if problem := from_main(self._open_logs() if self.main else None):
+            raise ValueError(problem)
+        if self.logger:
             print(
                 f"{self.name}: {trainer.steps} steps of {trainer.samples_per_step} samples out "
                 f"of {trainer.samples}, {trainer.accelerator.num_processes} process(es), "
@@ -219,6 +223,17 @@ class Run:
                 f"logs in {self.logger.base_log_dir}; "
                 + (f"resumed from {checkpoint}" if checkpoint else "from the start")
             )
+
+    def _open_logs(self) -> str | None:
+        """Begin the log files; what is wrong, if they cannot be written."""
+        folder = self.settings.logger.log_dir
+        try:
+            self.logger = Logger(self.settings.logger.model_dump())
+            self.logger.log_hyperparams(self.trainer.config)
+        except OSError as error:
+            return f"logger.log_dir: {folder} cannot be written to: {error}"
+        self.metrics_file = str(Path(folder) / "metrics.jsonl")
+        return None
 
     def _check_names(self) -> None:
         """The name of a metric that will never be there is found before the first step."""
@@ -251,6 +266,7 @@ class Run:
             for line in effects(found):
                 print(f"WARNING: {line}")
         self.state = {name: info[name] for name in self.state}
+        self.best, self.metrics_file = info.get("best_validation"), info.get("metrics_file")
         if self.stop_metric in info:
             self.validation = {self.stop_metric: info[self.stop_metric]}
 
@@ -266,9 +282,8 @@ class Run:
             NotFinite: If a loss or gradient is not finite. The message names step, samples and
                 layer.
         """
+        state = "nothing to train" if self._is_over() else "done"
         try:
-            if self._is_over():  # before this run
-                return {**self.state, "train": {}, "validation": {}}
             if not self.done and self.section.val_at_start:
                 self._validate()
                 self._observe({}, self.validation)
@@ -276,11 +291,39 @@ class Run:
             with Progress(self.name, self.trainer.steps, self.done, self.main) as progress:
                 while not self._is_over() and self._step(progress):
                     pass
+            if self.time_is_up and not self._is_over():
+                state = "stopped"
+            if problem := from_main(self.log_problem):
+                raise self._without_logs(problem)
         finally:
             if self.logger:
                 self.logger.finish()
             self._let_go()
-        return {**self.state, "train": self.metrics, "validation": self.validation}
+        if self.main:
+            result = self._result(state)
+            tell(result)
+            if self.report:
+                self.report(result)
+        trained = self.metrics if state != "nothing to train" else {}
+        return {**self.state, "train": trained, "validation": self.validation}
+
+    def _result(self, state: str) -> dict[str, Any]:
+        """What the run has come to; see the class."""
+        latest = self.manager.get_latest_checkpoint_path() if self.manager else None
+        best = self.best
+        if best:
+            path = self._folder(best["step"]) if self.manager else None
+            best = {**best, "checkpoint": str(path) if path and path.exists() else None}
+        limit = "max_num_steps" if self.done >= self.section.max_num_steps > 0 else "max_num_epochs"
+        value = getattr(self.section, limit)
+        if self._has_stopped_early():
+            limit, value = "validation", self.stop_threshold
+        return {
+            "algorithm": self.name, "state": state, "step": self.done, "checkpoint": latest,
+            "metrics_file": self.metrics_file, "train": self.metrics,
+            "validation": self.validation, "best_validation": best, "limit": limit,
+            "limited_to": value,
+        }  # fmt: skip
 
     @property
     def done(self) -> int:
@@ -289,9 +332,11 @@ class Run:
 
     def _is_over(self) -> bool:
         """Whether all steps are done, or validation has reached what it was to reach."""
+        return self._has_stopped_early() or self.trainer.is_last(self.state)
+
+    def _has_stopped_early(self) -> bool:
         reached = self.validation.get(self.stop_metric, -math.inf)
-        stops = self.stop_threshold is not None and reached >= self.stop_threshold
-        return stops or self.trainer.is_last(self.state)
+        return self.stop_threshold is not None and reached >= self.stop_threshold
 
     def _step(self, progress: Progress) -> bool:
         """One step and what follows it; False if the run ends with it."""
@@ -318,20 +363,24 @@ class Run:
         due = due and self.done >= self.first_validation
         if due or (last and self.section.val_at_end):
             validation = self._validate()
+        failed = from_main(self.log_problem)
         stop = self._time_is_up()
         periods = (self.saving.save_period, self.saving.ft_save_period)
         due = any(period and self.done % period == 0 for period in periods)
-        if self.manager and (due or last or stop or self._is_over()):
+        if self.manager and (due or last or stop or failed or self._is_over()):
             with trainer.timer.time("checkpointing"):
                 self._save(metrics, validation)
+        if failed:
+            raise self._without_logs(failed)
         seconds = {**trainer.timer.take(), "total_step_time": time.perf_counter() - started}
         per_second = tokens / seconds["total_step_time"]
         per_gpu = per_second / trainer.accelerator.num_processes
         self._log({**seconds, "valid_tokens_per_sec_per_gpu": per_gpu}, "timing/train")
-        progress.show(self.done, metrics.get("loss", math.nan), per_second)
+        progress.show(self.done, metrics, per_second)
         self._observe(metrics, validation)
         if stop and self.main:
-            print("checkpointing.checkpoint_must_save_by: saved, and stopped")
+            print("checkpointing.checkpoint_must_save_by: the time is up")
+        self.time_is_up = stop
         return not stop
 
     def _validate(self) -> dict[str, float]:
@@ -343,6 +392,9 @@ class Run:
             if self.main and not metrics:
                 print(f"WARNING: {prefix} has no valid sample, so it has no metrics")
             self._log(metrics, prefix)
+            if self.main and metrics:
+                at = f"{self.name} step {self.done}/{self.trainer.steps}"
+                print(f"{at}  {prefix}: {in_words(metrics)}", flush=True)
             now = time.perf_counter()
             self._log({"total_validation_time": now - started}, f"timing/{prefix}")
             started, alone = now, prefix == "validation"
@@ -351,7 +403,18 @@ class Run:
         if prefix != "validation":
             self._log({"total_validation_time": started - began}, "timing/validation")
         self.trainer.timer.seconds = seconds  # what validation took is not the step's
+        self._note_best()
         return self.validation
+
+    def _note_best(self) -> None:
+        """Keep the validation that is best by ``checkpointing.metric_name``, and its step."""
+        where, _, name = (self.saving.metric_name or "").partition(":")
+        value = self.validation.get(name)
+        if where != "val" or value is None or value != value:
+            return
+        old, sign = self.best, 1 if self.saving.higher_is_better else -1
+        if not old or old["metric"] != name or sign * value > sign * old["value"]:
+            self.best = {"metric": name, "value": value, "step": self.done}
 
     def _time_is_up(self) -> bool:
         self.timeout.mark_iteration()
@@ -374,6 +437,7 @@ class Run:
         self, metrics: Mapping[str, float], validation: Mapping[str, float], **more: Any
     ) -> None:
         info = {**self.state, **validation, "identity": self.identity}
+        info |= {"metrics_file": self.metrics_file, "best_validation": self.best}
         if "accuracy" in validation:
             info["val_reward"] = validation["accuracy"]  # as NeMo RL's GRPO calls it
         name = self.manager.metric_name
@@ -415,5 +479,14 @@ class Run:
             self.observe(self.done, observed(metrics, validation))
 
     def _log(self, metrics: Mapping[str, float], prefix: str) -> None:
-        if self.logger and metrics:
-            self.logger.log_metrics(dict(metrics), self.done, prefix=prefix)
+        if self.logger and metrics and not self.log_problem:
+            try:
+                self.logger.log_metrics(dict(metrics), self.done, prefix=prefix)
+            except OSError as error:  # the run is saved first, by all processes together
+                self.log_problem = f"{self.logger.base_log_dir}: cannot be written to: {error}"
+
+    def _without_logs(self, problem: str) -> OSError:
+        """The error that ends a run whose logs cannot be written any more."""
+        latest = self.manager.get_latest_checkpoint_path() if self.manager else None
+        saved = f"The last checkpoint is {latest}" if latest else "Nothing is saved"
+        return OSError(f"logger.log_dir: {problem}. Step {self.done} is done. {saved}")

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is, and where its time goes."""
+"""How far a run is, where its time goes, and what it has come to."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
+
+#: The metrics that a line about training shows, and how.
+_SHOWN = {"loss": ".4f", "accuracy": ".3f", "reward": ".4f", "lr": ".2e"}
+#: The metrics that a line about a validation shows, of those that there are.
+_VALIDATED = ("loss", "val_loss", "accuracy", "pass_k", "avg_length")
 
 
 class Timer:
@@ -32,7 +38,10 @@ class Timer:
 
 
 class Progress:
-    """A bar in a terminal, elsewhere a line now and then: step, loss, valid tokens a second.
+    """A bar in a terminal, elsewhere a line now and then.
+
+    It has the step, loss, accuracy or reward, learning rate, valid tokens a second, and the time
+    that is left.
 
     Args:
         title: What is running.
@@ -44,15 +53,16 @@ class Progress:
     def __init__(self, title: str, total: int, done: int, enabled: bool):
         self.title, self.total, self.done, self.enabled = title, total, done, enabled
         self.bar: Any = None
-        self.shown = 0.0
+        self.shown, self.started = 0.0, time.monotonic()
 
     def __enter__(self) -> Progress:
-        if self.enabled and sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        if self.enabled and sys.stdout is not None and sys.stdout.isatty():
+            from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-            self.bar = Bar(*columns)
+            # Names in the text, and what the user calls a metric, are no markup.
+            text = TextColumn("{task.description}", markup=False)
+            self.bar = Bar(text, BarColumn())
             self.bar.start()
             self.line = self.bar.add_task(self.title, total=self.total, completed=self.done)
         return self
@@ -61,17 +71,59 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def show(self, done: int, loss: float, tokens_per_second: float) -> None:
-        """Show where the run is."""
-        shows = self.enabled and (time.monotonic() - self.shown > 10 or done == self.total)
+    def show(self, done: int, metrics: Mapping[str, float], tokens_per_second: float) -> None:
+        """Show where the run is.
+
+        Args:
+            done: Steps done.
+            metrics: Of the last step.
+            tokens_per_second: Likewise.
+        """
+        now = time.monotonic()
+        shows = self.enabled and (now - self.shown > 10 or done == self.total)
         if not (self.bar or shows):
             return
-        text = (
-            f"{self.title} step {done}/{self.total}  loss {loss:.4f}  "
-            f"{tokens_per_second:,.0f} tokens/s"
-        )
+        left = (now - self.started) / (done - self.done) * (self.total - done)
+        parts = [f"{self.title} step {done}/{self.total}"]
+        parts += [
+            f"{name} {metrics[name]:{form}}" for name, form in _SHOWN.items() if name in metrics
+        ]
+        parts += [f"{tokens_per_second:,.0f} tokens/s", f"{timedelta(seconds=round(left))} left"]
+        text = "  ".join(parts)
         if self.bar:
             self.bar.update(self.line, completed=done, description=text)
         else:
-            self.shown = time.monotonic()
+            self.shown = now
             print(text, flush=True)
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """Validation metrics in a line: those that say most, or the first of a loss of one's own."""
+    known = [
+        name for name in metrics if name.rpartition("_")[2] in _VALIDATED or name in _VALIDATED
+    ]
+    return ", ".join(f"{name} {metrics[name]:.4g}" for name in (known or [*metrics])[:6])
+
+
+def tell(result: Mapping[str, Any]) -> None:
+    """Print what a run has come to.
+
+    Args:
+        result: See `nemo_rl_ref.training.loop.Run`.
+    """
+    name, step = result["algorithm"], result["step"]
+    if result["state"] == "nothing to train":
+        print(f"{name}: finished at step {step}, nothing to train")
+    else:
+        print(f"{name}: {result['state']} at step {step}")
+    rows = {"checkpoint": result["checkpoint"], "metrics": result["metrics_file"]}
+    if result["validation"]:
+        rows["last validation"] = in_words(result["validation"])
+    if best := result["best_validation"]:
+        where = f", {best['checkpoint']}" if best["checkpoint"] else ""
+        rows["best validation"] = (
+            f"{best['metric']} {best['value']:.4g} (step {best['step']}{where})"
+        )
+    for title, text in rows.items():
+        if text:
+            print(f"  {title:<16} {text}", flush=True)

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nemo_rl_ref.algorithms.loss.interfaces import LossFunction, LossInputType
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.files.metrics import number_of
 from nemo_rl_ref.logprobs import token_logprobs
 from nemo_rl_ref.training.checkpoints import (
     get_random_state,
@@ -96,7 +97,36 @@ def compute_loss(
             f"{LossInputType.LOGPROB} or {LossInputType.LOGIT}"
         )
     seqs, toks = counts
-    return loss_fn(data=data, global_valid_seqs=seqs, global_valid_toks=toks, **inputs)
+    found = loss_fn(data=data, global_valid_seqs=seqs, global_valid_toks=toks, **inputs)
+    return checked_result(loss_fn, found)
+
+
+def checked_result(loss_fn: Any, found: Any) -> tuple[Tensor, dict[str, Any]]:
+    """What a loss has returned, if it is a scalar to train with, and metrics that are numbers.
+
+    Raises:
+        ValueError: If it is something else. The message names the loss, with file and line.
+    """
+    problem = None
+    if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
+        problem = f"{type(found).__name__}, expected a tuple of the loss and a dict of metrics"
+    elif not isinstance(found[0], Tensor) or found[0].ndim:
+        loss = found[0]
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+        problem = f"a loss that is a {type(loss).__name__}{shape}, expected a tensor without axes"
+    elif torch.is_grad_enabled() and not found[0].requires_grad:
+        problem = "a loss without a gradient: it does not depend on the model's output"
+    else:
+        for name, value in found[1].items():
+            if number_of(value) is None:
+                text = repr(value)[:60]
+                problem = f"the metric {name!r} as {text}, expected a number or a tensor of one"
+    if problem:
+        kind = type(loss_fn)
+        code = kind.__call__.__code__
+        place = f"{code.co_filename}:{code.co_firstlineno}"
+        raise ValueError(f"{place}: {kind.__name__} returned {problem}")
+    return found
 
 
 def run_batch(

@@ -240,7 +240,7 @@ def fit(
         settings: The settings of the run.
         tokenizer: Saved with the checkpoints.
         config: The configuration that they were read from.
-        **options: ``allow_config_changes`` and ``observe`` of `Run`.
+        **options: ``allow_config_changes``, ``observe`` and ``report`` of `Run`.
 
     Returns:
         What `Run.train` returns.

@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,11 @@ def load_object(spec: str, option: str = "--loss") -> Any:
                 sys.modules.pop(file.stem, None)
         module = importlib.import_module(path.stem)
         _imported.update(contents)
-    except Exception as error:  # the file is the user's: anything may happen in it
-        raise ImportError(f"{option}: {path_text}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is the user's: anything may happen in it
+        _imported.setdefault(path, b"")
+        place = place_in_user_code(error) or path_text
+        what = "it calls sys.exit" if isinstance(error, SystemExit) else type(error).__name__
+        raise ImportError(f"{option}: {place}: {what}: {error}") from error
     if not hasattr(module, name):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         near = difflib.get_close_matches(name, public, n=1)
@@ -68,6 +73,49 @@ def load_object(spec: str, option: str = "--loss") -> Any:
             + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(public) or 'nothing'}")
         )
     return getattr(module, name)
+
+
+def place_in_user_code(error: BaseException | None) -> str | None:
+    """File and line of the user's code that an error came through; None if it did not."""
+    while error is not None:
+        if isinstance(error, SyntaxError) and error.filename and Path(error.filename) in _imported:
+            return f"{error.filename}:{error.lineno}"
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [f"{f.filename}:{f.lineno}" for f in frames if Path(f.filename) in _imported]
+        if places:
+            return places[-1]
+        error = error.__cause__
+    return None
+
+
+def _place(thing: Any) -> str:
+    """File and line where the user has written a function or a class."""
+    try:
+        return f"{inspect.getsourcefile(thing)}:{inspect.getsourcelines(thing)[1]}"
+    except (OSError, TypeError):
+        return repr(thing)[:80]
+
+
+def load_reward(spec: str) -> Callable[[str, str, str], Any]:
+    """Load a reward function; see `nemo_rl_ref.rl.rewards`.
+
+    Args:
+        spec: ``path/to/my_file.py:my_reward``.
+
+    Raises:
+        ValueError: If it cannot be loaded, or is no function of three texts.
+        ImportError: If the file cannot be imported.
+    """
+    reward = load_object(spec, "--env")
+    expected = "expected a function of three texts: (prompt, response, ground_truth)"
+    if isinstance(reward, type) or not callable(reward):
+        what = "a class" if isinstance(reward, type) else f"{type(reward).__name__}"
+        raise ValueError(f"--env: {spec}: got {what} ({_place(reward)}), {expected}")
+    try:
+        inspect.signature(reward).bind("", "", "")
+    except TypeError as error:
+        raise ValueError(f"--env: {spec} ({_place(reward)}): {error}, {expected}") from error
+    return reward
 
 
 def build_loss(kind: Any, section: Mapping[str, Any], key: str) -> Any:
@@ -95,7 +143,15 @@ def build_loss(kind: Any, section: Mapping[str, Any], key: str) -> Any:
     )
 
     if not isinstance(kind, type):
+        if not callable(kind) or not hasattr(kind, "input_type"):
+            raise ValueError(
+                f"--loss: got {type(kind).__name__} ({_place(kind)}), expected a class of losses, "
+                "with loss_type and input_type"
+            )
         return kind
+    if inspect.isabstract(kind) or not any("__call__" in vars(base) for base in kind.__mro__):
+        missing = ", ".join(sorted(getattr(kind, "__abstractmethods__", ()))) or "__call__"
+        raise ValueError(f"--loss: {kind.__name__} ({_place(kind)}) has no {missing}")
     argument, config, others = signature_of(kind)
     wanted = section if takes_any_field(config) else fields_of(config)
     settings = {name: section[name] for name in section if name in wanted and name not in others}

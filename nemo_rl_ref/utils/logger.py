@@ -8,18 +8,16 @@ no effect.
 
 from __future__ import annotations
 
-import glob
 import importlib.util
 import json
 import os
-import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
-from nemo_rl_ref.files.metrics import JsonlLogger, number_of
+from nemo_rl_ref.files.metrics import JsonlLogger, number_of, numbered_runs
 
 
 class LoggerInterface(ABC):
@@ -217,9 +215,13 @@ def flatten_dict(d: Mapping[str, Any], sep: str = ".", expand_lists: bool = True
 
 def get_next_experiment_dir(base_log_dir: str) -> str:
     """Make and return the folder ``exp_001`` below another, or the next number that is free."""
-    pattern = os.path.join(glob.escape(base_log_dir), "exp_*")
-    names = [os.path.basename(path) for path in glob.glob(pattern)]
-    numbers = [int(match[1]) for name in names if (match := re.match(r"exp_(\d+)", name))]
-    folder = os.path.join(base_log_dir, f"exp_{max(numbers, default=0) + 1:03d}")
-    os.makedirs(folder, exist_ok=True)
-    return folder
+    os.makedirs(base_log_dir, exist_ok=True)
+    number = max((number for number, _ in numbered_runs(base_log_dir)), default=0)
+    while True:
+        number += 1
+        folder = os.path.join(base_log_dir, f"exp_{number:03d}")
+        try:
+            os.mkdir(folder)
+        except FileExistsError:  # another run has made it just now
+            continue
+        return folder

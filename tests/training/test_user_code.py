@@ -97,7 +97,7 @@ def test_a_broken_promise_is_a_warning_and_with_strict_an_error(write, tmp_path,
         (
             "{folder}/breaks_loss.py:MyLoss",
             ImportError,
-            "breaks_loss.py: ZeroDivisionError: division",
+            "breaks_loss.py:1: ZeroDivisionError: division",
         ),
     ],
 )
@@ -124,6 +124,8 @@ def test_fields_of_others_are_kept_from_a_strict_config(write):
         class StrictLoss:
             def __init__(self, cfg: Settings, seed: int = 0):
                 self.cfg, self.seed = cfg, seed
+            def __call__(self, **inputs):
+                return 0.0, {}
     """.replace("\n        ", "\n")
     kind = load_object(write("strict_loss.py", text) + ":StrictLoss")
     loss = build_loss(kind, {"margin": 0.5, "seed": 3, "max_num_steps": 10}, "dpo")

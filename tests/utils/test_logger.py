@@ -2,13 +2,16 @@
 """Where metrics go, and under which names."""
 
 import json
+import resource
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy
 import pytest
 import torch
 
-from nemo_rl_ref.files.metrics import read_metrics
+from nemo_rl_ref.files.metrics import JsonlLogger, read_metrics
 from nemo_rl_ref.utils.logger import Logger, flatten_dict, get_next_experiment_dir
 from nemo_rl_ref.utils.timer import TimeoutChecker, convert_to_seconds
 
@@ -74,6 +77,49 @@ def test_each_run_has_its_own_folder_and_the_later_counts(tmp_path):
         file.write('{"step": 4, "train/lo')  # what a full disk leaves
     merged = {step: values["train/loss"] for step, values in read_metrics(tmp_path).items()}
     assert merged == {1: 1.0, 2: 0.8, 3: 0.7}
+
+
+def test_folders_are_counted_and_not_spelt(tmp_path):
+    """Kind: order by the text of a name. Other names, and marks of a pattern, are no numbers."""
+    base = tmp_path / "runs[lr=1] *"
+    for name in ("exp_999", "exp_1000", "exp_5000_copy", "exp_x"):
+        (base / name).mkdir(parents=True)
+        Logger({"log_dir": str(base / name)}).log_metrics({"loss": len(name)}, 1)
+    assert read_metrics(base) == {1: {"loss": 8}}
+    assert get_next_experiment_dir(str(base)) == str(base / "exp_1001")
+
+
+def test_two_runs_that_start_at_once_have_two_folders(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(get_next_experiment_dir, [str(tmp_path)] * 40))
+    assert len(set(folders)) == 40
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
+    """Kind: a write that is short and no error. What is logged later is whole again."""
+    log, path = JsonlLogger(tmp_path / "metrics.jsonl"), tmp_path / "metrics.jsonl"
+    log.log_metrics({"loss": 1.0}, 1)
+    before = path.read_text()
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, hard))
+    try:
+        with pytest.raises(OSError):
+            log.log_metrics({"loss": 0.5}, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == before
+    log.log_metrics({"loss": 0.25}, 3)
+    assert {step: line["loss"] for step, line in read_metrics(tmp_path).items()} == {
+        1: 1.0,
+        3: 0.25,
+    }
+
+
+def test_a_line_that_is_none_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a line of metrics: "):
+        read_metrics(tmp_path)
 
 
 def test_batches_and_strings(tmp_path):
