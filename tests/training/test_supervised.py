@@ -325,7 +325,7 @@ def test_a_run_stops_in_time(tmp_path, capsys):
     result, _ = run("sft", tmp_path, checkpointing__checkpoint_must_save_by="00:00:00:00")
     assert result["total_steps"] == 1
     assert (tmp_path / "run" / "step_1").is_dir()
-    assert "checkpoint_must_save_by: saved, and stopped" in capsys.readouterr().out
+    assert "checkpointing.checkpoint_must_save_by: the time is up" in capsys.readouterr().out
 
 
 # Watching a run
