@@ -442,7 +442,7 @@ class RLTrainer:
         """One optimizer step for every ``train_global_batch_size`` rows, then the scheduler's.
 
         Returns:
-            The loss's metrics, over updates as NeMo RL adds them up; ``grad_norm`` is the last
+            The loss's metrics, means over the updates as in NeMo RL; ``grad_norm`` is the last
             update's, before clipping.
 
         Raises:

@@ -192,19 +192,18 @@ def combine(name: str, values: list[Any]) -> float:
 
 
 def combine_updates(name: str, values: list[float]) -> float:
-    """A metric over the updates of a step, as NeMo RL's GRPO combines them: added up, but for some.
+    """A metric over the updates of a step, as NeMo RL's GRPO combines them: the mean, but for some.
 
-    The gradient norm is the last one; the learning rate and the counts are means. Minima and maxima
-    are those of the finite values: a micro-batch without a token that counts has infinite ones.
+    The gradient norm is the last one. Minima and maxima are those of the finite values: a
+    micro-batch without a token that counts has infinite ones. NeMo RL's workers divide all others by
+    the number of updates and its trainers add them up.
     """
     if name == "grad_norm":
         return values[-1]
-    if name in ("lr", "global_valid_seqs", "global_valid_toks"):
-        return sum(values) / len(values)
     if name.endswith(("_min", "_max")):
         finite = [value for value in values if math.isfinite(value)]
         return combine(name, finite) if finite else -1.0
-    return sum(values)
+    return sum(values) / len(values)
 
 
 def weighted_means(

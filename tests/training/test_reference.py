@@ -3,12 +3,12 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from trainer_runs import curve, run
 
 from nemo_rl_ref import tiny
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
+from nemo_rl_ref.training.processes import make_accelerator
 from nemo_rl_ref.training.reference import add_reference_logprobs
 from nemo_rl_ref.training.samples import preference_pairs
 from nemo_rl_ref.training.step import next_token_logprobs
@@ -23,7 +23,7 @@ def pairs():
 def test_the_column_is_rolled_to_the_left(pairs):
     """Entry t is of token t + 1; the last entry of a row and the padding are 0."""
     reference = tiny.load_policy().eval()
-    add_reference_logprobs(reference, [pairs], Accelerator(cpu=True))
+    add_reference_logprobs(reference, [pairs], make_accelerator("float32"))
     batch = pairs.batch([3, 0, 2])
     with torch.no_grad():
         expected = next_token_logprobs(reference, batch)
@@ -37,7 +37,7 @@ def test_the_column_is_rolled_to_the_left(pairs):
 def test_every_sample_gets_it_also_if_some_were_tokenized_before(pairs):
     before = pairs.batch([1, 4])
     assert "reference_policy_logprobs" not in before
-    reference, accelerator = tiny.load_policy().eval(), Accelerator(cpu=True)
+    reference, accelerator = tiny.load_policy().eval(), make_accelerator("float32")
     add_reference_logprobs(reference, [pairs], accelerator)
     assert pairs.tokenized == list(range(256))
     column = pairs.batch(range(256))["reference_policy_logprobs"]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from nemo_rl_ref import tiny
 from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn, NLLLossFn, PreferenceLossFn
 from nemo_rl_ref.algorithms.loss.interfaces import LossInputType
 from nemo_rl_ref.data.datasets.preference_datasets import BinaryPreferenceDataset
+from nemo_rl_ref.training.processes import make_accelerator
 from nemo_rl_ref.training.reference import add_reference_logprobs
 from nemo_rl_ref.training.samples import Batches, preference_pairs
 from nemo_rl_ref.training.step import (
@@ -44,7 +44,7 @@ def pairs(tokenizer, reference):
     dataset = BinaryPreferenceDataset(str(tiny.VALIDATION_PAIRS))
     samples = preference_pairs(dataset, tokenizer, max_seq_length=16)
     samples.tokenize(range(30))
-    add_reference_logprobs(reference, [samples], Accelerator(cpu=True), batch_size=8)
+    add_reference_logprobs(reference, [samples], make_accelerator("float32"), batch_size=8)
     return samples
 
 
@@ -61,7 +61,7 @@ def run(batches, loss_fn, learning_rate=1e-3, model=None, micro_rows=None, max_g
     """Take a step on each batch; return the model and the steps' metrics."""
     model = model or tiny.load_policy()
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
-    accelerator = Accelerator(cpu=True)
+    accelerator = make_accelerator("float32")
     model, optimizer = accelerator.prepare(model, optimizer)
     options = {"max_grad_norm": max_grad_norm, "rows": 2}
     return model, [
@@ -75,7 +75,7 @@ def run(batches, loss_fn, learning_rate=1e-3, model=None, micro_rows=None, max_g
 
 def measure(model, loss_fn, batch, micro_rows=64):
     return run_batch(
-        model, loss_fn, batch, Accelerator(cpu=True), micro_rows=micro_rows, backward=False
+        model, loss_fn, batch, make_accelerator("float32"), micro_rows=micro_rows, backward=False
     )
 
 
