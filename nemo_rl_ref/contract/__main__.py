@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a loss from the command line: ``python -m nemo_rl_ref.contract module:LossClass k=v``.
+"""Check a loss from the command line: ``python -m nemo_rl_ref.contract my_loss.py:MyLoss k=v``.
 
-It imports the module that is named, and so runs its code. The exit status is 0 if all promises
+It imports the file or module that is named, and so runs its code. The exit status is 0 if all promises
 are kept, 1 if one is broken, and 2 if the command cannot be understood.
 """
 
@@ -30,36 +30,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     description = (__doc__ or "").split("\n")[0]
     parser = _Parser(prog="python -m nemo_rl_ref.contract", description=description)
-    parser.add_argument("loss", nargs="?", help="package.module:LossClass; the module is imported")
+    parser.add_argument("loss", nargs="?", help="my_loss.py:MyLoss or package.module:MyLoss")
     parser.add_argument("pairs", nargs="*", metavar="key=value", help="fields of its configuration")
     parser.add_argument("--junit", metavar="FILE", help="also write the report as JUnit XML")
-    parser.add_argument("--batch-maker", metavar="MODULE:FUNCTION", help="makes the batches")
+    parser.add_argument("--batch-maker", metavar="FILE:FUNCTION", help="makes the batches")
     parser.add_argument(
         "--preference-pairs", action="store_true", help="rows are chosen and rejected in turn"
     )
     parser.add_argument(
         "--only", action="append", choices=tuple(PROMISES), help="check this promise; repeatable"
     )
+    parser.add_argument(
+        "--details", action="store_true", help="also print what was measured, promise by promise"
+    )
     try:
-        options = parser.parse_intermixed_args(argv)
-        if options.loss is None:
-            raise UsageError("no loss, expected package.module:LossClass")
-        if options.junit and not Path(options.junit).parent.is_dir():
-            raise UsageError(f"--junit is {options.junit!r}, whose folder does not exist")
-        loss_fn = build_loss(find(options.loss), options.pairs)
-        maker = find(options.batch_maker) if options.batch_maker else None
-        try:
-            report = check_loss(
-                loss_fn, maker, pairs=options.preference_pairs or None, only=options.only
-            )
-        except (KeyError, TypeError, ValueError) as error:  # about the batches, see check_loss
-            raise UsageError(one_line(error)) from error
-        print(report)
-        if options.junit:
-            report.to_junit(options.junit)
+        return _run(parser.parse_intermixed_args(argv))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Check the loss that the options name, print the report, and return the exit status."""
+    if options.loss is None:
+        raise UsageError("no loss, expected path/to/my_loss.py:MyLoss or package.module:MyLoss")
+    if options.junit and not Path(options.junit).parent.is_dir():
+        raise UsageError(f"--junit is {options.junit!r}, whose folder does not exist")
+    loss_fn = build_loss(find(options.loss), options.pairs)
+    maker = find(options.batch_maker) if options.batch_maker else None
+    try:
+        report = check_loss(
+            loss_fn, maker, pairs=options.preference_pairs or None, only=options.only
+        )
+    except (KeyError, TypeError, ValueError) as error:  # about the batches, see check_loss
+        raise UsageError(one_line(error)) from error
+    print(report.summary())
+    if options.details:
+        print(report)
+    elif not report.ok:
+        print("With --details: what was measured, and the smallest batches.")
+    if options.junit:
+        report.to_junit(options.junit)
     return 0 if report.ok else 1
 
 

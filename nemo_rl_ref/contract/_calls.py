@@ -108,7 +108,10 @@ def start(
     seqs, toks = (count.clone() for count in counts or batch.counts())
     passed = {"global_valid_seqs": seqs, "global_valid_toks": toks}
     with torch.enable_grad(), mode or nullcontext():
-        returned = loss_fn(data=data, **passed, **inputs)
+        try:
+            returned = loss_fn(data=data, **passed, **inputs)
+        except SystemExit as error:
+            raise RuntimeError("it calls sys.exit") from error
     loss = returned[0] if isinstance(returned, tuple) and returned else returned
     if not isinstance(loss, Tensor):
         raise NotALoss(f"the loss is a {type(loss).__name__}, expected a tensor")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -24,9 +26,10 @@ from nemo_rl_ref.contract._invariance import (
     sequence_packing,
     unequal_ranks,
 )
+from nemo_rl_ref.contract._limits import Overtime, file_of, raised_at, time_limit
 from nemo_rl_ref.contract._masking import garbage, masked_gradient
 from nemo_rl_ref.contract._pickling import FreshInterpreter, pickles
-from nemo_rl_ref.contract._probes import Finding, NotApplicable, Probe, Subject
+from nemo_rl_ref.contract._probes import Finding, NotApplicable, Probe, Subject, probe_name
 from nemo_rl_ref.contract._protocol import attribute_problems, enum_value, protocol, recording
 from nemo_rl_ref.contract._purity import inputs_kept, same_bits, takes
 from nemo_rl_ref.contract._report import Entry, Failure, Report
@@ -35,6 +38,8 @@ from nemo_rl_ref.contract._shrink import shrink
 BatchMaker = Callable[[int, torch.dtype], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 _SEEDS = (0, 1)
+#: Where the losses are that are NeMo RL's own.
+_NEMO_RL = ("nemo_rl_ref.algorithms.loss.", "nemo_rl.algorithms.")
 
 #: The promises in their order: name, what is promised, and the probes that look at it.
 PROMISES: dict[str, tuple[str, tuple[Probe, ...]]] = {
@@ -139,7 +144,8 @@ def check_loss(
             ``"pickling"`` no interpreter is started.
 
     Returns:
-        One entry a promise. A broken promise has the smallest batch that shows it.
+        One entry a promise. A broken promise has the smallest batch that shows it. What a loss
+        has from NeMo RL's class that it derives from says so.
 
     Raises:
         ImportError: if cloudpickle is not installed.
@@ -147,7 +153,7 @@ def check_loss(
         TypeError: if `loss_fn` is a class or cannot be called, or `batch_maker` returns something
             else than two mappings.
         ValueError: if there are no batches for the input type, a batch's shapes or dtypes do not
-            fit, or `only` has an unknown name.
+            fit, `only` has an unknown name, or the loss does not answer within two minutes.
 
     Example:
         A loss that divides by its own tokens instead of those of the global batch:
@@ -172,7 +178,64 @@ def check_loss(
         raise ValueError(f"only has {unknown}, expected names out of {list(PROMISES)}")
     if "pickling" in names and find_spec("cloudpickle") is None:
         raise ImportError("the promise 'pickling' needs cloudpickle, which is not installed")
-    title = getattr(loss_fn, "__name__", type(loss_fn).__name__)
+    try:
+        with time_limit():
+            report = _check(loss_fn, batch_maker, pairs, names)
+            return _tell_apart(report, loss_fn, batch_maker, pairs)
+    except Overtime as error:
+        at = raised_at(error, file_of(loss_fn))
+        raise ValueError(f"the check of {report_title(loss_fn)} {error}{at}") from None
+
+
+def report_title(loss_fn: Callable[..., Any]) -> str:
+    """The name of a loss."""
+    return getattr(loss_fn, "__name__", type(loss_fn).__name__)
+
+
+def _tell_apart(
+    report: Report,
+    loss_fn: Callable[..., Any],
+    batch_maker: BatchMaker | None,
+    pairs: bool | None,
+) -> Report:
+    """Note which failures NeMo RL's loss has too that a loss is, or derives from."""
+    bases = [kind for kind in type(loss_fn).__mro__ if kind.__module__.startswith(_NEMO_RL)]
+    bases = [kind for kind in bases if not kind.__module__.endswith(".interfaces")]
+    here = [name for name in report.failed if name != "pickling"]
+    if not here or not bases:
+        return report
+    base, theirs = bases[0], report
+    if base is not type(loss_fn):
+        try:
+            plain = copy.copy(loss_fn)
+            plain.__class__ = base  # with the settings of this one
+            theirs = _check(plain, batch_maker, pairs, tuple(here))
+        except Exception:  # a class that cannot be replaced has nothing to be compared with
+            return report
+    found = {(f.probe, _where(f)) for entry in theirs.entries for f in entry.failures}
+    entries = []
+    for entry in report.entries:
+        marked = (
+            replace(f, base=base.__name__) if (f.probe, _where(f)) in found else f
+            for f in entry.failures
+        )
+        entries.append(replace(entry, failures=tuple(marked)))
+    return Report(report.loss, tuple(entries))
+
+
+def _where(failure: Failure) -> str:
+    """What a failure is about, without its numbers: the same in a loss and in its base class."""
+    return failure.problem.split(":")[0] if " in masked " in failure.problem else ""
+
+
+def _check(
+    loss_fn: Callable[..., Any],
+    batch_maker: BatchMaker | None,
+    pairs: bool | None,
+    names: tuple[str, ...],
+) -> Report:
+    """Check these promises, see `check_loss`."""
+    title = report_title(loss_fn)
     if batch_maker is None and _enum(loss_fn, "input_type", LossInputType) is None:
         entry = _entry("protocol", [Finding("", 1, "; ".join(attribute_problems(loss_fn)))])
         return Report(title, _without_calls(entry, names, "no known input_type"))
@@ -278,7 +341,7 @@ def _run(name: str, subject: Subject, batches: list[Batch]) -> Entry:
         worst, batch = max(found, key=lambda item: (bool(item[0].problem), item[0].size))
         if worst.problem:
             worst = _smallest(probe, subject, batch, worst, exact=name == "protocol")
-        findings.append(worst)
+        findings.append(replace(worst, probe=probe_name(probe)))
     return _entry(name, findings, absent, subject.read, began)
 
 
@@ -303,9 +366,9 @@ def _examine(probe: Probe, subject: Subject, batch: Batch) -> Finding:
     except NotApplicable:
         raise
     except Exception as error:
-        what = getattr(probe, "__name__", "probe").replace("_", " ")
-        text = str(error).strip().split("\n")[0]
-        problem = f"{what}: raises {type(error).__name__}: {text}"
+        what, text = probe_name(probe), str(error).strip().split("\n")[0]
+        at = raised_at(error, file_of(subject.loss_fn))
+        problem = f"{what}: raises {type(error).__name__}: {text}{at}"
         return Finding(f"{what}: raises", float("inf"), problem, raised=type(error).__name__)
 
 
@@ -339,7 +402,12 @@ def _entry(
     """Turns findings into an entry; `absent` says why probes were not applicable."""
     findings = list(findings)
     failures = tuple(
-        Failure(found.problem, found.batch, found.batch.describe(read) if found.batch else "")
+        Failure(
+            found.problem,
+            found.batch,
+            found.batch.describe(read) if found.batch else "",
+            found.probe or name,
+        )
         for found in findings
         if found.problem
     )

@@ -54,6 +54,7 @@ class Finding:
         problem: what is wrong, or empty.
         batch: the batch that shows the problem, if it is not the one that the probe was given.
         raised: name of the exception that the loss raised, if that is the problem.
+        probe: which probe it is of.
     """
 
     measured: str
@@ -61,9 +62,15 @@ class Finding:
     problem: str = ""
     batch: Batch | None = None
     raised: str = ""
+    probe: str = ""
 
 
 Probe = Callable[[Subject, Batch], Finding]
+
+
+def probe_name(probe: Probe) -> str:
+    """The name of a probe, in words."""
+    return getattr(probe, "__name__", "probe").replace("_", " ")
 
 
 def judge(

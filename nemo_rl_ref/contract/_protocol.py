@@ -11,6 +11,7 @@ from torch import Tensor
 from nemo_rl_ref.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
 from nemo_rl_ref.contract._batches import Batch
 from nemo_rl_ref.contract._calls import NotALoss, start
+from nemo_rl_ref.contract._limits import file_of, raised_at
 from nemo_rl_ref.contract._probes import Finding, Subject
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 
@@ -34,7 +35,8 @@ def protocol(subject: Subject, batch: Batch) -> Finding:
         problems.append(str(error))
     except Exception as error:  # whatever a loss raises on an ordinary batch is the finding
         hint = "; give check_loss a batch_maker with that key" if type(error) is KeyError else ""
-        problems.append(f"a call raises {type(error).__name__}: {error}{hint}")
+        at = raised_at(error, file_of(subject.loss_fn))
+        problems.append(f"a call raises {type(error).__name__}: {error}{hint}{at}")
     return Finding(measured, float(len(problems)), "; ".join(problems))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from nemo_rl_ref.contract._batches import Batch
+from nemo_rl_ref.contract._causes import Cause, causes_of
 from nemo_rl_ref.files.whole import replacing
 
 _MARKS = {"ok": "green", "failed": "red", "not applicable": "yellow"}
@@ -25,11 +26,15 @@ class Failure:
         problem: what was found.
         batch: the smallest batch that shows it; None where no batch is needed to show it.
         shown: the batch as text.
+        probe: which probe found it.
+        base: NeMo RL's loss that it comes from, which has it too; or empty.
     """
 
     problem: str
     batch: Batch | None = None
     shown: str = ""
+    probe: str = ""
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,25 @@ class Report:
         """Names of the broken promises."""
         return tuple(entry.name for entry in self.entries if entry.status == "failed")
 
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Names of the promises that the author has broken: NeMo RL's loss below keeps them."""
+        return tuple(e.name for e in self.entries if any(not f.base for f in e.failures))
+
+    @property
+    def causes(self) -> list[Cause]:
+        """Why promises are broken, one entry a cause, the author's own first."""
+        return causes_of(self.entries)
+
+    def summary(self) -> str:
+        """Say in a few lines what is broken, why, and what to write instead."""
+        kept = [entry.name for entry in self.entries if entry.status == "ok"]
+        absent = [entry.name for entry in self.entries if entry.status == "not applicable"]
+        lines = [self.title, *(f"{n}. {cause}" for n, cause in enumerate(self.causes, 1))]
+        for word, names in (("Kept", kept), ("Not applicable", absent)):
+            lines += [f"{word}: {', '.join(names)}."] if names else []
+        return "\n".join(lines)
+
     def __getitem__(self, name: str) -> Entry:
         """Returns the entry of a promise.
 
@@ -137,7 +161,8 @@ class Report:
         for entry in self.entries:
             cell = html.escape(entry.measured)
             for failure in entry.failures:
-                cell += f"<br><strong>{html.escape(failure.problem)}</strong>"
+                problem = html.escape(failure.problem + _as_in(failure))
+                cell += f"<br><strong>{problem}</strong>"
                 if failure.shown:
                     cell += (
                         "<details><summary>smallest batch</summary>"
@@ -198,10 +223,14 @@ class Report:
 def _details(entry: Entry) -> str:
     lines = [entry.measured] if entry.measured else []
     for failure in entry.failures:
-        lines.append(f"BROKEN: {failure.problem}")
+        lines.append(f"BROKEN{_as_in(failure)}: {failure.problem}")
         if failure.shown:
             lines += ["smallest batch: " + failure.shown.replace("\n", "\n  ")]
     return "\n".join(lines)
+
+
+def _as_in(failure: Failure) -> str:
+    return f" (as in NeMo RL's {failure.base})" if failure.base else ""
 
 
 def _xml(text: str) -> str:

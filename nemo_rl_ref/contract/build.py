@@ -5,37 +5,74 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import json
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+from nemo_rl_ref.contract._limits import Overtime, file_of, raised_at, time_limit, written_at
 
 
 class UsageError(Exception):
     """The command line cannot be understood. The message is one line."""
 
 
-def find(path: str) -> Any:
-    """Imports ``module:name`` and returns what is there.
+def find(spec: str) -> Any:
+    """Imports ``path/to/file.py:name`` or ``package.module:name`` and returns what is there.
+
+    The folder of a file is appended to ``sys.path``, so that what is in it can be pickled by
+    reference, and it is imported under its own name, as ``import file`` in that folder would.
 
     Raises:
-        UsageError: if `path` has no colon, the module cannot be imported or lacks the name.
+        UsageError: if `spec` is neither, there is no such file, another module has its name, it
+            cannot be imported, or lacks the name.
     """
-    module_name, colon, name = path.partition(":")
-    if not (colon and module_name and name):
-        raise UsageError(f"got {path!r}, expected package.module:name")
+    where, _, name = spec.rpartition(":")
+    if not (where and name.isidentifier()):
+        raise UsageError(f"got {spec!r}, expected path/to/file.py:Name or package.module:Name")
+    module_name, file = where, ""
+    if where.endswith(".py"):
+        path = Path(where).resolve()
+        if not path.is_file():
+            raise UsageError(f"no file at {where}")
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        importlib.invalidate_caches()
+        module_name, file = path.stem, str(path)
+        try:
+            found = importlib.util.find_spec(module_name)
+        except ValueError:  # as that of __main__
+            found = None
+        if found is None or not found.origin or Path(found.origin).resolve() != path:
+            taken = f", {found.origin}" if found else ""
+            raise UsageError(f"the name {path.stem!r} belongs to another module{taken}; rename it")
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: anything may happen in it
-        raise UsageError(f"cannot import {module_name}: {one_line(error)}") from error
+        with time_limit():
+            module = importlib.import_module(module_name)
+    except (Exception, SystemExit, Overtime) as error:  # it is the user's: anything may happen
+        named = {SystemExit: "it calls sys.exit", Overtime: f"it {error}"}
+        what = named.get(type(error)) or one_line(error)
+        raise UsageError(f"cannot import {where}: {what}{raised_at(error, file)}") from error
     if not hasattr(module, name):
-        near = _nearest(name, [n for n in vars(module) if not n.startswith("_")])
-        raise UsageError(f"{module_name} has no {name!r}{near}")
+        raise UsageError(f"{where} has no {name!r}{nearest_in(module, name)}")
     return getattr(module, name)
+
+
+def nearest_in(module: Any, name: str) -> str:
+    """The nearest name in a module, or what it has to offer, its own first, to end a message."""
+    public = [(n, v) for n, v in vars(module).items() if not n.startswith("_") and callable(v)]
+    own = [n for n, v in public if getattr(v, "__module__", "") == module.__name__]
+    imported = [n for n, _ in public if n not in own]
+    for names in (own, imported):
+        if near := difflib.get_close_matches(name, names, n=1):
+            return f"; did you mean {near[0]!r}?"
+    return f"; it has {', '.join(own or imported) or 'none'}"
 
 
 def build_loss(kind: Any, pairs: Sequence[str]) -> Any:
@@ -56,7 +93,8 @@ def build_loss(kind: Any, pairs: Sequence[str]) -> Any:
         UsageError: if a key is unknown, a value does not fit, or the class refuses them.
     """
     if not isinstance(kind, type):
-        raise UsageError(f"{getattr(kind, '__name__', kind)!r} is no class, expected a loss class")
+        name = getattr(kind, "__name__", kind)
+        raise UsageError(f"{name!r}{written_at(kind)} is no class, expected a loss class")
     argument, config, others = signature_of(kind)
     fields = fields_of(config)
     known = {**fields, **others}
@@ -107,8 +145,9 @@ def call_loss_class(
             is_model = issubclass(config, BaseModel)
             given = {**given, argument: config(**settings) if is_model else settings}
         return kind(**given)
-    except Exception as error:  # a loss refuses settings with whatever error it likes
-        raise UsageError(f"{kind.__name__}: {one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # a loss refuses settings with what it likes
+        at = raised_at(error, file_of(kind))
+        raise UsageError(f"{kind.__name__}: {one_line(error)}{at}") from error
 
 
 def _guess(text: str) -> Any:

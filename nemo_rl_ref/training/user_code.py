@@ -6,7 +6,6 @@ A configuration cannot name code to run; the command line can.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -30,7 +29,7 @@ def load_object(spec: str, option: str = "--loss") -> Any:
     and the file is imported under its own name, as ``import my_file`` in that folder would.
 
     Args:
-        spec: ``path/to/my_file.py:Name``.
+        spec: ``path/to/my_file.py:Name``, or ``package.module:Name``.
         option: The command-line option it comes from, for messages.
 
     Raises:
@@ -38,10 +37,15 @@ def load_object(spec: str, option: str = "--loss") -> Any:
             file's name, or the file does not define the name.
         ImportError: If the file cannot be imported.
     """
+    from nemo_rl_ref.contract.build import UsageError, find, nearest_in
+
     path_text, _, name = spec.rpartition(":")
     path = Path(path_text).resolve()
     if path.suffix != ".py" or not name.isidentifier():
-        raise ValueError(f"{option}: got {spec!r}, expected path/to/file.py:Name")
+        try:
+            return find(spec)
+        except UsageError as error:
+            raise ValueError(f"{option}: {error}") from error
     if not path.is_file():
         raise ValueError(f"{option}: no file at {path_text}")
     if str(path.parent) not in sys.path:
@@ -66,12 +70,7 @@ def load_object(spec: str, option: str = "--loss") -> Any:
         what = "it calls sys.exit" if isinstance(error, SystemExit) else type(error).__name__
         raise ImportError(f"{option}: {place}: {what}: {error}") from error
     if not hasattr(module, name):
-        public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        near = difflib.get_close_matches(name, public, n=1)
-        raise ValueError(
-            f"{option}: {path_text} has no {name!r}; "
-            + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(public) or 'nothing'}")
-        )
+        raise ValueError(f"{option}: {path_text} has no {name!r}{nearest_in(module, name)}")
     return getattr(module, name)
 
 
@@ -172,7 +171,8 @@ def checked_loss(
         section: The settings, see `build_loss`.
         key: The section's name.
         pairs: Whether rows are chosen and rejected in turn.
-        strict: Whether a broken promise is an error. Otherwise it is printed.
+        strict: Whether a broken promise is an error, unless NeMo RL's loss that it derives from
+            breaks it in the same way. Otherwise it is printed.
 
     Returns:
         The loss.
@@ -186,13 +186,13 @@ def checked_loss(
     failed, is_main = (), process_state().is_main_process
     if is_main:
         report = check_loss(loss_fn, pairs=pairs or None)
-        failed = report.failed
-        print(f"{spec} keeps NeMo RL's promises" if report.ok else report)
+        failed = report.own
+        print(f"{spec} keeps NeMo RL's promises" if report.ok else report.summary())
     failed = from_main(failed)
     if failed:
         broken = f"{spec} breaks NeMo RL's promises: {', '.join(failed)}"
         if strict:
             raise ValueError(f"--strict: {broken}")
         if is_main:
-            print(f"WARNING: {broken}; the table above says what that changes")
+            print(f"WARNING: {broken}; above is what to write instead")
     return loss_fn

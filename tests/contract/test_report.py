@@ -2,6 +2,7 @@
 """What `check_loss` hands over: the report in its forms, and the command line."""
 
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from nemo_rl_ref.algorithms.loss import DPOLossConfig, DPOLossFn, NLLLossFn
 from nemo_rl_ref.algorithms.loss.interfaces import LossInputType
 from nemo_rl_ref.contract import PROMISES, Entry, Failure, Report, check_loss
 from nemo_rl_ref.contract.__main__ import main
+from nemo_rl_ref.contract._causes import KINDS
 from nemo_rl_ref.contract.build import UsageError, build_loss, find
 
 ROOT = Path(__file__).parents[2]
@@ -275,7 +277,7 @@ def test_bad_pairs(kind, pairs, words):
 def test_find():
     assert find("nemo_rl_ref.algorithms.loss:NLLLossFn") is NLLLossFn
     for path in ("nemo_rl_ref.algorithms.loss", ":NLLLossFn", "x:"):
-        with pytest.raises(UsageError, match="expected package.module:name"):
+        with pytest.raises(UsageError, match="expected path/to/file.py:Name or package.module:N"):
             find(path)
     with pytest.raises(UsageError, match="cannot import no_such_module: ModuleNotFoundError"):
         find("no_such_module:Loss")
@@ -319,8 +321,8 @@ class CrossTokenizer(NLLLossFn):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        ([], "no loss, expected package.module:LossClass"),
-        (["nope"], "got 'nope', expected package.module:name"),
+        ([], "no loss, expected path/to/my_loss.py:MyLoss or package.module:MyLoss"),
+        (["nope"], "got 'nope', expected path/to/file.py:Name or package.module:Name"),
         ([NLL, "--bogus"], "unrecognized arguments: --bogus"),
         ([NLL, "--only", "mask"], "invalid choice: 'mask'"),
         ([NLL, "x=1"], "NLLLossFn has no setting 'x'"),
@@ -341,7 +343,8 @@ def test_usage_errors_are_one_line(argv, words, capsys):
 def test_options(capsys):
     maker = ["--batch-maker", f"{__name__}:good_maker"]
     assert main([NLL, "--only", "ranks", *maker]) == 0
-    assert main([NLL, "--only", "micro-batches", *maker, "--preference-pairs"]) == 0
+    more = ["--preference-pairs", "--details"]
+    assert main([NLL, "--only", "micro-batches", *maker, *more]) == 0
     assert "one call a pair" in capsys.readouterr().out.replace("\n", " ")
 
 
@@ -354,3 +357,139 @@ def test_the_command():
     assert "DPOLossFn: 8 of 9 promises kept" in done.stdout
     assert all(name.split()[0] in done.stdout for name in PROMISES)
     assert done.stderr == ""
+
+
+# A loss of the user's, from its file.
+
+MEAN = """
+import torch
+from nemo_rl_ref.algorithms.loss import DPOLossFn, NLLLossFn
+
+class Mean(DPOLossFn):
+    def _preference_loss(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
+        _, *rest = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)
+        margins = beta * (rewards[::2] - rewards[1::2])
+        return (-torch.nn.functional.logsigmoid(margins).mean(), *rest)
+"""
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+    def write_file(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write_file
+
+
+def test_a_loss_is_named_as_the_trainers_take_it(write, tmp_path, monkeypatch):
+    """By its file, relative or not, or by its module."""
+    path = write("my_mean.py", MEAN)
+    kind = find(f"{path}:Mean")
+    monkeypatch.chdir(tmp_path)
+    assert find("my_mean.py:Mean") is kind and find("my_mean:Mean") is kind
+    assert kind.__module__ == "my_mean"  # so that it can be pickled by reference
+
+
+def test_own_names_come_before_imported_ones(write):
+    path = write("my_names.py", MEAN)
+    with pytest.raises(UsageError, match="has no 'Meen'; did you mean 'Mean'"):
+        find(f"{path}:Meen")
+    with pytest.raises(UsageError, match="has no 'Xyz'; it has Mean$"):
+        find(f"{path}:Xyz")
+    with pytest.raises(UsageError, match="has no 'DPOLosFn'; did you mean 'DPOLossFn'"):
+        find(f"{path}:DPOLosFn")
+
+
+def test_one_mean_is_one_cause_with_what_to_write_instead(write, capsys):
+    """And what NeMo RL's loss lets through is told apart; the measurements are for who asks."""
+    path = write("my_cause.py", MEAN)
+    line = [f"{path}:Mean", "reference_policy_kl_penalty=0.1"]
+    assert main([*line, "--only", "micro-batches", "--only", "ranks", "--only", "masks"]) == 1
+    said = capsys.readouterr().out
+    assert "1. The losses of the parts of a batch do not add up" in said
+    assert "Broken: micro-batches, ranks, masks." in said
+    assert "Write instead: sum over what the masks leave, and divide by global_valid_seqs" in said
+    assert "loss-functions.md#mean-of-means" in said
+    assert "2. As in NeMo RL's DPOLossFn: an infinity or NaN in a masked place" in said
+    assert "3. " not in said and len(said.splitlines()) <= 10
+    assert main([*line, "--only", "ranks", "--details"]) == 1
+    assert "smallest batch: " in capsys.readouterr().out
+
+
+def test_pages_that_explain_are_there():
+    for kind in KINDS:
+        page, _, anchor = kind.page.partition("#")
+        text = (ROOT / page).read_text(encoding="utf-8")
+        headings = re.findall(r"^#+ (.*)$", text, re.M)
+        anchors = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in headings}
+        assert anchor in anchors | set(re.findall(r"^\(([\w-]+)\)=$", text, re.M))
+
+
+BAD_CODE = {
+    "import sys\nsys.exit(0)\n": "my_bad.py: it calls sys.exit ({file}:2)",
+    "def f(:\n": "my_bad.py: SyntaxError: ",
+    "x = 1\n1 / 0\n": "my_bad.py: ZeroDivisionError: division by zero ({file}:2)",
+    "def Loss(a, b): ...\n": "'Loss' ({file}:1) is no class, expected a loss class",
+    "class Loss:\n    def __init__(self):\n        raise OSError('x')\n": "Loss: OSError: x ({file}:3)",
+    "class Loss:\n    def __init__(self):\n        exit(0)\n": "Loss: SystemExit: 0 ({file}:3)",
+}
+
+
+@pytest.mark.parametrize("code", BAD_CODE, ids=range(len(BAD_CODE)))
+def test_code_that_cannot_be_used_is_one_error_with_its_line(write, capsys, code):
+    sys.modules.pop("my_bad", None)
+    path = write("my_bad.py", code)
+    assert main([f"{path}:Loss"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and BAD_CODE[code].format(file=path) in error
+
+
+CALL = """
+import torch
+from nemo_rl_ref.algorithms.loss import NLLLossFn
+
+class Loss(NLLLossFn):
+    def __call__(self, next_token_logprobs, data, global_valid_seqs, global_valid_toks):
+        {}
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("return next_token_logprobs @ next_token_logprobs, {}", "({file}:7)"),
+        ("import sys; sys.exit(0)", "a call raises RuntimeError: it calls sys.exit ({file}:7)"),
+        (
+            "return next_token_logprobs.sum(), {'x': 'text'}",
+            "metric 'x' is a str, expected a float",
+        ),
+        ("return next_token_logprobs.detach().sum(), {}", "the loss has no gradient"),
+        ("return next_token_logprobs.sum(-1), {}", "the loss has shape (6,)"),
+    ],
+)
+def test_a_loss_that_does_not_answer_is_one_cause_with_its_line(write, capsys, code, words):
+    sys.modules.pop("my_call", None)
+    path = write("my_call.py", CALL.replace("{}", code, 1))
+    assert main([f"{path}:Loss", "--only", "protocol"]) == 1
+    said = capsys.readouterr().out
+    assert words.format(file=path) in said.replace("{}", "")
+    assert "1. " in said and "2. " not in said
+
+
+@pytest.mark.parametrize("where", ["import", "call", "caught"])
+def test_an_endless_loop_ends_with_its_line(write, capsys, monkeypatch, where):
+    """At import, in a call, and where the loss catches every exception."""
+    monkeypatch.setattr("nemo_rl_ref.contract._limits.SECONDS", 2.0)
+    sys.modules.pop("my_loop", None)
+    loop = "while True: pass"
+    body = {"call": loop, "caught": f"try:\n            {loop}\n        except Exception: pass"}
+    code = loop if where == "import" else CALL.replace("{}", body[where])
+    path = write("my_loop.py", code)
+    assert main([f"{path}:Loss"]) == 2
+    error = capsys.readouterr().err
+    line = {"import": 1, "call": 7, "caught": 8}[where]
+    assert error.count("\n") == 1 and "took longer than 2 s" in error
+    assert f"({path}:{line})" in error

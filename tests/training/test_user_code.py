@@ -79,16 +79,34 @@ def test_a_broken_promise_is_a_warning_and_with_strict_an_error(write, tmp_path,
 
 
 @pytest.mark.parametrize(
+    "spec",
+    ["nemo_rl_ref.algorithms.loss:DPOLossFn", "nemo_rl_ref.custom.pairwise:IPOLossFn", "own"],
+)
+def test_strict_refuses_only_what_is_the_authors_own(write, tmp_path, capsys, spec):
+    """NeMo RL's loss lets a NaN through a mask, and what derives from it does so too."""
+    if spec == "own":
+        text = "from nemo_rl_ref.algorithms.loss import DPOLossFn\nclass Mine(DPOLossFn): ...\n"
+        spec = write("mine_only.py", text) + ":Mine"
+    result, _ = run("dpo", tmp_path, loss=spec, strict=True, dpo__max_num_steps=1)
+    assert result["total_steps"] == 1
+    out = capsys.readouterr().out
+    assert "1. As in NeMo RL's DPOLossFn: an infinity or NaN in a masked place" in out
+    assert "\n2. " not in out and "breaks NeMo RL's promises" not in out
+
+
+@pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
         ("my_loss", ValueError, "--loss: got 'my_loss', expected path/to/file.py:Name"),
-        ("my_package.losses:MyLoss", ValueError, "expected path/to/file.py:Name"),
+        ("my_package.losses:MyLoss", ValueError, "--loss: cannot import my_package.losses: Module"),
+        ("json:MyLoss", ValueError, "--loss: json has no 'MyLoss'; it has "),
         ("{folder}/nowhere_loss.py:MyLoss", ValueError, "--loss: no file at .*nowhere_loss.py"),
         (
             "{folder}/margin_b.py:MarginLoss",
             ValueError,
             "has no 'MarginLoss'; did you mean 'MarginLossFn'",
         ),
+        ("{folder}/margin_c.py:Other", ValueError, "has no 'Other'; it has MarginLossFn$"),
         (
             "{folder}/json.py:MyLoss",
             ValueError,
@@ -103,6 +121,7 @@ def test_a_broken_promise_is_a_warning_and_with_strict_an_error(write, tmp_path,
 )
 def test_what_cannot_be_loaded(spec, error, message, write, tmp_path):
     write("margin_b.py", GOOD)
+    write("margin_c.py", GOOD)
     write("json.py", "")
     write("breaks_loss.py", "1 / 0")
     with pytest.raises(error, match=message):
