@@ -20,6 +20,7 @@ nothing, another is run instead, and a grid lacks a point.
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import math
 import os
@@ -269,8 +270,10 @@ class Watcher:
 
 
 def _not_logged(metric: str, there: list[str]) -> SearchStopped:
+    near = difflib.get_close_matches(metric, there, n=1)
+    mean = f" (did you mean {near[0]}?)" if near else ""
     return SearchStopped(
-        f"objective: got {metric}, which the run does not log; it logs "
+        f"objective: got {metric}, which the run does not log{mean}; it logs "
         f"{', '.join(there) or 'nothing'}"
     )
 

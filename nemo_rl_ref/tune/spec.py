@@ -7,6 +7,7 @@ trainer reads every key that is searched, and that nothing is set twice.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -69,6 +70,9 @@ class Objective:
             return cls(metric, direction)
         word = re.split(r"[^a-z]+", text.lower())[-1]
         if text.partition(":")[0] in ("train", "val") and word not in DIRECTIONS:
+            if near := difflib.get_close_matches(word, DIRECTIONS, n=1):
+                right = text[: len(text) - len(word)] + near[0]
+                raise SpecError(f"objective: got {text}; did you mean {right}?")
             raise SpecError(
                 f"objective: got {text}, whose name does not say which way is better; expected "
                 f"{text}:maximize or {text}:minimize"

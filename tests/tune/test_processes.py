@@ -3,11 +3,14 @@
 
 import json
 import os
+import shlex
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -149,3 +152,37 @@ def test_the_devices_of_processes(monkeypatch, count, named, expected):
     if named:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert command.visible_devices() == expected
+
+
+def test_ctrl_c_with_jobs_is_one_line_and_leaves_nothing_behind(tmp_path):
+    """In a terminal the signal goes to the whole group: here to all processes at once."""
+    space = tmp_path / "space.yaml"
+    space.write_text(f"{stand_in.LR}: {{log_uniform: [1e-5, 1e-3]}}\n")
+    folder = tmp_path / "s"
+    line = [
+        sys.executable, "-m", "nemo_rl_ref.tune", "dpo", "--config", "configs/dpo.yaml",
+        "--space", str(space), "--objective", "val:validation-default_accuracy", "--folder",
+        str(folder), "--launcher", "nemo-rl", "--checkout", str(HELP / "nemo_rl_stand_in"),
+        "--launch-command", shlex.quote(sys.executable), "--jobs", "2", "dpo.max_num_steps=900",
+        "++stand_in.seconds_per_step=1",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    began = time.monotonic()
+    while len(list(folder.glob("trial_*/logs/exp_*"))) < 2:
+        assert time.monotonic() - began < PATIENCE and process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    (last,) = [text for text in said.splitlines() if not text.startswith(("study ", "every "))]
+    assert last.startswith(
+        "interrupted; 0 of 30 trials are finished, and nothing is lost. To go on"
+    )
+    with closing(sqlite3.connect(folder / "study.db", timeout=1)) as database:
+        states = Counter(state for (state,) in database.execute("select state from trials"))
+        database.execute("begin immediate")
+    assert states == {"FAIL": 2, "WAITING": 2}
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(folder) not in running

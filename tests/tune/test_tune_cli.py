@@ -93,6 +93,14 @@ REFUSED = {
         {"objective": "val:accuracy"},
         ["got val:accuracy, which the run does not log", METRIC],
     ),
+    "an objective with a misspelt name": (
+        {"objective": "val:validation-defualt_accuracy"},
+        [f"which the run does not log (did you mean {METRIC}?); it logs "],
+    ),
+    "an objective with a misspelt end": (
+        {"objective": "val:validation-default_acuracy"},
+        [f"got val:validation-default_acuracy; did you mean {METRIC}?"],
+    ),
     "another algorithm's configuration": (
         {"config": "configs/grpo_tiny.yaml"},
         ["configs/grpo_tiny.yaml: got a configuration of grpo, expected the section dpo"],
