@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SFT, DPO and reward-model runs: what a step computes, what is validated, logged and refused."""
 
+import json
 import math
 import os
 
@@ -357,3 +358,19 @@ def test_an_observer_sees_every_step_and_can_end_the_run(tmp_path):
     # The eighth step was over: its checkpoint is there, and the run goes on from it.
     result, _ = run("dpo", tmp_path)
     assert result["total_steps"] == 12
+
+
+def test_a_checkpoint_is_ranked_by_a_value_of_its_own_step_only(tmp_path, capsys):
+    """Not by the validation before the first step, nor by that of an earlier one."""
+    run(
+        "dpo", tmp_path, dpo__max_num_steps=3, dpo__val_period=2, checkpointing__save_period=1,
+        checkpointing__keep_top_k=None,
+    )  # fmt: skip
+    metric = "val:validation-default_loss"
+    ranked = {}
+    for folder in sorted((tmp_path / "run").glob("step_*")):
+        ranked[folder.name] = metric in json.loads((folder / "training_info.json").read_text())
+    assert ranked == {"step_1": False, "step_2": True, "step_3": False}
+    said = capsys.readouterr().out
+    for step in (1, 3):
+        assert f"step {step} has no {metric}, so its checkpoint is not ranked" in said
