@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemo_rl_ref.contract import PROMISES, check_loss
+from nemo_rl_ref.contract._limits import written_at
 from nemo_rl_ref.contract.build import UsageError, build_loss, find, one_line
 
 
@@ -58,6 +59,8 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError(f"--junit is {options.junit!r}, whose folder does not exist")
     loss_fn = build_loss(find(options.loss), options.pairs)
     maker = find(options.batch_maker) if options.batch_maker else None
+    if maker is not None and (isinstance(maker, type) or not callable(maker)):
+        raise UsageError(f"--batch-maker is {options.batch_maker}{written_at(maker)}, no function")
     try:
         report = check_loss(
             loss_fn, maker, pairs=options.preference_pairs or None, only=options.only

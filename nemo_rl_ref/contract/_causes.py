@@ -53,9 +53,10 @@ KINDS = (
     _Kind(
         _PARTS,
         "the losses of the parts of a batch do not add up to that of the whole: it divides by what it "
-        "has counted itself, as a mean does",
+        "has counted itself, as a mean does, or couples the samples",
         "sum over what the masks leave, and divide by global_valid_seqs (or global_valid_toks, if "
-        "loss_type is TOKEN_LEVEL), not by .mean()",
+        "loss_type is TOKEN_LEVEL), not by .mean(); set needs_whole_batch = True on a loss that must "
+        "see all samples at once",
         page=f"{_LOSSES}#mean-of-means",
         also=("nothing valid", "masked gradient", "huge in masked samples"),  # a mean takes all
     ),

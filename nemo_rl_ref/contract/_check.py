@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -183,7 +184,7 @@ def check_loss(
             report = _check(loss_fn, batch_maker, pairs, names)
             return _tell_apart(report, loss_fn, batch_maker, pairs)
     except Overtime as error:
-        at = raised_at(error, file_of(loss_fn))
+        at = raised_at(error, file_of(loss_fn)) or raised_at(error, file_of(batch_maker))
         raise ValueError(f"the check of {report_title(loss_fn)} {error}{at}") from None
 
 
@@ -212,20 +213,22 @@ def _tell_apart(
             theirs = _check(plain, batch_maker, pairs, tuple(here))
         except Exception:  # a class that cannot be replaced has nothing to be compared with
             return report
-    found = {(f.probe, _where(f)) for entry in theirs.entries for f in entry.failures}
-    entries = []
-    for entry in report.entries:
-        marked = (
-            replace(f, base=base.__name__) if (f.probe, _where(f)) in found else f
-            for f in entry.failures
-        )
-        entries.append(replace(entry, failures=tuple(marked)))
+    found = [(f.probe, _about(f)) for entry in theirs.entries for f in entry.failures]
+
+    def mark(failure: Failure) -> Failure:
+        about = _about(failure)
+        same = any(probe == failure.probe and about <= more for probe, more in found)
+        return replace(failure, base=base.__name__) if same else failure
+
+    entries = [replace(e, failures=tuple(map(mark, e.failures))) for e in report.entries]
     return Report(report.loss, tuple(entries))
 
 
-def _where(failure: Failure) -> str:
-    """What a failure is about, without its numbers: the same in a loss and in its base class."""
-    return failure.problem.split(":")[0] if " in masked " in failure.problem else ""
+def _about(failure: Failure) -> set[str]:
+    """What a failure is about, in names: the tensors with garbage, the metric, or the result."""
+    if found := re.search(r" in masked \w+ of (.*?): ", failure.problem):
+        return set(found[1].split(", "))
+    return set(re.findall(r": (metric \S+) ", failure.problem)[:1]) or {"result"}
 
 
 def _check(
@@ -307,7 +310,11 @@ def _subject(
         if batch_maker is None:
             made = make_batch(input_type or "", loss_type, pairs, entropy, seed, dtype)
         else:
-            made = batch_maker(seed, dtype)
+            try:
+                made = batch_maker(seed, dtype)
+            except (Exception, SystemExit) as error:  # it is the user's
+                at = raised_at(error, file_of(batch_maker))
+                raise ValueError(f"{source}: raises {type(error).__name__}: {error}{at}") from error
             if not isinstance(made, tuple) or len(made) != 2:
                 kind = type(made).__name__
                 raise TypeError(f"{source}: returned a {kind}, expected a tuple (inputs, data)")

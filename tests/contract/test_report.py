@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Literal, Optional, TypedDict
@@ -493,3 +494,48 @@ def test_an_endless_loop_ends_with_its_line(write, capsys, monkeypatch, where):
     line = {"import": 1, "call": 7, "caught": 8}[where]
     assert error.count("\n") == 1 and "took longer than 2 s" in error
     assert f"({path}:{line})" in error
+
+
+def test_what_a_base_class_has_hides_nothing_of_the_authors(write):
+    """The base class has another fault in the same probe: of a metric, or of fewer tensors."""
+    text = """
+        import torch
+        from nemo_rl_ref.algorithms.loss import DPOLossFn, MseValueLossFn
+
+        class Mean(MseValueLossFn):
+            def __call__(self, *args, **named):
+                loss, metrics = super().__call__(*args, **named)
+                return loss * named["global_valid_toks"], metrics
+
+        class More(DPOLossFn):
+            def __call__(self, next_token_logprobs, data, seqs=None, toks=None, **counts):
+                loss, metrics = super().__call__(next_token_logprobs, data, **counts)
+                return loss + 0 * (data["generation_logprobs"] * data["token_mask"]).sum(), metrics
+    """
+    path = write("my_more.py", textwrap.dedent(text))
+    assert check_loss(build_loss(find("nemo_rl_ref.algorithms.loss:MseValueLossFn"), [])).own == ()
+    report = check_loss(build_loss(find(f"{path}:Mean"), []), only=["micro-batches"])
+    assert report.own == ("micro-batches",)
+    report = check_loss(build_loss(find(f"{path}:More"), []), only=["masks"])
+    assert report.own == ("masks",)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("1 / 0", "batch_maker(seed=0, dtype=torch.float64): raises ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "batch_maker(seed=0, dtype=torch.float64): raises SystemExit"),
+        ("while True: pass", "took longer than 2 s"),
+    ],
+)
+def test_a_batch_maker_that_does_not_answer_is_one_error_with_its_line(
+    write, capsys, monkeypatch, code, words
+):
+    monkeypatch.setattr("nemo_rl_ref.contract._limits.SECONDS", 2.0)
+    sys.modules.pop("my_maker", None)
+    path = write("my_maker.py", f"def maker(seed, dtype):\n    {code}\n\nclass Maker: ...\n")
+    assert main([NLL, "--batch-maker", f"{path}:maker"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error and f"({path}:2)" in error
+    assert main([NLL, "--batch-maker", f"{path}:Maker"]) == 2
+    assert f"Maker ({path}:4), no function" in capsys.readouterr().err
