@@ -178,6 +178,8 @@ def stop(*_):
 def put(config, key, value):
     """Set a value, through whatever stands in the way."""
     *path, last = key.split(".")
+    if last == "ppo_epochs" and isinstance(value, int):
+        value = min(value, 8)  # within one step
     for part in path:
         place = config.get(part)
         config[part] = dict(place) if isinstance(place, dict) else {}

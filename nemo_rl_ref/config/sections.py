@@ -21,6 +21,7 @@ from nemo_rl_ref.utils.timer import convert_to_seconds
 
 Count = Annotated[int, Field(ge=1, lt=2**63)]
 Length = Annotated[int, Field(ge=1, lt=2**63)]  # in tokens
+Width = Annotated[int, Field(ge=1, le=2**20)]  # in tokens; tensors are as wide as that
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy's generator takes
 Temperature = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1)]
@@ -128,7 +129,7 @@ class PolicyConfig(TrainedConfig):
     tokenizer: TokenizerConfig
     precision: Literal["float32", "bfloat16"]
     max_total_sequence_length: Length
-    make_sequence_length_divisible_by: Count
+    make_sequence_length_divisible_by: Width
 
 
 class GenerationConfig(Section):
@@ -143,7 +144,7 @@ class GenerationConfig(Section):
         stop_strings: Texts that end it, too.
     """
 
-    max_new_tokens: Length
+    max_new_tokens: Width
     temperature: Temperature
     top_p: TopP
     top_k: TopK

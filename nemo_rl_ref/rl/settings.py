@@ -91,6 +91,9 @@ ESTIMATORS = {
 #: What NumPy's generator does not take any more.
 _SEEDS_END = 2**32
 
+#: More responses than this at once are a slip of the finger: each is a row of every tensor.
+_MOST_ROWS = 2**20
+
 #: The least that numbers of ``grpo`` and ``ppo`` may be; NeMo RL's classes have no bounds.
 _LEAST = {
     "num_prompts_per_step": 1, "num_generations_per_prompt": 1, "max_num_epochs": 1,
@@ -188,9 +191,18 @@ def _check_together(settings: GRPOSettings | PPOSettings) -> None:
     rows = cfg.num_prompts_per_step * cfg.num_generations_per_prompt
     batch, updates = settings.policy.train_global_batch_size, updates_per_step(settings)
     kl = loss.reference_policy_kl_penalty
+    val_copies = getattr(cfg, "val_num_generations_per_prompt", 1)
+    sizes = {"policy": batch}
+    if isinstance(settings, PPOSettings) and cfg.adv_estimator.name == "gae":
+        sizes["value"] = settings.value.train_global_batch_size
     checks = [
-        (rows % batch == 0, "policy.train_global_batch_size", batch,
-         f"a divisor of num_prompts_per_step * num_generations_per_prompt, which is {rows}"),
+        (rows <= _MOST_ROWS, f"{name}.num_generations_per_prompt", cfg.num_generations_per_prompt,
+         f"at most {_MOST_ROWS} responses a step, and they are {rows}"),
+        (val_copies <= _MOST_ROWS, f"{name}.val_num_generations_per_prompt", val_copies,
+         f"at most {_MOST_ROWS}"),
+        *((rows % size == 0, f"{key}.train_global_batch_size", size,
+           f"a divisor of num_prompts_per_step * num_generations_per_prompt, which is {rows}")
+          for key, size in sizes.items()),
         (not loss.force_on_policy_ratio or updates == 1, "loss_fn.force_on_policy_ratio", True,
          f"false: a step makes {updates} updates"),
         (not (cfg.skip_reference_policy_logprobs_calculation and kl),
