@@ -20,7 +20,6 @@ import tempfile
 from pathlib import Path
 
 import datasets
-import huggingface_hub.constants
 import pytest
 import transformers
 from hypothesis import HealthCheck, given, settings
@@ -249,7 +248,7 @@ def quiet(monkeypatch):
         monkeypatch.setattr(trainer, "is_last", lambda trainer, state: state["total_steps"] >= 1)
     if not NIGHTLY:
         monkeypatch.setattr(Run, "train", lambda run: {"validation": {}})
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     transformers.utils.logging.disable_progress_bar()
