@@ -119,8 +119,9 @@ def read_rl_settings(config: Mapping[str, Any]) -> GRPOSettings | PPOSettings:
     settings = read_settings(config, PPOSettings, GRPOSettings)
     _check_section(settings)
     _check_together(settings)
+    # With stacklevel 1, so that a run that reads its settings in two places is told once.
     for warning in _nothing_to_compare(settings):
-        warnings.warn(f"{warning}: rewards teach nothing, as in NeMo RL", stacklevel=2)
+        warnings.warn(f"{warning}: rewards teach nothing, as in NeMo RL", stacklevel=1)
     check_optimizer(settings.policy, "policy")
     if isinstance(settings, PPOSettings):
         check_optimizer(settings.value, "value")
@@ -128,7 +129,7 @@ def read_rl_settings(config: Mapping[str, Any]) -> GRPOSettings | PPOSettings:
         warnings.warn(
             "loss_fn.positive_example_nll_weight: without effect in GRPO, as in NeMo RL, which "
             "hands no rewards to the loss there",
-            stacklevel=2,
+            stacklevel=1,
         )
     return settings
 
