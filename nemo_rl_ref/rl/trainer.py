@@ -58,7 +58,7 @@ from nemo_rl_ref.rl.settings import (
     updates_per_step,
 )
 from nemo_rl_ref.training.checkpoints import Trained, load_checkpoint
-from nemo_rl_ref.training.identity import tokenizer_digest
+from nemo_rl_ref.training.identity import model_digest, tokenizer_digest
 from nemo_rl_ref.training.loop import make_trained
 from nemo_rl_ref.training.models import load_policy, load_tokenizer, load_value_model, token_values
 from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
@@ -124,6 +124,11 @@ class RLTrainer:
             "data.train": digest(prompts),
             "tokenizer": tokenizer_digest(self.tokenizer),
         }
+        frozen = [self.teacher_name] if self.teacher_name else []
+        if self.loss_config.reference_policy_kl_penalty:
+            frozen.append(policy.model_name)
+        if frozen:
+            self.digests["reference"] = " ".join(map(model_digest, frozen))
         self.sampling, self.val_sampling = sampling_params(policy.generation)
         self.filters = need_top_k_or_top_p_filtering(self.sampling)
         self.samples, self.samples_per_step = len(self.train_prompts), cfg.num_prompts_per_step

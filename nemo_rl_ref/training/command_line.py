@@ -197,8 +197,11 @@ def _in_one_line(error: BaseException, log_dir: str | None) -> str:
     name = f"{place or 'this program failed'}: {type(error).__name__}: {error}"
     if log_dir is None:
         return name
-    file = Path(log_dir) / "traceback.txt"
-    file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    file, lines = Path(log_dir) / "traceback.txt", traceback.format_exception(error)
+    try:
+        file.write_text("".join(lines), encoding="utf-8")
+    except OSError:
+        return name
     return f"{name} (traceback: {file})"
 
 

@@ -85,6 +85,20 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+def model_digest(name: str | Path) -> str:
+    """A sum over the files of a model that a run compares itself with; the name of one of the hub.
+
+    Args:
+        name: Name or path.
+    """
+    summed = hashlib.sha256()
+    files = [*Path(name).glob("*.safetensors"), *Path(name).glob("config.json")]
+    for path in sorted(files):
+        with path.open("rb") as file:
+            summed.update(hashlib.file_digest(file, "sha256").digest())
+    return summed.hexdigest() if files else str(name)
+
+
 def changes(
     checkpoint: str | Path, saved: Mapping[str, Any], ours: Mapping[str, Any], settings: RunSettings
 ) -> dict[str, str]:
@@ -93,7 +107,7 @@ def changes(
     Args:
         checkpoint: The checkpoint.
         saved: What the run that wrote it was: ``algorithm``, ``results`` (`RESULTS`), ``loss``,
-            ``reward`` (see `source_of`), ``tokenizer`` and ``data.train`` (sums).
+            ``reward`` (see `source_of`), and sums: ``tokenizer``, ``data.train``, ``reference``.
         ours: The same of this run.
         settings: Of this run. What its configuration does not have is not compared.
 
@@ -135,6 +149,7 @@ def changes(
     words = {
         "data.train": "the records have changed",
         "tokenizer": "its tokens or its chat template have changed",
+        "reference": "the files of the reference model (policy.model_name, or the teacher) are others",
         "results": "this version of the package trains another result",
     }
     for key in ours.keys() | saved.keys():

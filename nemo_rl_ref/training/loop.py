@@ -258,7 +258,7 @@ class Run:
 
     def _resume(self, checkpoint: str, allow_config_changes: bool) -> None:
         check_checkpoint(checkpoint)
-        info = self.manager.load_training_info(checkpoint)
+        info = self.manager.load_training_info(checkpoint) or {}
         found = changes(checkpoint, info.get("identity", {}), self.identity, self.settings)
         if found and not allow_config_changes:
             raise refuse(checkpoint, found)

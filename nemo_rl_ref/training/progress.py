@@ -40,8 +40,8 @@ class Timer:
 class Progress:
     """A bar in a terminal, elsewhere a line now and then.
 
-    It has the step, loss, accuracy or reward, learning rate, valid tokens a second, and the time
-    that is left.
+    It has the step, the time that is left, loss, accuracy or reward, learning rate, and valid
+    tokens a second.
 
     Args:
         title: What is running.
@@ -62,7 +62,7 @@ class Progress:
 
             # Names in the text, and what the user calls a metric, are no markup.
             text = TextColumn("{task.description}", markup=False)
-            self.bar = Bar(text, BarColumn())
+            self.bar = Bar(BarColumn(10), text)
             self.bar.start()
             self.line = self.bar.add_task(self.title, total=self.total, completed=self.done)
         return self
@@ -84,12 +84,11 @@ class Progress:
         if not (self.bar or shows):
             return
         left = (now - self.started) / (done - self.done) * (self.total - done)
-        parts = [f"{self.title} step {done}/{self.total}"]
+        parts = [f"{self.title} step {done}/{self.total}", f"{timedelta(seconds=round(left))} left"]
         parts += [
             f"{name} {metrics[name]:{form}}" for name, form in _SHOWN.items() if name in metrics
         ]
-        parts += [f"{tokens_per_second:,.0f} tokens/s", f"{timedelta(seconds=round(left))} left"]
-        text = "  ".join(parts)
+        text = "  ".join([*parts, f"{tokens_per_second:,.0f} tokens/s"])
         if self.bar:
             self.bar.update(self.line, completed=done, description=text)
         else:

@@ -68,6 +68,7 @@ def keep_reference_logprobs(
         folder: Where ``reference_logprobs.safetensors`` is kept; None to keep it nowhere.
     """
     from accelerate.utils import gather_object
+    from safetensors import SafetensorError
 
     chunks = _chunks(sets, policy.train_micro_batch_size)
     fingerprint = _fingerprint(policy, chunks)
@@ -80,7 +81,10 @@ def keep_reference_logprobs(
             print(f"reference log-probabilities of {pairs} pairs", flush=True)
         rows = _compute(model, chunks, accelerator)
         if path and accelerator.is_main_process:
-            _write(path, rows, fingerprint)
+            try:
+                _write(path, rows, fingerprint)
+            except (OSError, SafetensorError) as error:
+                warnings.warn(f"{path}: cannot be kept: {error}", stacklevel=2)
     _add(chunks, rows)
 
 

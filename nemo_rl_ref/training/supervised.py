@@ -18,7 +18,7 @@ from nemo_rl_ref.algorithms.utils import maybe_pad_last_batch, set_seed
 from nemo_rl_ref.config.sections import RunSettings
 from nemo_rl_ref.config.settings import read_settings
 from nemo_rl_ref.training.checkpoints import load_checkpoint
-from nemo_rl_ref.training.identity import tokenizer_digest
+from nemo_rl_ref.training.identity import model_digest, tokenizer_digest
 from nemo_rl_ref.training.loop import Run, make_trained
 from nemo_rl_ref.training.optimizers import check_optimizer
 from nemo_rl_ref.training.processes import make_accelerator
@@ -99,6 +99,8 @@ class Supervised:
             "data.train": digest(task.train.records),
             "tokenizer": tokenizer_digest(tokenizer),
         }
+        if task.prepare:
+            self.digests["reference"] = model_digest(self.policy.model_name)
         self.samples, self.samples_per_step = self.batches.samples, self.batches.batch_size
         self.steps = len(self.batches)
         prefixes = [f"validation-{name}_" if task.pairs else "" for name in task.validation]

@@ -212,3 +212,26 @@ def test_what_a_change_does_not_do_is_said(tmp_path, capsys):
     assert "WARNING: policy.model_name: " in out and "no effect on the policy" in out
     info = json.loads((tmp_path / "run/step_12/training_info.json").read_text())
     assert info["identity"]["algorithm"] == "sft"
+
+
+def test_another_reference_model_is_another_run(tmp_path):
+    """The folder is the same, what is in it is not. SFT needs it at its start only."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny.MODEL, model)
+    for section in ("dpo", "sft"):
+        short_run(section, tmp_path, model=model, name=section)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="reference: the files of the reference model"):
+        short_run("dpo", tmp_path, model=model, name="dpo")
+    shutil.rmtree(model)
+    result, _ = run("sft", tmp_path, model=model, name="sft", sft__max_num_steps=5)
+    assert result["total_steps"] == 5
+    kl = {"loss_fn.reference_policy_kl_penalty": 0.1, "checkpointing.enabled": True}
+    shutil.copytree(tiny.MODEL, model)
+    kl["policy.model_name"] = str(model)
+    run_grpo.train(rl_settings(tmp_path, kl))
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match="reference: the files of the reference model"):
+        run_grpo.train(rl_settings(tmp_path, kl))

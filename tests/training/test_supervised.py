@@ -326,7 +326,8 @@ def test_a_run_stops_in_time(tmp_path, capsys):
     result, _ = run("sft", tmp_path, checkpointing__checkpoint_must_save_by="00:00:00:00")
     assert result["total_steps"] == 1
     assert (tmp_path / "run" / "step_1").is_dir()
-    assert "checkpointing.checkpoint_must_save_by: the time is up" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "checkpoint_must_save_by: the time is up" in out and "sft: stopped at step 1" in out
 
 
 # Watching a run
