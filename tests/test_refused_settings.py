@@ -142,6 +142,7 @@ OF_ONE = [
     ("grpo", "policy.generation.stop_strings", "12", "null or a list, each text"),
     ("grpo", "policy.logprob_batch_size", 0, "null or an integer from 1 on"),
     ("ppo", "ppo.ppo_epochs", 0, "an integer from 1 on"),
+    ("ppo", "value.max_grad_norm", -1.0, "null or a number above 0"),
     ("ppo", "ppo.adv_estimator.gae_lambda", "long", "a number"),
     ("ppo", "value.max_grad_norm", -1, "null or a number above 0"),
     ("ppo", "value.train_micro_batch_size", "all", "an integer from 1 on"),

@@ -51,8 +51,9 @@ def source_of(thing: Any) -> str:
     Args:
         thing: A function, a class, or an object of one.
     """
+    thing = inspect.unwrap(thing)
     while isinstance(thing, functools.partial):
-        thing = thing.func
+        thing = inspect.unwrap(thing.func)
     kind = thing if inspect.isroutine(thing) or isinstance(thing, type) else type(thing)
     name, module = kind.__qualname__, kind.__module__ or ""
     if module.partition(".")[0] == __name__.partition(".")[0]:
@@ -116,7 +117,7 @@ def changes(
         size of micro-batches may change.
 
     Raises:
-        CheckpointError: If it is of another algorithm, or its configuration cannot be read.
+        CheckpointError: If it is of another algorithm.
     """
     import yaml
 
@@ -134,10 +135,7 @@ def changes(
     try:
         old = given(read_settings(yaml.safe_load(path.read_text()), type(settings)))
     except ValueError as error:
-        raise CheckpointError(
-            f"{path}: not a configuration that this version reads: {error}\nSet "
-            "checkpointing.checkpoint_dir to a new folder for a new run"
-        ) from error
+        return {"config.yaml": f"not a configuration that this version reads: {error}"}
     new = given(settings)
     may_change = (*_MAY_CHANGE, *(f"{name}.{key}" for key in _SECTION_MAY_CHANGE))
     found = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run goes on from its own checkpoint only, and with the settings that it is given."""
 
+import functools
 import json
 import shutil
 import sys
@@ -11,7 +12,7 @@ from trainer_runs import curve, run
 
 from nemo_rl_ref import run_grpo, tiny
 from nemo_rl_ref.files.metrics import read_metrics
-from nemo_rl_ref.files.sealed import CheckpointError
+from nemo_rl_ref.files.sealed import CheckpointError, seal
 from nemo_rl_ref.training import identity
 
 LOSS = """
@@ -235,3 +236,23 @@ def test_another_reference_model_is_another_run(tmp_path):
     (model / "model.safetensors").write_bytes(weights)
     with pytest.raises(CheckpointError, match="reference: the files of the reference model"):
         run_grpo.train(rl_settings(tmp_path, kl))
+
+
+def test_a_configuration_that_is_not_read_any_more_is_another_run(tmp_path):
+    short_run("sft", tmp_path)
+    folder = tmp_path / "run" / "step_4"
+    text = (folder / "config.yaml").read_text().replace("float32", "float8")
+    (folder / "config.yaml").write_text(text)
+    (folder / "files.json").unlink()
+    seal(folder)
+    message = refusal("sft", tmp_path)
+    assert "config.yaml: not a configuration that this version reads: policy.precision" in message
+    result, _ = run("sft", tmp_path, allow_config_changes=True, sft__max_num_steps=5)
+    assert result["total_steps"] == 5
+
+
+def test_a_decorated_function_is_the_one_that_was_written():
+    written = identity.source_of(short_run)
+    assert written.startswith("short_run of test_identity.py, SHA-256 ")
+    assert identity.source_of(functools.lru_cache(functools.partial(short_run, "sft"))) == written
+    assert identity.source_of(tiny.load_policy) == "load_policy"  # this package's

@@ -74,7 +74,8 @@ def test_a_loss_that_diverges_stops_the_run_and_names_the_samples(
     assert f"with {len(guilty)} of 8 samples: {places}. The step was not taken." in message
     assert f"The run as it was before the step is in {tmp_path / 'run' / 'step_2'}" in message
     # From there, with a loss that is in order, the run goes on as if nothing had been.
-    _, cured = run("sft", tmp_path, checkpointing__metric_name=None, **changes)
+    changes["checkpointing__metric_name"] = None
+    _, cured = run("sft", tmp_path, allow_config_changes=True, **changes)
     _, whole = run("sft", tmp_path, name="whole", **changes)
     assert curve(cured) == curve(whole) and len(curve(whole)) == 12
 
@@ -131,6 +132,7 @@ def test_dropout_is_drawn_again_after_a_stop(tmp_path, unchecked):
     changes = {"model": model, "sft__val_at_start": False, "sft__val_period": 0}
     with pytest.raises(FloatingPointError, match="step 3: loss inf"):
         run("sft", tmp_path, loss=spec, policy__train_micro_batch_size=4, **changes)
-    _, cured = run("sft", tmp_path, policy__train_micro_batch_size=4, **changes)
-    _, whole = run("sft", tmp_path, name="whole", policy__train_micro_batch_size=4, **changes)
+    changes["policy__train_micro_batch_size"] = 4
+    _, cured = run("sft", tmp_path, allow_config_changes=True, **changes)
+    _, whole = run("sft", tmp_path, name="whole", **changes)
     assert curve(cured) == curve(whole)
