@@ -137,7 +137,7 @@ def test_the_example_configurations_run(section, runner, tmp_path, monkeypatch, 
     arguments += [f"checkpointing.checkpoint_dir={tmp_path}/run", f"logger.log_dir={tmp_path}/logs"]
     assert runner.main(arguments) == 0
     out = capsys.readouterr().out
-    assert "keys used" in out and f"{section} step 2/2  loss" in out
+    assert "keys used" in out and f"{section} step 2/2  0:00:00 left  loss" in out
     assert (tmp_path / "run" / "step_2" / "policy" / "weights" / "model.safetensors").exists()
     assert (tmp_path / "logs" / "exp_001" / "metrics.jsonl").exists()
 
