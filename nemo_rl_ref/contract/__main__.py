@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemo_rl_ref.contract import PROMISES, check_loss
-from nemo_rl_ref.contract._limits import written_at
 from nemo_rl_ref.contract.build import UsageError, build_loss, find, one_line
+from nemo_rl_ref.contract.limits import written_at
 
 
 class _Parser(argparse.ArgumentParser):

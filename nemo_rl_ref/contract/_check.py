@@ -27,7 +27,6 @@ from nemo_rl_ref.contract._invariance import (
     sequence_packing,
     unequal_ranks,
 )
-from nemo_rl_ref.contract._limits import Overtime, file_of, raised_at, time_limit
 from nemo_rl_ref.contract._masking import garbage, masked_gradient
 from nemo_rl_ref.contract._pickling import FreshInterpreter, pickles
 from nemo_rl_ref.contract._probes import Finding, NotApplicable, Probe, Subject, probe_name
@@ -35,6 +34,7 @@ from nemo_rl_ref.contract._protocol import attribute_problems, enum_value, proto
 from nemo_rl_ref.contract._purity import inputs_kept, same_bits, takes
 from nemo_rl_ref.contract._report import Entry, Failure, Report
 from nemo_rl_ref.contract._shrink import shrink
+from nemo_rl_ref.contract.limits import Overtime, file_of, raised_at, time_limit
 
 BatchMaker = Callable[[int, torch.dtype], tuple[Mapping[str, Any], Mapping[str, Any]]]
 

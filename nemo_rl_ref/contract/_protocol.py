@@ -11,8 +11,8 @@ from torch import Tensor
 from nemo_rl_ref.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
 from nemo_rl_ref.contract._batches import Batch
 from nemo_rl_ref.contract._calls import NotALoss, start
-from nemo_rl_ref.contract._limits import file_of, raised_at
 from nemo_rl_ref.contract._probes import Finding, Subject
+from nemo_rl_ref.contract.limits import file_of, raised_at
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from nemo_rl_ref.contract._limits import Overtime, file_of, raised_at, time_limit, written_at
+from nemo_rl_ref.contract.limits import Overtime, file_of, raised_at, time_limit, written_at
 
 
 class UsageError(Exception):

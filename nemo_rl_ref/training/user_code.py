@@ -178,11 +178,18 @@ def checked_loss(
         The loss.
 
     Raises:
-        ValueError: If it cannot be loaded, or, with `strict`, breaks a promise.
+        ValueError: If it cannot be loaded, or does not answer within two minutes, or, with
+            `strict`, breaks a promise.
     """
     from nemo_rl_ref.contract import check_loss
+    from nemo_rl_ref.contract.limits import Overtime, raised_at, time_limit
 
-    loss_fn = build_loss(load_object(spec), section, key)
+    try:
+        with time_limit():
+            loss_fn = build_loss(load_object(spec), section, key)
+    except Overtime as error:
+        at = raised_at(error, str(Path(spec.rpartition(":")[0]).resolve()))
+        raise ValueError(f"--loss: {spec} {error}{at}") from None
     failed, is_main = (), process_state().is_main_process
     if is_main:
         report = check_loss(loss_fn, pairs=pairs or None)

@@ -483,7 +483,7 @@ def test_a_loss_that_does_not_answer_is_one_cause_with_its_line(write, capsys, c
 @pytest.mark.parametrize("where", ["import", "call", "caught"])
 def test_an_endless_loop_ends_with_its_line(write, capsys, monkeypatch, where):
     """At import, in a call, and where the loss catches every exception."""
-    monkeypatch.setattr("nemo_rl_ref.contract._limits.SECONDS", 2.0)
+    monkeypatch.setattr("nemo_rl_ref.contract.limits.SECONDS", 2.0)
     sys.modules.pop("my_loop", None)
     loop = "while True: pass"
     body = {"call": loop, "caught": f"try:\n            {loop}\n        except Exception: pass"}
@@ -531,7 +531,7 @@ def test_what_a_base_class_has_hides_nothing_of_the_authors(write):
 def test_a_batch_maker_that_does_not_answer_is_one_error_with_its_line(
     write, capsys, monkeypatch, code, words
 ):
-    monkeypatch.setattr("nemo_rl_ref.contract._limits.SECONDS", 2.0)
+    monkeypatch.setattr("nemo_rl_ref.contract.limits.SECONDS", 2.0)
     sys.modules.pop("my_maker", None)
     path = write("my_maker.py", f"def maker(seed, dtype):\n    {code}\n\nclass Maker: ...\n")
     assert main([NLL, "--batch-maker", f"{path}:maker"]) == 2

@@ -149,3 +149,17 @@ def test_fields_of_others_are_kept_from_a_strict_config(write):
     kind = load_object(write("strict_loss.py", text) + ":StrictLoss")
     loss = build_loss(kind, {"margin": 0.5, "seed": 3, "max_num_steps": 10}, "dpo")
     assert (loss.cfg.margin, loss.seed) == (0.5, 3)
+
+
+@pytest.mark.parametrize("where", ["import", "init", "call"])
+def test_an_endless_loop_ends_with_its_line(write, tmp_path, monkeypatch, where):
+    monkeypatch.setattr("nemo_rl_ref.contract.limits.SECONDS", 2.0)
+    loop = "    while True: pass\n"
+    init = f"    def __init__(self):\n    {loop}"
+    call = f"    def __call__(self, *args, **named):\n    {loop}"
+    body = {"import": f"    x = 1\n{loop}", "init": init, "call": call}[where]
+    text = f"from nemo_rl_ref.algorithms.loss import DPOLossFn\nclass Endless(DPOLossFn):\n{body}"
+    path = write(f"endless_{where}.py", text)
+    with pytest.raises(ValueError, match="took longer than 2 s") as caught:
+        run("dpo", tmp_path, loss=f"{path}:Endless", dpo__max_num_steps=1)
+    assert str(caught.value).endswith(f"({path}:4)")
