@@ -8,10 +8,11 @@ are kept, 1 if one is broken, and 2 if the command cannot be understood.
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nemo_rl_ref.contract import PROMISES, check_loss
 from nemo_rl_ref.contract.build import UsageError, build_loss, find, one_line
@@ -58,8 +59,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.junit and not Path(options.junit).parent.is_dir():
         raise UsageError(f"--junit is {options.junit!r}, whose folder does not exist")
     loss_fn = build_loss(find(options.loss), options.pairs)
-    maker = find(options.batch_maker) if options.batch_maker else None
-    if maker is not None and (isinstance(maker, type) or not callable(maker)):
+    maker: Any = find(options.batch_maker) if options.batch_maker else None
+    if options.batch_maker and not inspect.isroutine(maker):
         raise UsageError(f"--batch-maker is {options.batch_maker}{written_at(maker)}, no function")
     try:
         report = check_loss(
