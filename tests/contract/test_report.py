@@ -300,8 +300,10 @@ def test_exit_status(capsys, tmp_path):
     assert main([NLL, "--only", "gradient", "use_fused_linear_logprobs=true"]) == 0
     assert "1 of 1 promises kept" in capsys.readouterr().out
     junit = tmp_path / "report.xml"
-    assert main([NLL, "--only=masks", "--only=purity", "--junit", str(junit)]) == 1
-    assert "1 of 2 promises kept" in capsys.readouterr().out
+    # What NeMo RL's own class breaks is said, and no fault of the author's.
+    assert main([NLL, "--only=masks", "--only=purity", "--junit", str(junit)]) == 0
+    said = capsys.readouterr().out
+    assert "As in NeMo RL's NLLLossFn" in said and "1 of 2 promises kept" in said
     assert ElementTree.parse(junit).getroot().get("failures") == "1"
 
 
@@ -354,7 +356,7 @@ def test_the_command():
     command = [sys.executable, "-m", "nemo_rl_ref.contract"]
     command += ["nemo_rl_ref.algorithms.loss:DPOLossFn", "reference_policy_kl_penalty=0.1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr  # 0 · NaN, see test_contract.py
+    assert done.returncode == 0, done.stderr  # 0 · NaN is NeMo RL's, see test_contract.py
     assert "DPOLossFn: 8 of 9 promises kept" in done.stdout
     assert all(name.split()[0] in done.stdout for name in PROMISES)
     assert done.stderr == ""
