@@ -296,9 +296,9 @@ class Run:
             if problem := from_main(self.log_problem):
                 raise self._without_logs(problem)
         finally:
+            self._let_go()
             if self.logger:
                 self.logger.finish()
-            self._let_go()
         if self.main:
             result = self._result(state)
             tell(result)
