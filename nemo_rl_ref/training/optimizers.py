@@ -76,6 +76,8 @@ def check_optimizer(section: TrainedConfig, key: str) -> None:
         return make_optimizer(section.optimizer, [parameter], optimizer_key)
 
     make_scheduler(section.scheduler, trial(), f"{key}.scheduler")  # all of them together
+    if section.optimizer.kwargs.get("capturable") and torch.cuda.is_available():
+        return  # it steps on a GPU only
     alone = {f"{key}.scheduler": section.scheduler}
     if isinstance(section.scheduler, list):
         alone = {f"{key}.scheduler.{i}": entry for i, entry in enumerate(section.scheduler)}
