@@ -263,6 +263,7 @@ def quiet(monkeypatch):
 @settings(
     max_examples=TRIALS,
     derandomize=not NIGHTLY,
+    database=None,  # its folder would be the trial's
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
