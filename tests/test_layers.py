@@ -53,7 +53,7 @@ def test_every_import_fits_the_layers():
     [
         ("data/collate_fn.py", "import nemo_rl_ref.algorithms.utils", "A file imports"),
         ("kernels/gae.py", "import nemo_rl_ref.files.whole", "A file imports"),
-        ("compare/__init__.py", "", "A file imports"),
+        ("doctor/__init__.py", "", "A file imports"),
         ("custom/batch.py", "import nemo_rl_ref.logprobs", "custom/ imports"),
         ("rl/trainer.py", "import nemo_rl_ref.algorithms._gae", "A private module"),
     ],
