@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from nemo_rl_ref.algorithms.utils import calculate_kl, masked_mean
+from nemo_rl_ref.algorithms.utils import calculate_kl, masked_mean, maybe_pad_last_batch
+from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 
 NO_CLAMP = {"input_clamp_value": None, "output_clamp_value": None}
 
@@ -137,3 +138,18 @@ def test_masked_mean_adds_1e_8():
 def test_masked_mean_does_not_hide_nan():
     values, mask = torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 0.0])
     assert masked_mean(values, mask).isnan()
+
+
+def test_a_batch_is_filled_up_with_its_last_row_that_does_not_count():
+    rows = {
+        "input_ids": torch.arange(10).view(5, 2),
+        "logits": torch.arange(30).view(5, 2, 3),
+        "sample_mask": torch.ones(5),
+    }
+    filled = maybe_pad_last_batch(BatchedDataDict(dict(rows)), dp_size=2, mbs=2)
+    for name, value in rows.items():
+        assert torch.equal(filled[name][:5], value) and len(filled[name]) == 8, name
+    assert torch.equal(filled["logits"][5:], rows["logits"][-1:].repeat(3, 1, 1))
+    assert not filled["sample_mask"][5:].any()
+    even = BatchedDataDict({"sample_mask": torch.ones(4)})
+    assert maybe_pad_last_batch(even, dp_size=2, mbs=2).size == 4

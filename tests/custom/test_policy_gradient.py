@@ -453,6 +453,17 @@ def test_maxrl(dtype):
     assert_close(result, value, grad.to(dtype), rel=1e-5)
 
 
+def test_maxrl_is_finite_where_the_baseline_is_zero():
+    """A success rate below a thousandth counts as one: what a lone success is worth has a bound."""
+    logprobs, data = make_batch(8, masked=False)
+    data["advantages"].fill_(1.0)
+    loss, grad, _ = run(MaxRLLossFn(config(disable_ppo_ratio=True)), logprobs, data)
+    data["advantages"].fill_(0.999)
+    expected, expected_grad, _ = run(MaxRLLossFn(config(disable_ppo_ratio=True)), logprobs, data)
+    torch.testing.assert_close(loss * 0.999, expected)
+    torch.testing.assert_close(grad * 0.999, expected_grad)
+
+
 # Promises
 
 MINE = {
