@@ -118,8 +118,8 @@ for token_level in (True, False):
 
 # %%
 #| label: positive-nll
-#| num: nll-whole = {nll_whole:.2f}
-#| num: nll-parts = {nll_parts:.2f}
+#| num: positive-whole = {nll_whole:.2f}
+#| num: positive-parts = {nll_parts:.2f}
 positive = ClippedPGLossFn(
     ClippedPGLossConfig(positive_example_nll_weight=1.0, reference_policy_kl_penalty=0.0)
 )
