@@ -19,9 +19,6 @@ from typing import Any
 from nemo_rl_ref.config.keys import KeyReport, flatten_keys, key_exists, nearest_key
 from nemo_rl_ref.config.read import read_config
 from nemo_rl_ref.config.types import key_types, type_name
-from nemo_rl_ref.contract.build import UsageError, build_loss
-from nemo_rl_ref.training.identity import source_of
-from nemo_rl_ref.training.user_code import load_object
 from nemo_rl_ref.tune.space import RANGES, Space, SpaceError, overrides
 from nemo_rl_ref.tune.trainers import ALGORITHMS, runner_of
 from nemo_rl_ref.utils.config import load_config
@@ -118,6 +115,11 @@ class Spec:
     @property
     def code(self) -> dict[str, list[str]]:
         """Loss and reward, ``FILE.py:NAME`` and a sum over the file: another file, another search."""
+        if not self.options:
+            return {}
+        from nemo_rl_ref.training.identity import source_of
+        from nemo_rl_ref.training.user_code import load_object
+
         return {
             name: [text, source_of(load_object(text, f"--{name}"))]
             for name, text in self.options.items()
@@ -237,11 +239,16 @@ def _check_code(algorithm: str, launcher: str, loss: str | None, env: str | None
         raise SpecError(f"--env: got {env} with {algorithm}, expected grpo or ppo")
     for option, text in (("--loss", loss), ("--env", env)):
         if text:
+            from nemo_rl_ref.training.user_code import load_object
+
             load_object(text, option)
 
 
 def _check_own(spec: Spec, key: str, probe: Any) -> None:
     """Raise unless the loss reads a key that NeMo RL does not have."""
+    from nemo_rl_ref.contract.build import UsageError, build_loss
+    from nemo_rl_ref.training.user_code import load_object
+
     kind = load_object(spec.loss or "", "--loss")
     try:
         if isinstance(kind, type):

@@ -347,7 +347,7 @@ def test_read_config_wants_values_only_for_what_is_used(file):
 
 
 def test_read_config_names_what_cannot_be_resolved(file):
-    with pytest.raises(ConfigKeyError, match=r"a\.yaml: .*'nothing' not found\n.*dpo\.seed"):
+    with pytest.raises(ConfigKeyError, match=r"a\.yaml: dpo\.seed: .*'nothing' not found"):
         read_config(file("dpo: {seed: '${nothing}'}"), [], ["dpo"])
 
 

@@ -9,6 +9,7 @@ therefore checked against NeMo RL as it was at the pinned commit.
 import contextlib
 import re
 import runpy
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -169,7 +170,8 @@ def nemo_rl_commands():
         for listing in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S):
             for command in listing.replace("\\\n", " ").splitlines():
                 if "uv run examples/" in command:
-                    overrides = re.findall(r"(\S+?)=(\S+)", command)
+                    words = shlex.split(command.partition(";")[0].partition(" done")[0])
+                    overrides = [tuple(w.split("=", 1)) for w in words if "=" in w]
                     found.append(pytest.param(command, overrides, listing, id=page.stem))
     return found
 

@@ -91,7 +91,7 @@ def test_an_option_on_a_page_has_its_hyphens(project_html):
     assert DASHED_OPTION.findall("run_dpo –config dpo.yaml, 3–5, (a)–b") == ["–config"]
     found = {
         page.relative_to(project_html).as_posix(): DASHED_OPTION.findall(
-            BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").get_text()
+            BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").get_text(" ")
         )
         for page in project_html.rglob("*.html")
         if "_modules" not in page.parts

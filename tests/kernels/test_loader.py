@@ -252,7 +252,7 @@ def test_without_cuda_core(monkeypatch, fresh):
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     with pytest.raises(
         loader.KernelsUnavailable,
-        match=r"cuda-core, .* install the extra: pip install 'nemo-rl-ref\[kernels\]'",
+        match=r"cuda-core, .* install the extra, in a clone: pip install '\.\[kernels\]'",
     ):
         loader.compile_kernel("token_logprobs", FORWARD, "sm_90")
 
@@ -266,7 +266,7 @@ def test_without_nvrtc(monkeypatch, fresh):
 
     monkeypatch.setattr(nvrtc, "nvrtcVersion", missing)
     with pytest.raises(
-        loader.KernelsUnavailable, match=r"NVRTC, .*libnvrtc.so.13 not found.*nemo-rl-ref\[kernels"
+        loader.KernelsUnavailable, match=r"NVRTC, .*libnvrtc.so.13 not found.*'\.\[kernels"
     ):
         loader.compile_kernel("token_logprobs", FORWARD, "sm_90")
 

@@ -569,13 +569,19 @@ def test_env_and_loss_of_ones_own(tmp_path, capsys):
         "from nemo_rl_ref.algorithms.loss import ClippedPGLossFn\n"
         "def reward(prompt, response, truth):\n    return 0.25\n"
         "class Mine(ClippedPGLossFn):\n    pass\n"
+        "class Broken(ClippedPGLossFn):\n"
+        "    def __call__(self, *args, **kwargs):\n"
+        "        loss, metrics = super().__call__(*args, **kwargs)\n"
+        "        return loss + 1, metrics\n"
     )
     train(settings(tmp_path, {"grpo.max_num_steps": 1}), env=f"{code}:reward", loss=f"{code}:Mine")
     assert logged(tmp_path)[1]["train/reward"] == 0.25
     # As its parent, it multiplies by masks; tests/contract/test_contract.py has what it warns of.
     assert "Mine: 7 of 9 promises kept" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--strict: .*Mine breaks NeMo RL's promises"):
-        train(settings(tmp_path), loss=f"{code}:Mine", strict=True)
+    with pytest.raises(
+        ValueError, match="--strict: .*Broken breaks NeMo RL's promises: micro-batch"
+    ):
+        train(settings(tmp_path), loss=f"{code}:Broken", strict=True)
 
 
 def test_prompts_that_differ_are_never_one_group(tmp_path):

@@ -37,7 +37,8 @@ def diverging_loss(folder, name, go_wrong, after=4):
 def unchecked(monkeypatch):
     """Losses that are made to go wrong are not checked for promises here."""
     monkeypatch.setattr(
-        "nemo_rl_ref.contract.check_loss", lambda *a, **k: type("R", (), {"ok": True, "failed": ()})
+        "nemo_rl_ref.contract.check_loss",
+        lambda *a, **k: type("R", (), {"ok": True, "failed": (), "own": ()}),
     )
 
 

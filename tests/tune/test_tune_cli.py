@@ -177,7 +177,7 @@ def test_the_spaces_of_this_repository_fit_their_configurations(tmp_path, algori
     values[f"{algorithm}.max_num_steps"] = 1
     metrics = run_trial(spec, values, tmp_path / "trial", seed=1)
     assert metric in metrics
-    assert (tmp_path / "trial/output.txt").read_text().count("step 1/1") == 1
+    assert (tmp_path / "trial/output.txt").read_text().count("step 1/1  0:00:00 left") == 1
 
 
 #: A search in whose trials the disk is full from the second step on: no file may grow.
