@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searches that train with a loss of the user's own, and over its own keys."""
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 
+from nemo_rl_ref.files.metrics import read_metrics
 from nemo_rl_ref.tune import make_spec
 from nemo_rl_ref.tune.__main__ import main
 from nemo_rl_ref.tune.space import SpaceError
@@ -36,9 +38,10 @@ def test_a_key_of_the_loss_is_searched_and_reaches_it(loss, tmp_path, capfd):
     ]  # fmt: skip
     assert main(line) == 0
     assert "++dpo.margin=" in capfd.readouterr().out
-    # Without training, the loss is -log σ(-margin): the two trials have seen their own margin.
-    logs = [path.read_text() for path in sorted((tmp_path / "study").rglob("metrics.jsonl"))]
-    assert len(logs) == 2 and logs[0] != logs[1]
+    # Before the first update the loss is -log σ(-margin): each trial has trained with its own.
+    logs = [read_metrics(path.parent) for path in (tmp_path / "study").rglob("metrics.jsonl")]
+    losses = sorted(log[1]["train/loss"] for log in logs)
+    assert losses == pytest.approx([math.log1p(math.exp(m)) for m in (0.25, 4.0)], abs=1e-4)
     # The search is of that file: edited, it is another search.
     edited = Path(loss)
     edited.write_text(edited.read_text() + "\n# edited\n")
