@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from bs4 import BeautifulSoup
@@ -107,7 +106,7 @@ def test_no_built_file_loads_from_elsewhere(project_html):
         assert found == [], path.relative_to(project_html)
 
 
-def test_an_unchanged_build_is_quick_and_loads_no_torch(project_html, tmp_path):
+def test_an_unchanged_build_executes_nothing_and_loads_no_torch(project_html, tmp_path):
     html = shutil.copytree(project_html, tmp_path / "html")  # other tests read the original
     for store in ("notebooks", "equations"):
         (tmp_path / store).symlink_to(project_html.parent / store)
@@ -116,16 +115,13 @@ def test_an_unchanged_build_is_quick_and_loads_no_torch(project_html, tmp_path):
         "print('torch loaded:', 'torch' in sys.modules); sys.exit(code)"
     )
     arguments = ["-W", "--keep-going", "-j", "auto", ".", str(html)]
-    began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=TOP, capture_output=True, text=True
     )
-    seconds = time.perf_counter() - began
     assert done.returncode == 0, done.stderr
     assert "executing" not in done.stdout
     assert "0 added, 0 changed, 0 removed" in done.stdout
     assert "torch loaded: False" in done.stdout
-    assert seconds <= 10
 
 
 def public_modules():
