@@ -122,6 +122,7 @@ html_context = {"default_mode": "auto"}
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+html_sidebars = {"get-started": []}  # one page, which has no section to show
 html_theme_options = {
     "logo": {"text": project},
     "navbar_align": "left",
