@@ -102,9 +102,9 @@ class Spec:
     @property
     def own_section(self) -> str:
         """The section in which a loss of one's own has its keys; empty without such a loss."""
-        return ("loss_fn" if self.algorithm in ("grpo", "ppo") else self.algorithm) * bool(
-            self.loss
-        )
+        if not self.loss:
+            return ""
+        return "loss_fn" if self.algorithm in ("grpo", "ppo") else self.algorithm
 
     @property
     def options(self) -> dict[str, str]:
@@ -217,14 +217,12 @@ def make_spec(
         )
     tree, _ = _read(spec, overrides)
     base = flatten_keys(tree)
-    if isinstance(space, (str, Path)):
+    if isinstance(space, Space):
+        space = Space(space.entries, base)
+    elif isinstance(space, (str, Path)):
         space = Space.read(space, base=base, own=spec.own_section)
     else:
-        is_space = isinstance(space, Space)
-        own = spec.own_section
-        space = (
-            Space(space.entries, base) if is_space else Space.from_dict(space, base=base, own=own)
-        )
+        space = Space.from_dict(space, base=base, own=spec.own_section)
     _check_space(space, spec, base)
     spec = Spec(algorithm, str(config), tuple(overrides), space, found, **options)
     spec.__dict__["base"] = base  # what the cached property would read again
