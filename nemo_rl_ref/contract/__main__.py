@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nemo_rl_ref.contract import PROMISES, check_loss
-from nemo_rl_ref.contract.build import UsageError, build_loss, find, one_line
+from nemo_rl_ref.contract.build import build_loss
 from nemo_rl_ref.contract.limits import written_at
+from nemo_rl_ref.contract.user_code import UsageError, find, one_line
 
 
 class _Parser(argparse.ArgumentParser):

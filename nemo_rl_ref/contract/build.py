@@ -4,75 +4,17 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import inspect
 import json
 import sys
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from nemo_rl_ref.contract.limits import Overtime, file_of, raised_at, time_limit, written_at
-
-
-class UsageError(Exception):
-    """The command line cannot be understood. The message is one line."""
-
-
-def find(spec: str) -> Any:
-    """Imports ``path/to/file.py:name`` or ``package.module:name`` and returns what is there.
-
-    The folder of a file is appended to ``sys.path``, so that what is in it can be pickled by
-    reference, and it is imported under its own name, as ``import file`` in that folder would.
-
-    Raises:
-        UsageError: if `spec` is neither, there is no such file, another module has its name, it
-            cannot be imported, or lacks the name.
-    """
-    where, _, name = spec.rpartition(":")
-    if not (where and name.isidentifier()):
-        raise UsageError(f"got {spec!r}, expected path/to/file.py:Name or package.module:Name")
-    module_name, file = where, ""
-    if where.endswith(".py"):
-        path = Path(where).resolve()
-        if not path.is_file():
-            raise UsageError(f"no file at {where}")
-        if str(path.parent) not in sys.path:
-            sys.path.append(str(path.parent))
-        importlib.invalidate_caches()
-        module_name, file = path.stem, str(path)
-        try:
-            found = importlib.util.find_spec(module_name)
-        except ValueError:  # as that of __main__
-            found = None
-        if found is None or not found.origin or Path(found.origin).resolve() != path:
-            taken = f", {found.origin}" if found else ""
-            raise UsageError(f"the name {path.stem!r} belongs to another module{taken}; rename it")
-    try:
-        with time_limit():
-            module = importlib.import_module(module_name)
-    except (Exception, SystemExit, Overtime) as error:  # it is the user's: anything may happen
-        named = {SystemExit: "it calls sys.exit", Overtime: f"it {error}"}
-        what = named.get(type(error)) or one_line(error)
-        raise UsageError(f"cannot import {where}: {what}{raised_at(error, file)}") from error
-    if not hasattr(module, name):
-        raise UsageError(f"{where} has no {name!r}{nearest_in(module, name)}")
-    return getattr(module, name)
-
-
-def nearest_in(module: Any, name: str) -> str:
-    """The nearest name in a module, or what it has to offer, its own first, to end a message."""
-    public = [(n, v) for n, v in vars(module).items() if not n.startswith("_") and callable(v)]
-    own = [n for n, v in public if getattr(v, "__module__", "") == module.__name__]
-    imported = [n for n, _ in public if n not in own]
-    for names in (own, imported):
-        if near := difflib.get_close_matches(name, names, n=1):
-            return f"; did you mean {near[0]!r}?"
-    return f"; it has {', '.join(own or imported) or 'none'}"
+from nemo_rl_ref.contract.limits import file_of, raised_at, written_at
+from nemo_rl_ref.contract.user_code import UsageError, one_line
 
 
 def build_loss(kind: Any, pairs: Sequence[str]) -> Any:
@@ -254,9 +196,3 @@ def _nearest(name: str, known: list[str]) -> str:
     if near:
         return f"; did you mean {near[0]!r}?"
     return f"; it has {', '.join(sorted(known)) or 'none'}"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's type and message in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,7 +7,7 @@ import inspect
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,11 +59,18 @@ def written_at(thing: Any) -> str:
 
 
 def raised_at(error: BaseException, file: str) -> str:
-    """File and line of the last call in a file that an error, or its cause, came through."""
-    if isinstance(error, SyntaxError) and error.filename == file:
-        return f" ({file}:{error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    if error.__cause__ is not None:
-        frames += traceback.extract_tb(error.__cause__.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == file]
-    return f" ({file}:{lines[-1]})" if file and lines else ""
+    """The line of a file that an error came through as ``(my_loss.py:7)``, or empty."""
+    line = line_of(error, {file}) if file else ""
+    return f" ({line})" if line else ""
+
+
+def line_of(error: BaseException | None, files: Set[str]) -> str:
+    """``file:line`` of the last call in some files that an error, or a cause of it, came through."""
+    while error is not None:
+        if isinstance(error, SyntaxError) and error.filename in files:
+            return f"{error.filename}:{error.lineno}"
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
+        if frames:
+            return f"{frames[-1].filename}:{frames[-1].lineno}"
+        error = error.__cause__
+    return ""

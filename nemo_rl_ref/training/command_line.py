@@ -17,9 +17,9 @@ from typing import Any
 from nemo_rl_ref.config.lists import NOT_HERE
 from nemo_rl_ref.config.sections import RunSettings
 from nemo_rl_ref.config.settings import read_settings, used_keys
+from nemo_rl_ref.contract.user_code import UsageError, place_in_user_code
 from nemo_rl_ref.files.sealed import CheckpointError
 from nemo_rl_ref.training.processes import from_main, process_state
-from nemo_rl_ref.training.user_code import place_in_user_code
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 
 #: Exit status of a program that Ctrl-C has ended, by convention.
@@ -192,7 +192,7 @@ def _in_one_line(error: BaseException, log_dir: str | None) -> str:
         ValueError,
     )
     place = place_in_user_code(error)
-    if isinstance(error, expected) and not place:
+    if isinstance(error, UsageError) or (isinstance(error, expected) and not place):
         return str(error)
     name = f"{place or 'this program failed'}: {type(error).__name__}: {error}"
     if log_dir is None:

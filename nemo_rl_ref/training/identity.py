@@ -6,7 +6,6 @@ Not in NeMo RL, which resumes from the newest checkpoint in the folder, whatever
 
 from __future__ import annotations
 
-import ast
 import functools
 import hashlib
 import inspect
@@ -16,6 +15,7 @@ from typing import Any
 
 from nemo_rl_ref.config.sections import RunSettings
 from nemo_rl_ref.config.settings import read_settings
+from nemo_rl_ref.contract.user_code import sources
 from nemo_rl_ref.files.sealed import CheckpointError
 from nemo_rl_ref.utils.logger import flatten_dict
 
@@ -64,20 +64,6 @@ def source_of(thing: Any) -> str:
     except (OSError, TypeError):  # of no file: made in a notebook
         return f"{name} of {module}"
     return f"{name} of {path.name}, SHA-256 {hashlib.sha256(content).hexdigest()[:16]}"
-
-
-def sources(path: Path) -> list[Path]:
-    """A Python file, and those of its folder that it imports, and so on."""
-    found, todo = set(), [path]
-    while todo:
-        found.add(file := todo.pop())
-        for node in ast.walk(ast.parse(file.read_bytes(), str(file))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module]
-            beside = (file.parent / f"{name.replace('.', '/')}.py" for name in names)
-            todo += [other for other in beside if other.is_file() and other not in found]
-    return sorted(found)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -117,12 +117,11 @@ class Spec:
         """Loss and reward, ``FILE.py:NAME`` and a sum over the file: another file, another search."""
         if not self.options:
             return {}
+        from nemo_rl_ref.contract.user_code import find
         from nemo_rl_ref.training.identity import source_of
-        from nemo_rl_ref.training.user_code import load_object
 
         return {
-            name: [text, source_of(load_object(text, f"--{name}"))]
-            for name, text in self.options.items()
+            name: [text, source_of(find(text, f"--{name}"))] for name, text in self.options.items()
         }
 
     @classmethod
@@ -237,17 +236,17 @@ def _check_code(algorithm: str, launcher: str, loss: str | None, env: str | None
         raise SpecError(f"--env: got {env} with {algorithm}, expected grpo or ppo")
     for option, text in (("--loss", loss), ("--env", env)):
         if text:
-            from nemo_rl_ref.training.user_code import load_object
+            from nemo_rl_ref.contract.user_code import find
 
-            load_object(text, option)
+            find(text, option)
 
 
 def _check_own(spec: Spec, key: str, probe: Any) -> None:
     """Raise unless the loss reads a key that NeMo RL does not have."""
-    from nemo_rl_ref.contract.build import UsageError, build_loss
-    from nemo_rl_ref.training.user_code import load_object
+    from nemo_rl_ref.contract.build import build_loss
+    from nemo_rl_ref.contract.user_code import UsageError, find
 
-    kind = load_object(spec.loss or "", "--loss")
+    kind = find(spec.loss or "", "--loss")
     try:
         if isinstance(kind, type):
             build_loss(kind, [f"{key.rpartition('.')[2]}={json.dumps(probe)}"])

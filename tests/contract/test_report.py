@@ -21,7 +21,8 @@ from nemo_rl_ref.algorithms.loss.interfaces import LossInputType
 from nemo_rl_ref.contract import PROMISES, Entry, Failure, Report, check_loss
 from nemo_rl_ref.contract.__main__ import main
 from nemo_rl_ref.contract._causes import KINDS
-from nemo_rl_ref.contract.build import UsageError, build_loss, find
+from nemo_rl_ref.contract.build import build_loss
+from nemo_rl_ref.contract.user_code import UsageError, find
 
 ROOT = Path(__file__).parents[2]
 

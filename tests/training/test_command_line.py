@@ -66,9 +66,9 @@ def program(folder, *arguments, **changes):
 
 BAD_LOSSES = {
     # what the file says: the end of the error, after file and line
-    "import sys; sys.exit(0)": r":1: it calls sys\.exit: 0",
-    "x = 1\nnope": r":2: NameError: name 'nope' is not defined",
-    "x = 1\ndef f(:": r":2: SyntaxError: invalid syntax",
+    "import sys; sys.exit(0)": r"it calls sys\.exit \(.*:1\)$",
+    "x = 1\nnope": r"NameError: name 'nope' is not defined \(.*:2\)$",
+    "x = 1\ndef f(:": r"SyntaxError: invalid syntax .*:2\)$",
     "def MyLoss(*a): pass": r":1\), expected a class of losses, with loss_type and input_type",
     "MyLoss = 5": r"got int \(5\), expected a class of losses",
     "class MyLoss:\n    pass": r":1\) has no __call__",

@@ -6,7 +6,8 @@ import sys
 import pytest
 from trainer_runs import curve, run
 
-from nemo_rl_ref.training.user_code import build_loss, load_object
+from nemo_rl_ref.contract.user_code import UsageError, find
+from nemo_rl_ref.training.user_code import build_loss
 
 GOOD = """
 import torch
@@ -45,7 +46,7 @@ class OwnCountLossFn(DPOLossFn):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", sys.path[:])  # load_object appends to it
+    monkeypatch.setattr(sys, "path", sys.path[:])  # find appends to it
 
     def write_file(name, text):
         (tmp_path / name).write_text(text)
@@ -95,42 +96,39 @@ def test_strict_refuses_only_what_is_the_authors_own(write, tmp_path, capsys, sp
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "message"),
+    ("spec", "message"),
     [
-        ("my_loss", ValueError, "--loss: got 'my_loss', expected path/to/file.py:Name"),
-        ("my_package.losses:MyLoss", ValueError, "--loss: cannot import my_package.losses: Module"),
-        ("json:MyLoss", ValueError, "--loss: json has no 'MyLoss'; it has "),
-        ("{folder}/nowhere_loss.py:MyLoss", ValueError, "--loss: no file at .*nowhere_loss.py"),
+        ("my_loss", "--loss: got 'my_loss', expected path/to/file.py:Name"),
+        ("my_package.losses:MyLoss", "--loss: cannot import my_package.losses: Module"),
+        ("json:MyLoss", "--loss: json has no 'MyLoss'; it has "),
+        ("{folder}/nowhere_loss.py:MyLoss", "--loss: no file at .*nowhere_loss.py"),
         (
             "{folder}/margin_b.py:MarginLoss",
-            ValueError,
             "has no 'MarginLoss'; did you mean 'MarginLossFn'",
         ),
-        ("{folder}/margin_c.py:Other", ValueError, "has no 'Other'; it has MarginLossFn$"),
+        ("{folder}/margin_c.py:Other", "has no 'Other'; it has MarginLossFn$"),
         (
             "{folder}/json.py:MyLoss",
-            ValueError,
             "the name 'json' belongs to another module, .*; rename",
         ),
         (
             "{folder}/breaks_loss.py:MyLoss",
-            ImportError,
-            "breaks_loss.py:1: ZeroDivisionError: division",
+            r"cannot import .*: ZeroDivisionError: division by zero \(.*breaks_loss.py:1\)$",
         ),
     ],
 )
-def test_what_cannot_be_loaded(spec, error, message, write, tmp_path):
+def test_what_cannot_be_loaded(spec, message, write, tmp_path):
     write("margin_b.py", GOOD)
     write("margin_c.py", GOOD)
     write("json.py", "")
     write("breaks_loss.py", "1 / 0")
-    with pytest.raises(error, match=message):
-        load_object(spec.format(folder=tmp_path))
+    with pytest.raises(UsageError, match=message):
+        find(spec.format(folder=tmp_path), "--loss")
 
 
 def test_settings_that_a_loss_refuses(write):
     text = GOOD.replace("self.margin = ", "raise RuntimeError('no margin') or ")
-    kind = load_object(write("refusing_loss.py", text) + ":MarginLossFn")
+    kind = find(write("refusing_loss.py", text) + ":MarginLossFn")
     with pytest.raises(ValueError, match="--loss with the section dpo: .*RuntimeError: no margin"):
         build_loss(kind, {"margin": 1.0}, "dpo")
 
@@ -146,7 +144,7 @@ def test_fields_of_others_are_kept_from_a_strict_config(write):
             def __call__(self, **inputs):
                 return 0.0, {}
     """.replace("\n        ", "\n")
-    kind = load_object(write("strict_loss.py", text) + ":StrictLoss")
+    kind = find(write("strict_loss.py", text) + ":StrictLoss")
     loss = build_loss(kind, {"margin": 0.5, "seed": 3, "max_num_steps": 10}, "dpo")
     assert (loss.cfg.margin, loss.seed) == (0.5, 3)
 
