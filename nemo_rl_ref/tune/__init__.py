@@ -32,7 +32,7 @@ _MODULES = {
     "engines.nemo_rl": ("launcher",),
     "engines.ray": ("optimize_on_ray",),
 }
-__all__ = [name for names in _MODULES.values() for name in names]
+__all__ = [name for names in _MODULES.values() for name in names]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

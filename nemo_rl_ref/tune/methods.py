@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 from optuna import pruners, samplers
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 
 from nemo_rl_ref.tune.space import Space, SpaceError
@@ -124,7 +124,7 @@ def grid_points(space: Space) -> list[dict[str, Any]]:
     return list(points.values())
 
 
-def _values(key: str, dist: BaseDistribution, space: Space) -> list[Any]:
+def _values(key: str, dist: Any, space: Space) -> list[Any]:
     """The values of a distribution."""
     if isinstance(dist, CategoricalDistribution):
         return list(dist.choices)

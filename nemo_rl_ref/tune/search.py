@@ -21,7 +21,6 @@ nothing, another is run instead, and a grid lacks a point.
 from __future__ import annotations
 
 import difflib
-import fcntl
 import math
 import os
 import re
@@ -37,9 +36,10 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import optuna
+from filelock import FileLock
 from optuna.exceptions import ExperimentalWarning, TrialPruned, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, TrialState
@@ -322,12 +322,11 @@ def open_search(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with (folder / ".lock").open("w") as lock:  # the tables and a grid are made once
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):  # the tables and a grid are made once
         study = optuna.create_study(
             study_name=settings.name or folder.resolve().name, load_if_exists=True,
             storage=_open_storage(settings, folder, heartbeats), sampler=sampler, pruner=pruner,
-            directions=[objective.direction for objective in spec.objectives],
+            directions=[cast(Any, objective.direction) for objective in spec.objectives],
         )  # fmt: skip
         _claim_study(study, spec, settings)
         if points is not None and study.user_attrs.get("grid") != len(points):

@@ -134,20 +134,20 @@ class Entry(BaseModel):
             raise SpaceError(f"{key}: {_in_words(error, fields)}") from error
 
     @property
-    def search(self) -> str | None:
-        """``uniform``, ``log_uniform``, ``int``, ``log_int`` or ``choice``; None if not searched."""
-        return next((name for name in SEARCHED if self._of(name) is not None), None)
+    def search(self) -> str:
+        """``uniform``, ``log_uniform``, ``int``, ``log_int`` or ``choice``; "" if not searched."""
+        return next((name for name in SEARCHED if self._of(name) is not None), "")
 
     @property
     def values(self) -> tuple[Any, ...]:
         """The two ends of a range, or the choices."""
         values = tuple(self._of(self.search)) if self.search else ()
-        return tuple(map(float, values)) if "uniform" in (self.search or "") else values
+        return tuple(map(float, values)) if "uniform" in self.search else values
 
     @property
-    def tie(self) -> str | None:
-        """``equals``, ``fraction_of``, ``divides`` or ``product_of``; None if it is not tied."""
-        return next((name for name in TIES if self._of(name) is not None), None)
+    def tie(self) -> str:
+        """``equals``, ``fraction_of``, ``divides`` or ``product_of``; "" if it is not tied."""
+        return next((name for name in TIES if self._of(name) is not None), "")
 
     @property
     def to(self) -> tuple[Any, ...]:
@@ -169,22 +169,22 @@ class Entry(BaseModel):
     def _of(self, name: str) -> Any:
         return getattr(self, "int_" if name == "int" else name)
 
-    def distribution(self) -> BaseDistribution | None:
+    def distribution(self) -> Any:
         """Say what Optuna draws under the key's name; None if nothing is drawn."""
         from optuna import distributions
 
-        if self.search is None:
+        if not self.search:
             return None
         if self.search == "choice":
             return distributions.CategoricalDistribution([_encode(v) for v in self.values])
         (low, high), log = self.values, self.search.startswith("log_")
         if "int" in self.search:
-            return distributions.IntDistribution(low, high, log=log, step=self.step or 1)
+            return distributions.IntDistribution(low, high, log=log, step=int(self.step or 1))
         return distributions.FloatDistribution(low, high, log=log, step=self.step)
 
     def draw(self, trial: Any) -> Any:
         """Take the number or choice that a trial has for the key."""
-        dist = self.distribution()
+        dist: Any = self.distribution()
         if self.search == "choice":
             drawn = trial.suggest_categorical(self.key, dist.choices)
             return next(value for value in self.values if _same(_encode(value), drawn))
@@ -201,7 +201,7 @@ class Entry(BaseModel):
             self._check_choices()
         elif self.search:
             self._check_range()
-        if self.tie is None and self.search is None:
+        if not self.tie and not self.search:
             self._check_type(self.value, "value")
         return self
 
@@ -214,14 +214,14 @@ class Entry(BaseModel):
         for option, beside in OPTIONS.items():
             if option in written and not {search, tie} & set(beside):
                 raise ValueError(f"{option}: stands beside {' or '.join(beside)} only")
-        if tie is None and ("value" in written) == (search is not None):
+        if not tie and ("value" in written) == bool(search):
             got, expected = ", ".join(written) or "nothing", ", ".join((*SEARCHED, *TIES))
             raise ValueError(f"got {got}, expected one of {expected}, or value")
-        option = {"fraction_of": "fraction", "divides": "at_most"}.get(tie or "")
+        option = {"fraction_of": "fraction", "divides": "at_most"}.get(tie)
         second = "value" if "value" in written else search
         if tie and second and (option is None or second == "value"):
             raise ValueError(f"got {tie} and {second}, expected one of them")
-        if option and (option in written) == (search is not None):
+        if option and (option in written) == bool(search):
             got = f"{option} and {search}" if search else "neither"
             raise ValueError(f"{tie}: got {got}, expected {option} or a distribution of it")
         if tie == "product_of" and not any(isinstance(item, str) for item in self.to):
@@ -286,7 +286,7 @@ class Entry(BaseModel):
     def _types(self) -> frozenset[str]:
         """The types of what is drawn or fixed: the key's, or those of a tie's fraction or limit."""
         tied = {"fraction_of": frozenset({"float"}), "divides": frozenset({"int"})}
-        return tied.get(self.tie or "", key_types(self.key))
+        return tied.get(self.tie, key_types(self.key))
 
 
 def _in_words(error: ValidationError, written: Mapping[str, Any]) -> str:
@@ -294,7 +294,7 @@ def _in_words(error: ValidationError, written: Mapping[str, Any]) -> str:
     first = error.errors(include_url=False)[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
+        return str(first.get("ctx", {})["error"])
     if first["type"] == "extra_forbidden":
         return f"got {name}, expected one of {', '.join((*SEARCHED, *TIES, *OPTIONS))}, value, when"
     return f"{name}: got {_short(written[name])}, expected {_EXPECTED[name]}"
@@ -376,7 +376,7 @@ class Space:
 
     def _resolve(self, entry: Entry, values: Mapping[str, Any], draw: Callable[[], Any]) -> Any:
         own = draw() if entry.search else entry.fixed
-        if entry.tie is None:
+        if not entry.tie:
             return own
         others = [self._value(key, values) for key in entry.to]
         if entry.tie == "equals" and others[0] is not _NOTHING:

@@ -316,4 +316,4 @@ def _is_in(key: str, keys: Iterable[str]) -> bool:
 
 def _probe(entry: Any) -> Any:
     """Some value that a key of the space may have."""
-    return entry.values[0] if entry.search else entry.fixed if entry.tie is None else 1
+    return entry.values[0] if entry.search else 1 if entry.tie else entry.fixed

@@ -35,6 +35,7 @@ import optuna
 import ray
 from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
+from ray.exceptions import RayActorError
 
 from nemo_rl_ref.tune.search import (
     Listener,
@@ -166,8 +167,8 @@ class _Driver:
 
     def __init__(self, search: Search, wanted: Mapping[str, float], most: int):
         self.search, self.study, self.most = search, search.study, most
-        resources = {"num_cpus": wanted["CPU"], "num_gpus": wanted["GPU"]}
-        self.actor = ray.remote(max_concurrency=2, **resources)(_Worker)
+        resources: Any = {"num_cpus": wanted["CPU"], "num_gpus": wanted["GPU"]}
+        self.actor: Any = ray.remote(_Worker).options(max_concurrency=2, **resources)
         self.idle: list[Any] = []
         self.running: dict[Any, _Running] = {}
 
@@ -212,7 +213,7 @@ class _Driver:
     def _hear(self, one: _Running, event: Any) -> None:
         try:
             kind, *found = ray.get(event)
-        except ray.exceptions.RayActorError as error:
+        except RayActorError as error:
             why = " ".join(str(error).split()).split(". ")[0]
             self._fail_and_queue(one.trial.number, most=1)
             print(f"trial {one.trial.number}: its actor died: {why}"[:300], flush=True)

@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -153,7 +153,7 @@ def choose(study: Study, rule: str | None = None) -> tuple[FrozenTrial, str]:
     at, bounds = parsed
     keeps = {"<=": float.__le__, ">=": float.__ge__}
     kept = [t for t in front if all(keeps[op](t.values[i], bound) for i, op, bound in bounds)]
-    where = rule.partition(" where ")[2].strip()
+    where = (rule or "").partition(" where ")[2].strip()
     if not kept:
         raise NoBest(f"rule: no trial of the front keeps {where!r}")
     best = max(kept, key=lambda trial: (signs[at] * trial.values[at], -trial.number))
@@ -226,7 +226,7 @@ def best_from(study: Study, trial: FrozenTrial, how: str = "chosen by hand") -> 
     line = override_line(values, _keys_of_both(path, given, algorithm))
     config = resolved_config(path, [*given, *shlex.split(line)])
     metrics = [objective.metric for objective in objectives_of(study)]
-    scores = dict(zip(metrics, trial.values or (), strict=False))
+    scores: dict[str, float] = dict(zip(metrics, trial.values or (), strict=False))
     step = trial.user_attrs.get("steps")
     shown = describe_scores(scores, step)
     module = f"nemo_rl_ref.run_{'grpo' if algorithm == 'ppo' else algorithm}"
@@ -278,7 +278,7 @@ def resolved_config(path: str | Path, overrides: Sequence[str]) -> dict[str, Any
     """Load a YAML file of NeMo RL's form with overrides, resolved, as a plain dict."""
     register_omegaconf_resolvers()
     config = apply_overrides(load_config(path), overrides)
-    return OmegaConf.to_container(config, resolve=True)
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
 
 
 def _dump(config: Mapping[str, Any]) -> str:

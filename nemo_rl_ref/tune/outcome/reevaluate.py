@@ -136,6 +136,7 @@ class Reevaluation:
             )
         if winner.mean is None:
             return [start, f"{winner.name} and the default have no seed on which both finished."]
+        assert winner.optimism is not None  # there is a pair of runs
         side = "better than" if winner.optimism > 0 else "worse than"
         by = f"{abs(winner.optimism):.4g} {side} that" if winner.optimism else "the same"
         optimism = (
@@ -146,6 +147,10 @@ class Reevaluation:
         )
         if winner.low is None:
             return [start, optimism, _why_no_interval(winner)]
+        assert winner.mean_difference is not None
+        assert (
+            winner.high is not None and winner.probability is not None and winner.wins is not None
+        )
         better = "better" if winner.mean_difference > 0 else "worse"
         by = f"{better} by {abs(winner.mean_difference):.4g}" if winner.mean_difference else "equal"
         verdict = (
@@ -233,7 +238,7 @@ def default_values(space: Any) -> dict[str, Any]:
     return {
         key: entry.fixed
         for key, entry in space.entries.items()
-        if entry.search is None and entry.tie is None and not entry.when
+        if not (entry.search or entry.tie or entry.when)
     }
 
 

@@ -174,7 +174,8 @@ def _figures(study: Study, objectives: list[Objective]) -> list[Section]:
         caption = f"{' against '.join(names)}; the front has {len(study.best_trials)} trials."
         front.add(caption, plots.plot_pareto_front, study, target_names=names)
     for i, objective in enumerate(objectives):
-        metric, target = objective.metric, {"target_name": objective.metric}
+        metric = objective.metric
+        target: dict[str, Any] = {"target_name": metric}
         if len(objectives) > 1:  # Optuna wants to be told which
             target["target"] = lambda trial, i=i: trial.values[i]
         caption = f"{metric}, to {objective.direction}, in the order of the trials."
@@ -225,7 +226,7 @@ def _draw(plot: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     from matplotlib import pyplot
 
     # Optuna's plots set a style for all figures to come, and are experimental since 2021.
-    settings = {"figure.figsize": (6.4, 4.0), "text.parse_math": False}  # a "$" is no formula
+    settings: Any = {"figure.figsize": (6.4, 4.0), "text.parse_math": False}  # a "$" is no formula
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         axes = np.ravel(plot(*arguments, **options))[0]
