@@ -146,7 +146,7 @@ class Embed(SphinxDirective):
             return self.refuse("remove-input and remove-output together leave nothing of the cell")
         content = draw_cell(cell, self.state.document, self.lineno, hidden)
         text = nodes.Text(f"from notebooks/{cell.notebook}")
-        link = link_to_cell(label, cell.notebook, text)
+        link: Any = link_to_cell(label, cell.notebook, text)
         self.set_source_info(link)
         origin = nodes.paragraph("", "", link, classes=["embedded-from"])
         return [nodes.container("", *content, origin, classes=["embedded-cell"])]
@@ -172,7 +172,7 @@ class StoredNumber(SphinxRole):
             places = " and ".join(value.place for value in found)
             return self.refuse(f"value {name!r} is ambiguous, it is stored at {places}")
         value = found[0]
-        link = link_to_cell(value.label, value.notebook, nodes.Text(value.text))
+        link: Any = link_to_cell(value.label, value.notebook, nodes.Text(value.text))
         link["classes"].append("stored-value")
         return [link], []
 

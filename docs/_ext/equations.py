@@ -141,7 +141,8 @@ class NumberedByChapter(MathDomain):
         super().note_equation(docname, labelid, location)
         chapter = self.env.config.equation_chapters.get(docname)
         if chapter:
-            self.equations[labelid] = (docname, f"{chapter}.{self.equations[labelid][1]}")
+            numbers: dict[str, Any] = self.equations
+            numbers[labelid] = (docname, f"{chapter}.{numbers[labelid][1]}")
 
 
 # ---- the directives ---------------------------------------------------------------------------

@@ -35,9 +35,7 @@ def fingerprint(kind: str, name: str) -> str:
 
 def uses(env: BuildEnvironment) -> dict[str, dict[tuple[str, str], str]]:
     """Return what each page took: (kind, name) and the fingerprint at that time."""
-    if not hasattr(env, "page_uses"):
-        env.page_uses = {}
-    return env.page_uses
+    return vars(env).setdefault("page_uses", {})
 
 
 def note_use(env: BuildEnvironment, kind: str, name: str) -> None:

@@ -12,7 +12,7 @@ NeMo RL leaves both to its backends; what these functions take and return is as 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -127,7 +127,7 @@ def _score(
     if filtered and need_top_k_or_top_p_filtering(sampling):
         logits, _ = apply_top_k_top_p(logits / temperature, sampling.top_k, sampling.top_p)
         temperature = 1.0
-    return token_logprobs(logits, targets, temperature=temperature)
+    return cast(torch.Tensor, token_logprobs(logits, targets, temperature=temperature))
 
 
 @torch.no_grad()

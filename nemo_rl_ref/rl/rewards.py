@@ -13,6 +13,7 @@ and ``reward/<name>`` are logged. A dataset chooses its environment with ``env_n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -123,12 +124,13 @@ def score(
         reward = environment(prompt, response, truth)
         named = reward if isinstance(reward, Mapping) else {}
         values = [_finite(value) for value in (named.values() if named else [reward])]
-        if None in values or _finite(sum(values)) is None:
+        total = _finite(sum(values))  # NaN if one of them is
+        if math.isnan(total):
             raise ValueError(
                 f"environment {_name(environment)}: returned {reward!r:.80} for the response "
                 f"{response[:80]!r}, expected a finite number or a dict of them"
             )
-        totals.append(sum(values))
+        totals.append(total)
         if row > 0 and named.keys() != components.keys():
             raise ValueError(
                 f"environment {_name(environment)}: returned components {sorted(named)} where "
@@ -142,13 +144,13 @@ def score(
     }
 
 
-def _finite(value: Any) -> float | None:
-    """The value of a number that is finite in float32, which rewards are kept in, else None."""
+def _finite(value: Any) -> float:
+    """The value of a number that is finite in float32, which rewards are kept in, else NaN."""
     if getattr(value, "ndim", None) == 0:  # of NumPy or PyTorch
         value = value.item()
-    if isinstance(value, Real) and abs(value) <= torch.finfo(torch.float32).max:
+    if isinstance(value, Real) and abs(float(value)) <= torch.finfo(torch.float32).max:
         return float(value)
-    return None
+    return math.nan
 
 
 def _name(environment: Environment) -> str:

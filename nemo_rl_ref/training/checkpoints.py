@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -151,7 +151,9 @@ def load_checkpoint(
         CheckpointError: If a file cannot be read, or does not fit the model.
     """
     for name, trained in models.items():
-        _, folder = CheckpointManager.get_resume_paths(checkpoint_path, model_component=name)
+        _, folder = CheckpointManager.get_resume_paths(
+            checkpoint_path, model_component=cast(Any, name)
+        )
         if folder is None:
             continue
         path = folder / "optimizer.pt"
@@ -178,7 +180,7 @@ def get_random_state() -> dict[str, Any]:
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype("int64")), *rest],
+        "numpy": [kind, torch.from_numpy(numpy.asarray(keys, "int64")), *rest],
         **get_torch_random_state(),
     }
 

@@ -101,9 +101,11 @@ class Trainer(Protocol):
 
     def is_last(self, state: Mapping[str, Any]) -> bool:
         """Whether there is no step after those that ``state`` counts."""
+        ...
 
     def validations(self, done: int) -> Iterator[tuple[str, dict[str, float]]]:
         """Validate, and yield prefix and metrics of every validation set."""
+        ...
 
 
 def make_trained(
@@ -208,8 +210,8 @@ class Run:
         checkpoint = self.manager.get_latest_checkpoint_path() if self.manager else None
         self.state: dict[str, Any] = dict.fromkeys(trainer.counters, 0)
         self.identity = self._identity
-        if checkpoint:
-            self._resume(checkpoint, allow_config_changes)
+        if self.manager and checkpoint:
+            self._resume(self.manager, checkpoint, allow_config_changes)
             if self._is_over():
                 return
         trainer.load(checkpoint)
@@ -256,9 +258,11 @@ class Run:
             found["reward"] = source_of(trainer.environment)
         return {**found, **trainer.digests}
 
-    def _resume(self, checkpoint: str, allow_config_changes: bool) -> None:
+    def _resume(
+        self, manager: CheckpointManager, checkpoint: str, allow_config_changes: bool
+    ) -> None:
         check_checkpoint(checkpoint)
-        info = self.manager.load_training_info(checkpoint) or {}
+        info = manager.load_training_info(checkpoint) or {}
         found = changes(checkpoint, info.get("identity", {}), self.identity, self.settings)
         if found and not allow_config_changes:
             raise refuse(checkpoint, found)
@@ -335,8 +339,9 @@ class Run:
         return self._has_stopped_early() or self.trainer.is_last(self.state)
 
     def _has_stopped_early(self) -> bool:
-        reached = self.validation.get(self.stop_metric, -math.inf)
-        return self.stop_threshold is not None and reached >= self.stop_threshold
+        if self.stop_metric is None or self.stop_threshold is None:
+            return False
+        return self.validation.get(self.stop_metric, -math.inf) >= self.stop_threshold
 
     def _step(self, progress: Progress) -> bool:
         """One step and what follows it; False if the run ends with it."""
@@ -431,11 +436,13 @@ class Run:
             )
 
     def _folder(self, step: int) -> Path:
+        assert self.manager
         return self.manager.checkpoint_dir / f"step_{step}"
 
     def _save(
         self, metrics: Mapping[str, float], validation: Mapping[str, float], **more: Any
     ) -> None:
+        assert self.manager
         info = {**self.state, **validation, "identity": self.identity}
         info |= {"metrics_file": self.metrics_file, "best_validation": self.best}
         if "accuracy" in validation:

@@ -146,7 +146,7 @@ def whole_model(model: Any, copy: Any, accelerator: Any) -> Any:
     return copy
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def _whole(parameter: Any) -> Tensor:
     if hasattr(parameter, "ds_id"):
         raise ValueError(
             "deepspeed_config.zero_stage: got 3, expected at most 2: responses are sampled from "

@@ -73,8 +73,9 @@ def keep_reference_logprobs(
     chunks = _chunks(sets, policy.train_micro_batch_size)
     fingerprint = _fingerprint(policy, chunks)
     path = folder / "reference_logprobs.safetensors" if folder else None
-    rows = _read(path, fingerprint) if path else None
-    if not all(gather_object([rows is not None])):  # processes may see different disks
+    found = _read(path, fingerprint) if path else None
+    rows = found or []
+    if not all(gather_object([found is not None])):  # processes may see different disks
         model = load_model(policy.model_name).eval().to(accelerator.device)
         if accelerator.is_main_process:
             pairs = sum(len(numbers) for _, numbers in chunks)

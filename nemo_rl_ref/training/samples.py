@@ -63,7 +63,8 @@ class Samples:
         add_loss_mask: bool = True,
     ):
         self.records, self.places, self._tokenize = records, places, tokenize
-        self._multiple, self._fills = multiple, {"input_ids": pad_token_id}
+        self._multiple = multiple
+        self._fills: dict[str, float] = {"input_ids": pad_token_id}
         if add_loss_mask:
             self._fills["token_mask"] = 0
         self._samples: dict[int, dict[str, Any]] = {}
@@ -433,7 +434,7 @@ def preference_pairs(
     limit = max_seq_length if mask_too_long else 1 << 62  # without a limit the true length is told
 
     def tokenize(record: Mapping[str, Any], number: int) -> dict[str, Any]:
-        datum = preference_preprocessor(record, spec, tokenizer, limit, number)
+        datum = preference_preprocessor(dict(record), spec, tokenizer, limit, number)
         longest = max(datum["length_chosen"], datum["length_rejected"])
         if longest > max_seq_length:
             raise DataError(

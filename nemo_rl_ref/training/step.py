@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def next_token_logprobs(model: Any, data: BatchedDataDict[Any]) -> Tensor:
         are finite and mean nothing.
     """
     logits = model(input_ids=data["input_ids"], use_cache=False).logits
-    return token_logprobs(logits[:, :-1], data["input_ids"][:, 1:])
+    return cast(torch.Tensor, token_logprobs(logits[:, :-1], data["input_ids"][:, 1:]))
 
 
 def valid_counts(data: BatchedDataDict[Any]) -> tuple[Tensor, Tensor]:

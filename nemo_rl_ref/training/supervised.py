@@ -83,7 +83,9 @@ class Supervised:
         config: The configuration that they were read from.
     """
 
-    counters = ("epoch", "step", "total_steps", "consumed_samples", "total_valid_tokens")
+    counters: tuple[str, ...] = (
+        "epoch", "step", "total_steps", "consumed_samples", "total_valid_tokens",
+    )  # fmt: skip
 
     def __init__(
         self, task: Task, settings: RunSettings, tokenizer: Any, config: Mapping[str, Any]
@@ -95,17 +97,18 @@ class Supervised:
         self.rows, self.timer = 2 if task.pairs else 1, Timer()
         self.batches = self._check()
         self.loss_fn, self.environment = task.loss_fn, None
-        self.digests = {
+        reference = {"reference": model_digest(self.policy.model_name)} if task.prepare else {}
+        self.digests: Mapping[str, str] = {
             "data.train": digest(task.train.records),
             "tokenizer": tokenizer_digest(tokenizer),
+            **reference,
         }
-        if task.prepare:
-            self.digests["reference"] = model_digest(self.policy.model_name)
         self.samples, self.samples_per_step = self.batches.samples, self.batches.batch_size
         self.steps = len(self.batches)
         prefixes = [f"validation-{name}_" if task.pairs else "" for name in task.validation]
         logged = task.validation_metrics
-        self.metric_names = logged and [p + name for p in prefixes for name in logged.values()]
+        names = logged and [prefix + name for prefix in prefixes for name in logged.values()]
+        self.metric_names: Sequence[str] | None = list(names) if names else None
 
     def _check(self) -> Batches:
         """Settings that cannot be used are found before anything is loaded."""
