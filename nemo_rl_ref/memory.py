@@ -50,6 +50,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -410,20 +411,12 @@ def estimate(model: Model, step: Step) -> Estimate:
         Bytes, by kind and by moment.
     """
     b = 4 if step.precision == "float32" else 2
-    V, H, F, L = (
-        model.vocab_size, model.hidden_size, model.intermediate_size, model.num_hidden_layers
-    )  # fmt: skip
+    H, F, L = model.hidden_size, model.intermediate_size, model.num_hidden_layers
     tokens, head = step.rows * step.sequence_length, model.head_parameters
     own = -(-model.parameters // step.shards)  # parameters whose numbers this GPU keeps
     weights = 4 * own + (4 * model.parameters if step.reference == "device" else 0)
     optimizer = 4 * own * OPTIMIZER_NUMBERS[step.optimizer]
     always = weights + optimizer
-
-    # Gradients of earlier micro-batches, or of what backward has passed after n layers.
-    def earlier(n: int) -> int:
-        if step.accumulates:
-            return 4 * own
-        return 4 * (n * model.layer_parameters + (0 if step.fsdp else head)) // step.shards
 
     kept, again = model.layer_activations(tokens, b), 0
     if step.activation_checkpointing:
@@ -434,25 +427,23 @@ def estimate(model: Model, step: Step) -> Estimate:
     activations = L * kept + rope + last_norm
 
     c = b if step.fsdp else 4  # bytes of a new gradient's number
-    root, layer = (
-        b * n if step.fsdp else 0 for n in (model.root_parameters, model.layer_parameters)
-    )
+    root = b * model.root_parameters if step.fsdp else 0
+    layer = b * model.layer_parameters if step.fsdp else 0
     reduced = 4 * model.layer_parameters if step.fsdp else 0
     new_head = c * head if step.fsdp or not step.accumulates else 0
     inside = again + 2 * b * tokens * F + 4 * tokens * H + c * F * H  # inside a layer's backward
-    forward, backward, grad = _logit_bytes(step, tokens, V, b)
+    forward, backward, grad = _logit_bytes(step, tokens, model.vocab_size, b)
     start = always + (4 * own if step.accumulates else 0) + activations + root
     below = always + rope + root + (new_head if step.fsdp else 0)
+    earlier = partial(_gradients, model, step, own)
+    at_root = _root_gradients(model, step, b, own)
     moments = {
         "forward, log-probabilities": start + forward,
         "backward, log-probabilities": start + backward,
         "backward, LM head": start + grad + c * head + b * tokens * H,
         "backward, last layer": start - last_norm + layer + new_head + inside,
         "backward, first layer": below + earlier(L - 1) + kept + layer + reduced + inside,
-        "backward, embedding": always
-        + root
-        + 4 * tokens * H
-        + _root_gradients(model, step, b, own),
+        "backward, embedding": always + root + 4 * tokens * H + at_root,
         "optimizer": always + 4 * own + 4 * max(2 * head, 3 * F * H) // step.shards,
     }
     if L > 1:
@@ -476,6 +467,14 @@ def estimate(model: Model, step: Step) -> Estimate:
         },
         host=4 * own if step.reference == "host" else 0,
     )
+
+
+def _gradients(model: Model, step: Step, own: int, layers: int) -> int:
+    """Bytes of the gradients of earlier micro-batches, or else of what backward has passed."""
+    if step.accumulates:
+        return 4 * own
+    head = 0 if step.fsdp else model.head_parameters
+    return 4 * (layers * model.layer_parameters + head) // step.shards
 
 
 def _root_gradients(model: Model, step: Step, b: int, own: int) -> int:

@@ -287,32 +287,40 @@ def make_batch(
         inputs = {"logits": values}
     elif input_type == "logit":
         inputs = {"logits": normal(rows, 1)}
-    elif input_type == "distillation":
-        student, teacher = normal(2, rows, TOKENS, 8).log_softmax(-1)
-        top, indices = teacher.topk(3)
-        data |= {"teacher_topk_logits": top, "teacher_topk_indices": indices}
-        inputs = {
-            "student_topk_logprobs": student.gather(-1, indices)[:, :-1],
-            "teacher_topk_logprobs": top[:, :-1],
-            "H_all": (student.exp() * student).sum(-1)[:, :-1] if entropy else None,
-        }
-    elif input_type == "draft":
-        data["student_logits"] = normal(rows, TOKENS, 6)
-        inputs = {
-            "teacher_logits": normal(rows, TOKENS, 6),
-            "student_logits": data["student_logits"],
-            "token_mask": next_token_mask(data["token_mask"]),
-        }
     else:
-        raise ValueError(
-            f"batch_maker is None and input_type is {input_type!r}: there are batches for "
-            "'logprob', 'logit', 'distillation' and 'draft'; give a batch_maker"
-        )
+        inputs = _inputs_of_two_models(input_type, data, normal, entropy)
     for part in (inputs, data):
         for name, value in part.items():
             if isinstance(value, Tensor) and value.dtype == torch.float64:
                 part[name] = value.to(dtype)
     return inputs, data
+
+
+def _inputs_of_two_models(
+    input_type: str, data: dict[str, Any], normal: Callable[..., Tensor], entropy: bool
+) -> dict[str, Any]:
+    """Inputs of a loss that compares a student with a teacher; adds what it reads to `data`."""
+    rows = len(data["token_mask"])
+    if input_type == "distillation":
+        student, teacher = normal(2, rows, TOKENS, 8).log_softmax(-1)
+        top, indices = teacher.topk(3)
+        data |= {"teacher_topk_logits": top, "teacher_topk_indices": indices}
+        return {
+            "student_topk_logprobs": student.gather(-1, indices)[:, :-1],
+            "teacher_topk_logprobs": top[:, :-1],
+            "H_all": (student.exp() * student).sum(-1)[:, :-1] if entropy else None,
+        }
+    if input_type == "draft":
+        data["student_logits"] = normal(rows, TOKENS, 6)
+        return {
+            "teacher_logits": normal(rows, TOKENS, 6),
+            "student_logits": data["student_logits"],
+            "token_mask": next_token_mask(data["token_mask"]),
+        }
+    raise ValueError(
+        f"batch_maker is None and input_type is {input_type!r}: there are batches for "
+        "'logprob', 'logit', 'distillation' and 'draft'; give a batch_maker"
+    )
 
 
 def next_token_mask(mask: Tensor) -> Tensor:

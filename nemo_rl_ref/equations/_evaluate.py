@@ -39,7 +39,25 @@ def evaluate(expression: sympy.Basic, values: Values) -> np.ndarray:
         return np.asarray(_value(sympy.sympify(expression), dict(values)), dtype=np.float64)
 
 
+#: Functions of numbers: what they do to their arguments.
+_ELEMENTWISE = {
+    sympy.exp: np.exp,
+    sympy.Abs: np.abs,
+    f.sigma: lambda x: np.exp(-np.logaddexp(0.0, -np.asarray(x))),
+    f.logsigma: lambda x: -np.logaddexp(0.0, -np.asarray(x)),
+    f.bracket: lambda x: x,
+    f.sg: lambda x: x,
+    f.maximum: np.maximum,
+    f.minimum: np.minimum,
+    f.clip: lambda x, low, high: np.minimum(np.maximum(x, low), high),
+    f.indicator: lambda holds: np.where(holds, 1.0, 0.0),
+}
+
+
 def _value(e: Any, v: dict[Any, Any]) -> Any:
+    if function := _ELEMENTWISE.get(type(e)):
+        return function(*(_value(a, v) for a in e.args))
+
     def of(number: int) -> Any:
         return _value(e.args[number], v)
 
@@ -60,37 +78,14 @@ def _value(e: Any, v: dict[Any, Any]) -> Any:
             return product
         case sympy.Pow():
             return np.power(np.asarray(of(0), dtype=np.float64), of(1))
-        case sympy.exp():
-            return np.exp(of(0))
         case sympy.log():
             return _log(e.args[0], v)
-        case sympy.Abs():
-            return np.abs(of(0))
-        case f.sigma():
-            return np.exp(-np.logaddexp(0.0, -np.asarray(of(0))))
-        case f.logsigma():
-            return -np.logaddexp(0.0, -np.asarray(of(0)))
-        case f.bracket() | f.sg():
-            return of(0)
-        case f.maximum():
-            return np.maximum(of(0), of(1))
-        case f.minimum():
-            return np.minimum(of(0), of(1))
-        case f.clip():
-            return np.minimum(np.maximum(of(0), of(1)), of(2))
-        case f.indicator():
-            return np.where(of(0), 1.0, 0.0)
         case sympy.And():
             return np.logical_and.reduce([_value(a, v) for a in e.args])
         case sympy.Piecewise():
             return _cases(e, v)
         case sympy.Sum() | sympy.Product():
-            if len(e.args) > 2:
-                raise TypeError(f"SymPy made one sum of nested ones, {e}; write sum_over outside")
-            index, low, high = e.args[1]
-            first, last = round(float(_value(low, v))), round(float(_value(high, v)))
-            terms = [_value(e.args[0], v | {index: k}) for k in range(first, last + 1)]
-            return sum(terms) if isinstance(e, sympy.Sum) else np.multiply.reduce(terms)
+            return _folded(e, v)
         case f.average():
             return _over(e.args[0], e, v) / of(2)
         case f.mean_over():
@@ -117,6 +112,15 @@ def _value(e: Any, v: dict[Any, Any]) -> Any:
     if e in (sympy.true, sympy.false):
         return bool(e)
     raise TypeError(f"no value is known for {type(e).__name__} in {e}")
+
+
+def _folded(e: Any, v: dict[Any, Any]) -> Any:
+    if len(e.args) > 2:
+        raise TypeError(f"SymPy made one sum of nested ones, {e}; write sum_over outside")
+    index, low, high = e.args[1]
+    first, last = round(float(_value(low, v))), round(float(_value(high, v)))
+    terms = [_value(e.args[0], v | {index: k}) for k in range(first, last + 1)]
+    return sum(terms) if isinstance(e, sympy.Sum) else np.multiply.reduce(terms)
 
 
 def _entry(e: sympy.Indexed, v: dict[Any, Any]) -> Any:

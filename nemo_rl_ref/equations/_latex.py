@@ -86,6 +86,24 @@ def _print(e: sympy.Basic) -> tuple[str, int]:
         case f.maximum() | f.minimum() | f.clip() | f.sg():
             inner = r",\ ".join(to_latex(a) for a in e.args)
             return NAMED[type(e)] + _fence(inner), ATOM
+        case sympy.Sum() | sympy.Product():
+            return _print_sum(e)
+        case sympy.Piecewise():
+            return _print_cases(e), ATOM
+        case sympy.And():
+            return r"\ \text{and}\ ".join(to_latex(a) for a in e.args), SUM
+        case AppliedUndef():
+            raise TypeError(
+                f"{e.func} is an undefined function; give it a value and a way to print it"
+            )
+        case _ if type(e) in RELATIONS:
+            return f"{to_latex(e.lhs)} {RELATIONS[type(e)]} {to_latex(e.rhs)}", SUM
+    return _print_mean(e)
+
+
+def _print_mean(e: sympy.Basic) -> tuple[str, int]:
+    """Return the LaTeX of means, expectations and sums over what has a name."""
+    match e:
         case f.mean_over():
             return rf"\mathbb{{E}}_{{{e.args[3]}}}{_fence(to_latex(e.args[0]), '[', ']')}", ATOM
         case f.expected() | f.variance_of():
@@ -100,22 +118,14 @@ def _print(e: sympy.Basic) -> tuple[str, int]:
             index, size = to_latex(e.args[1]), to_latex(e.args[2])
             body = _held(e.args[0], PRODUCT)
             return rf"\frac{{1}}{{{size}}} \sum_{{{index}=1}}^{{{size}}} {body}", OPEN
-        case sympy.Sum() | sympy.Product():
-            mark = r"\sum" if isinstance(e, sympy.Sum) else r"\prod"
-            body, (index, low, high) = _without_one(e.args[0]), e.args[1]
-            limits = rf"_{{{to_latex(index)}={to_latex(low)}}}^{{{to_latex(high)}}}"
-            return f"{mark}{limits} {_held(body, PRODUCT)}", OPEN
-        case sympy.Piecewise():
-            return _print_cases(e), ATOM
-        case sympy.And():
-            return r"\ \text{and}\ ".join(to_latex(a) for a in e.args), SUM
-        case AppliedUndef():
-            raise TypeError(
-                f"{e.func} is an undefined function; give it a value and a way to print it"
-            )
-        case _ if type(e) in RELATIONS:
-            return f"{to_latex(e.lhs)} {RELATIONS[type(e)]} {to_latex(e.rhs)}", SUM
     raise TypeError(f"no LaTeX is known for {type(e).__name__} in {e}")
+
+
+def _print_sum(e: sympy.Basic) -> tuple[str, int]:
+    mark = r"\sum" if isinstance(e, sympy.Sum) else r"\prod"
+    body, (index, low, high) = _without_one(e.args[0]), e.args[1]
+    limits = rf"_{{{to_latex(index)}={to_latex(low)}}}^{{{to_latex(high)}}}"
+    return f"{mark}{limits} {_held(body, PRODUCT)}", OPEN
 
 
 def _without_one(e: sympy.Basic) -> sympy.Basic:
