@@ -295,10 +295,18 @@ variants = {
     "Dr. GRPO": (["grpo.normalize_rewards=false"], dr_grpo),
     "mean over answers": (["loss_fn.token_level_loss=false"], None),
     "GSPO": (
-        ["loss_fn.sequence_level_importance_ratios=true", "loss_fn.token_level_loss=false"],
+        [
+            "loss_fn.sequence_level_importance_ratios=true",
+            "loss_fn.token_level_loss=false",
+            "loss_fn.ratio_clip_min=3e-4",
+            "loss_fn.ratio_clip_max=4e-4",
+        ],
         None,
     ),
-    "CISPO": (["++loss_fn.use_cispo=true"], None),
+    "CISPO": (
+        ["++loss_fn.use_cispo=true", "loss_fn.ratio_clip_min=1.0", "loss_fn.ratio_clip_max=5.0"],
+        None,
+    ),
 }
 runs = {
     name: [run(seed, *overrides, loss_fn=loss) for seed in SEEDS]

@@ -1103,6 +1103,68 @@ assert all(i[0] <= c[0] + 1e-15 for i, c in zip(icepop, tis, strict=True))  # Ic
 assert abs(tis[-1][0]) < 1e-14
 
 # %%
+#| label: thm-cut-support
+#| num: cut-whole = {mean_whole.item():.2f}
+# A sampler with top-k of 2, whose logits differ a little from the trainer's, as engines' do.
+import torch
+
+from nemo_rl_ref.algorithms.logits_sampling_utils import apply_top_k_top_p
+
+old_logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
+mu_logits = old_logits + torch.tensor([[0.1, -0.1, 0.2, 0.0]], dtype=torch.float64)
+log_mu, log_cut = (
+    apply_top_k_top_p(logits, top_k=2, top_p=1.0)[0].log_softmax(-1)
+    for logits in (mu_logits, old_logits)
+)
+drawn = log_mu > -torch.inf
+mean_cut, mean_whole = (
+    ((log_old - log_mu).exp() * log_mu.exp())[drawn].sum()
+    for log_old in (log_cut, old_logits.log_softmax(-1))
+)
+assert abs(mean_cut - 1) < 1e-15 and mean_whole < 0.9
+
+# %%
+#| label: thm-zero-weight-counts
+#| num: zero-weight-step = {(dropped / masked)[0].item():.2f}
+# An answer of four tokens, one of which the engine found e³ times less likely than the trainer.
+import torch
+
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+
+ones = torch.ones(1, 5, dtype=torch.float64)
+mismatch = torch.tensor([[0.0, 0.1, -0.1, 3.0, 0.0]], dtype=torch.float64)
+icepop_loss = ClippedPGLossFn(
+    ClippedPGLossConfig(
+        use_importance_sampling_correction=True,
+        truncated_importance_sampling_type="icepop",
+        truncated_importance_sampling_ratio=5.0,
+        truncated_importance_sampling_ratio_min=0.5,
+        reference_policy_kl_penalty=0.1,
+    )
+)
+
+
+def gradient_by_token(token_mask):
+    now = torch.full((1, 4), -1.0, dtype=torch.float64, requires_grad=True)
+    data = {
+        "advantages": ones,
+        "prev_logprobs": -ones,
+        "generation_logprobs": -ones - mismatch,
+        "reference_policy_logprobs": -1.5 * ones,
+        "token_mask": token_mask,
+        "sample_mask": torch.ones(1),
+    }
+    loss, _ = icepop_loss(now, data, torch.tensor(1.0), token_mask[:, 1:].sum())
+    return torch.autograd.grad(loss, now)[0][0]
+
+
+dropped = gradient_by_token(ones)  # IcePop gives the third token the weight 0
+masked = gradient_by_token(torch.where(mismatch == 3, 0, ones))  # a mask takes it out of the count
+kept = torch.tensor([True, True, False, True])
+assert torch.allclose(dropped[kept], masked[kept] * 3 / 4, atol=1e-9)
+assert dropped[2] != 0 and masked[2] == 0  # its KL term stays
+
+# %%
 #| label: fig-truncation
 #| alt: Two panels against the largest weight on a logarithmic axis. The bias rises from below zero to zero, and IcePop's is larger than TIS's. The variance grows with the bound.
 #| caption: Estimating the expected reward under π_old from one answer of a distant engine, against the largest weight. Exact sums over all answers.
