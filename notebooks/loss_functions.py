@@ -295,9 +295,14 @@ preference_losses = {
 
 # %%
 #| label: pair-weights
-#| alt: Small panels, one a loss: the weight with which a pair's chosen answer is pushed up, and its
-#|   rejected answer pushed down, against the margin. DPO's falls from one to zero as the margin
-#|   grows. IPO's falls on a straight line and turns negative. Hinge's is constant and then zero.
+#| alt: Eight panels of the weight with which a pair's chosen answer is pushed up, against the
+#|   margin. DPO, SimPO and BCO fall smoothly to zero, hinge in one step. IPO, SPPO and RPO with
+#|   squares fall on a straight line and turn negative. EXO, APO-zero and KTO are largest near a margin
+#|   of 0; DiscoPOP dips there. Those of NCA, APO-down, ORPO and the f-divergences differ from the weight
+#|   with which the rejected answer is pushed down, which is dotted.
+#| caption: How hard a pair is pushed at each margin, as a multiple of β. Solid for the chosen answer;
+#|   dotted for the rejected one, where it differs. Length-normalised DPO, CPO and both AOT draw
+#|   DPO's line for such a pair, SLiC-HF hinge's.
 #| num: weights-turn = {", ".join(n for n, w in weights_of.items() if (-w[:, 0]).min() < -1e-3)}
 #| num: weights-stay = {", ".join(n for n, w in at_eight.items() if w > 0.1)}
 #| num: weights-differ = {", ".join(n for n, w in weights_of.items() if (w[:, 0] + w[:,
@@ -328,21 +333,38 @@ def pair_weights(loss_fn):
 
 weights_of = {name: pair_weights(loss_fn) for name, loss_fn in preference_losses.items()}
 assert all(weight.isfinite().all() for weight in weights_of.values())
-rows_needed = -(-len(weights_of) // 3)
 at_eight = {name: -weight[-1, 0].item() for name, weight in weights_of.items()}
+shapes = {
+    "Falls to zero": ("DPO", "SimPO", "BCO", "hinge"),
+    "Labels that may be wrong": ("DPO", "robust DPO", "conservative DPO"),
+    "A straight line": ("IPO", "SPPO (hard)", "RPO (sq)"),
+    "Most near a margin of 0": ("EXO", "APO-zero", "KTO"),
+    "Aims at a given margin": ("RPO (backward KL)", "RPO (forward KL)"),
+    "Another divergence": ("f-DPO (forward KL)", "f-DPO (JS)", "f-DPO (α)"),
+    "Each answer by itself": ("NCA", "APO-down"),
+    "Shapes of their own": ("ORPO", "DiscoPOP"),
+}
+same = {"DPO": ("length-normalised", "CPO", "AOT", "AOT unpaired"), "hinge": ("SLiC-HF",)}
+for name, others in same.items():
+    for other in others:
+        torch.testing.assert_close(weights_of[other], weights_of[name])
+drawn = {name for names in shapes.values() for name in names}
+assert drawn | {other for others in same.values() for other in others} == set(weights_of)
 panels(1)  # the common look
 plt.close("all")
-figure, grid = plt.subplots(rows_needed, 3, figsize=(4.8, 1.25 * rows_needed), sharex=True)
-for axis in grid.flat[len(weights_of) :]:
-    axis.set_visible(False)
-for axis, (name, weight) in zip(grid.flat, weights_of.items(), strict=False):
-    axis.plot(margins, -weight[:, 0], color=LINES[0]["color"], label="chosen up")
-    axis.plot(margins, weight[:, 1], color=LINES[1]["color"], linestyle="--", label="rejected down")
-    axis.set_title(name, fontsize=8)
-    axis.set_ylim(-1.3, 2.3)
-    axis.tick_params(labelsize=7)
-figure.supxlabel("h_w − h_l (nats)", fontsize=9)
-figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2);
+figure, grid = plt.subplots(4, 2, figsize=(4.8, 9.4), sharex=True)
+for axis, (shape, names) in zip(grid.flat, shapes.items(), strict=True):
+    for name, line in zip(names, LINES, strict=False):
+        weight = weights_of[name]
+        axis.plot(margins, -weight[:, 0], label=name, markevery=12, **{**line, "linestyle": "-"})
+        if (weight[:, 0] + weight[:, 1]).abs().max() > 1e-3:
+            axis.plot(margins, weight[:, 1], color=line["color"], linestyle=":")
+    axis.set_title(shape)
+    axis.axhline(0, color="gray", linewidth=0.8)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9.2)
+    if max(-weights_of[name][:, 0].min() for name in names) > 3:
+        axis.set_ylim(-8, 8) if shape == "A straight line" else axis.set_ylim(-0.5, 5.5)
+figure.supxlabel("margin: log-ratio of chosen less that of rejected (nats)", fontsize=10);
 
 # %% [markdown]
 # ## Which promises each loss keeps

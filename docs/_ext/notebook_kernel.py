@@ -131,6 +131,14 @@ def read_notebook(notebook: Notebook) -> tuple[Any, dict[int, list[Num]]]:
 # ---- the kernel -------------------------------------------------------------------------------
 
 
+#: Figures are sharp at any width, and their ground is the page's.
+FIGURES = """
+c.InlineBackend.figure_formats = {"svg"}
+c.InlineBackend.print_figure_kwargs = {"bbox_inches": "tight", "facecolor": "none"}
+c.InlineBackend.rc = {"svg.hashsalt": "nemo_rl_ref"}
+"""
+
+
 def kernel_environment(root: Path, scratch: Path) -> dict[str, str]:
     """Return the environment variables of a kernel.
 
@@ -138,6 +146,9 @@ def kernel_environment(root: Path, scratch: Path) -> dict[str, str]:
     read, nothing is asked of the network, and progress bars stay quiet.
     """
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    profile = scratch / "ipython/profile_default"
+    profile.mkdir(parents=True)
+    (profile / "ipython_kernel_config.py").write_text(FIGURES, "utf-8")
     # How long a thread of GNU OpenMP waits for its siblings by spinning. Its own choice, 100 times
     # longer, makes a training step ten times slower on a busy machine. No spinning at all makes it
     # three times slower on a quiet one.
@@ -260,7 +271,7 @@ IS_ARTIST = """(lambda value, module: module is not None and (
 
 def drop_artist(client: Any, cell: Any) -> None:
     """Drop a cell's result beside a figure where it is only what Matplotlib's last call returned."""
-    if not any("image/png" in output.get("data", {}) for output in cell.outputs):
+    if not any("image/svg+xml" in output.get("data", {}) for output in cell.outputs):
         return
     for output in [o for o in cell.outputs if o.output_type == "execute_result"]:
         asked = IS_ARTIST.replace("{count}", str(output.execution_count)).replace("\n", " ")

@@ -320,7 +320,7 @@ def test_what_matplotlib_returns_is_not_a_result(site):
     (notebook,) = find_notebooks(site.top)
     for cell in json.loads(execute(notebook, print))["cells"]:
         outputs = cell["outputs"]
-        assert outputs and all("image/png" in output["data"] for output in outputs)
+        assert outputs and all("image/svg+xml" in output["data"] for output in outputs)
 
 
 def test_a_result_that_looks_like_matplotlibs_stays_beside_a_figure(site):
