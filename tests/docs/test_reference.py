@@ -22,6 +22,15 @@ def exists(name):
         return False
 
 
+def test_the_diagrams_are_those_that_are_drawn(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
+    import draw_diagrams  # pyright: ignore[reportMissingImports]
+
+    drawn = {f"{name}.svg": make().svg() for name, make in draw_diagrams.DIAGRAMS.items()}
+    files = {path.name: path.read_text("utf-8") for path in draw_diagrams.FOLDER.iterdir()}
+    assert files == drawn, "run python docs/draw_diagrams.py"
+
+
 def test_the_picture_of_the_layers_is_that_of_the_contracts(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
     import draw_layers  # pyright: ignore[reportMissingImports]
