@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known about NeMo RL at one commit, as data.
 
-``manifest.json`` lists symbols, signatures and configuration keys. ``golden.json`` lists inputs
+``manifest.json`` lists symbols, signatures, files and configurations. ``golden.json`` lists inputs
 and the outputs that NeMo RL's own code returned for them. ``keys.json`` lists every key that a
 configuration of NeMo RL may have, ``places.json`` where in its source each of them stands.
+``sources.json`` has hashes of what the code computes. ``python -m nemo_rl_ref.upstream`` makes them.
 """
 
 import json
@@ -15,7 +16,8 @@ from typing import Any
 #: The commit of NVIDIA-NeMo/RL that the files describe.
 COMMIT = "7ea279abfbeb698b092856d0dab61e7cf39bc909"
 
-_FOLDER = Path(__file__).parent
+#: Where the files are.
+FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class GoldenCase:
 
 @cache
 def load_manifest() -> dict[str, Any]:
-    """Reads ``manifest.json``: ``symbols``, ``configs`` and ``scripts`` of NeMo RL.
+    """Reads ``manifest.json``: ``symbols``, ``exports``, ``configs``, ``scripts`` and ``files``.
 
     Returns:
         The parsed file. It is read once and shared: do not write to it.
@@ -48,7 +50,7 @@ def load_manifest() -> dict[str, Any]:
     Raises:
         ValueError: if the file describes another commit than `COMMIT`.
     """
-    return _read("manifest.json")
+    return read_facts("manifest.json")
 
 
 @cache
@@ -61,7 +63,7 @@ def load_golden() -> tuple[GoldenCase, ...]:
     Raises:
         ValueError: if the file describes another commit than `COMMIT`.
     """
-    return tuple(GoldenCase(**_decode(case)) for case in _read("golden.json")["cases"])
+    return tuple(GoldenCase(**_decode(case)) for case in read_facts("golden.json")["cases"])
 
 
 @cache
@@ -74,11 +76,16 @@ def load_keys() -> dict[str, Any]:
     Raises:
         ValueError: if the file describes another commit than `COMMIT`.
     """
-    return _read("keys.json")
+    return read_facts("keys.json")
 
 
-def _read(name: str) -> dict[str, Any]:
-    content = json.loads((_FOLDER / name).read_text(encoding="utf-8"))
+def read_facts(name: str) -> dict[str, Any]:
+    """Reads one of the files by its name.
+
+    Raises:
+        ValueError: if the file describes another commit than `COMMIT`.
+    """
+    content = json.loads((FOLDER / name).read_text(encoding="utf-8"))
     if content["commit"] != COMMIT:
         raise ValueError(f"{name}: commit is {content['commit']}, expected {COMMIT}")
     return content

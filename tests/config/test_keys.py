@@ -5,9 +5,7 @@ With ``NEMO_RL_CHECKOUT`` set to a checkout of NeMo RL at the pinned commit, ``k
 again from it, and every configuration in it is accounted for.
 """
 
-import json
 import os
-import subprocess
 import textwrap
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from nemo_rl_ref.config.keys import (
 )
 from nemo_rl_ref.config.lists import CAUTIONS, IGNORED, NOT_HERE
 from nemo_rl_ref.config.read import read_config
-from nemo_rl_ref.upstream import COMMIT, load_keys, load_manifest, make_keys
+from nemo_rl_ref.upstream import load_keys, load_manifest
 from nemo_rl_ref.utils.config import (
     load_config,
     parse_hydra_overrides,
@@ -387,120 +385,6 @@ def test_there_is_an_example_for_every_trainer():
     assert [path.stem for path in EXAMPLES] == ["dpo", "grpo", "grpo_tiny", "ppo", "rm", "sft"]
 
 
-# make_keys
-
-
-@pytest.fixture
-def small_checkout(tmp_path, monkeypatch):
-    """A repository with a few classes and one file, whose commit is the pinned one."""
-    files = {
-        "nemo_rl/parts.py": """
-            class Kwargs(TypedDict):
-                name: str
-                kwargs: dict[str, Any]
-            class Milestones(TypedDict):
-                milestones: list[int]
-            class Base(TypedDict):
-                backend: "str | None"
-            class Extended(Base):
-                engine: NotRequired[dict[str, int]]
-            Several = Union[Kwargs, None]
-        """,
-        "nemo_rl/algorithms/one.py": """
-            from nemo_rl.parts import Base, Extended, Kwargs, Milestones, Several
-            class Section(BaseModel, extra="allow"):
-                seed: int = 1
-                schedule: Optional[list[Kwargs | Milestones]] = None
-                number: Annotated[Literal["a", "b"], "note"] = "a"
-                several: Several = None
-                own: "Settings"
-                one_of: list[int] | dict
-            class Settings(BaseModel):
-                depth: int
-            class MasterConfig(BaseModel, extra="allow"):
-                section: Section = Field(default_factory=Section)
-                generation: Base
-                more: Extended
-                env: dict[str, Any]
-        """,
-        "nemo_rl/algorithms/two.py": """
-            class Settings(BaseModel):
-                width: int
-            class MasterConfig(BaseModel):
-                other: Settings
-        """,
-        "examples/configs/recipes/a.yaml": """
-            defaults: ../b.yaml
-            extra: {_override_: true, list: [{x: 1}, 2]}
-        """,
-        "unrelated.yaml": "not_a_key: 1",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(textwrap.dedent(text))
-    monkeypatch.setattr(make_keys, "HELD_TOO", {"other": ("Kwargs",)})
-    monkeypatch.setattr(make_keys, "PASSED_ON", ())
-    monkeypatch.setattr(make_keys, "LOOKED_UP", ("extra.looked_up",))
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"]):
-        subprocess.run([*git, *command], check=True)
-    done = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    monkeypatch.setattr(make_keys, "COMMIT", done.stdout.strip())
-    return tmp_path
-
-
-def test_make_keys(small_checkout):
-    made = make_keys.make_keys(small_checkout)
-    assert made["keys"] == [
-        "env",
-        "extra", "extra.list", "extra.list.#.x", "extra.looked_up",
-        "generation", "generation.backend", "generation.engine", "generation.engine.*",
-        "more", "more.backend", "more.engine", "more.engine.*",
-        "other", "other.kwargs", "other.name", "other.width",
-        "section", "section.number", "section.one_of", "section.own", "section.own.depth",
-        "section.schedule", "section.schedule.#.kwargs", "section.schedule.#.milestones",
-        "section.schedule.#.name",
-        "section.seed", "section.several", "section.several.kwargs", "section.several.name",
-    ]  # fmt: skip
-    assert made["open"] == [
-        "env",
-        "other.kwargs",
-        "section.one_of",
-        "section.schedule.#.kwargs",
-        "section.several.kwargs",
-    ]
-
-
-def test_make_places(small_checkout, monkeypatch):
-    recipe = "examples/configs/recipes/a.yaml"
-    monkeypatch.setattr(make_keys, "PLACES", ("examples/none.yaml", recipe))
-    made = make_keys.make_places(small_checkout)
-    one, two, parts = (
-        f"nemo_rl/{name}.py" for name in ("algorithms/one", "algorithms/two", "parts")
-    )
-    assert made["files"] == [recipe, one, two, parts]
-    found = {key: (made["files"][number], line) for key, (number, line) in made["places"].items()}
-    wanted = {  # lines counted in the texts above, which begin with an empty one
-        "extra": (recipe, 3),
-        "extra.list.#.x": (recipe, 3),
-        "section": (one, 13),
-        "section.seed": (one, 4),
-        "section.schedule.#.milestones": (parts, 6),
-        "other.width": (two, 3),
-        "generation.engine": (parts, 10),
-    }
-    assert {key: found[key] for key in wanted} == wanted
-    assert "defaults" not in found and "extra.looked_up" not in found  # no key; in no file
-
-
-def test_make_keys_wants_the_pinned_commit(small_checkout, monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(make_keys, "COMMIT", COMMIT)
-    with pytest.raises(ValueError, match=rf"got commit [0-9a-f]{{40}}, expected {COMMIT}"):
-        make_keys.make_keys(small_checkout)
-    with pytest.raises(ValueError, match="got commit none"):
-        make_keys.make_keys(tmp_path_factory.mktemp("empty") / "nothing")
-
-
 # NeMo RL's own files
 
 
@@ -510,12 +394,6 @@ def checkout():
     if not path:
         pytest.skip("NEMO_RL_CHECKOUT does not name a checkout of NeMo RL")
     return Path(path)
-
-
-def test_keys_json_is_what_the_checkout_gives(checkout):
-    assert make_keys.make_keys(checkout) == load_keys()
-    places = Path(make_keys.__file__).with_name("places.json").read_text(encoding="utf-8")
-    assert make_keys.make_places(checkout) == json.loads(places)
 
 
 def test_every_configuration_of_a_checkout_is_accounted_for(checkout):
