@@ -21,10 +21,12 @@ import atexit
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +41,8 @@ from sphinx.domains.math import MathDomain
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
+
+from nemo_rl_ref.equations import RUNTIME
 
 logger = logging.getLogger(__name__)
 
@@ -251,8 +255,48 @@ class ShowEquation(EquationDirective):
             nodes.raw("", "<details><summary>Symbols</summary>", format="html"),
             *self.table(("symbol", "meaning"), rows),
             nodes.raw("", "</details>", format="html"),
+            *self.play(entry),
             classes=["equation-note"],
         )
+
+    def play(self, entry: dict[str, Any]) -> list[nodes.Node]:
+        """Make a slider for each number that can be moved; equation-play.js shows and runs them."""
+        sliders = entry["play"]["sliders"]
+        if not sliders:
+            return []
+        data = {**entry["play"], "sliders": [[s["name"], s["places"]] for s in sliders]}
+        data["simplex"] = [s["name"] for s in sliders if s["sums_to_one"]]
+        text = escape(json.dumps(data, separators=(",", ":")))
+        title = escape(entry["title"])
+        rows = [(f"${s['latex']}$", slider_html(s)) for s in sliders]
+        return [
+            nodes.raw(
+                "",
+                f'<details class="equation-play" hidden data-play="{text}" data-title="{title}">'
+                "<summary>Move it</summary>",
+                format="html",
+            ),
+            *self.table(("symbol", "value"), rows),
+            nodes.raw("", '<div class="equation-curve"></div></details>', format="html"),
+        ]
+
+
+def slider_html(slider: dict[str, Any]) -> str:
+    """Write a slider's input, named by what its symbol means."""
+    name = escape(re.sub(r"[$`\\{}|]", "", slider["meaning"]))
+    place = f", entry {', '.join(str(p + 1) for p in slider['places'])}" if slider["places"] else ""
+    return (
+        f'<input type="range" aria-label="{name}{place}" min="{slider["low"]:g}" '
+        f'max="{slider["high"]:g}" step="{slider["step"]:g}"><output></output>'
+    )
+
+
+def load_player(app: Sphinx, page: str, template: str, context: Any, doctree: Any) -> None:
+    """Give a page that has sliders the script that runs them."""
+    raws = doctree.findall(nodes.raw) if doctree is not None else ()
+    if any('class="equation-play"' in raw.astext() for raw in raws):
+        app.add_js_file(None, body=RUNTIME, priority=700)
+        app.add_js_file("equation-play.js", loading_method="defer", priority=710)
 
 
 def make_id_of(label: str) -> str:
@@ -357,6 +401,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("builder-inited", finish_checks, priority=950)
     app.connect("autodoc-process-docstring", link_back, priority=400)
     app.connect("doctree-read", refuse_unchecked)
+    app.connect("html-page-context", load_player)
     app.add_config_value("equation_chapters", {}, "env", types=(dict,))
     app.add_domain(NumberedByChapter, override=True)
     app.add_directive("equation", ShowEquation)

@@ -23,10 +23,12 @@ from nemo_rl_ref.equations._equation import (
     verify,
 )
 from nemo_rl_ref.equations._evaluate import evaluate
+from nemo_rl_ref.equations._javascript import RUNTIME, sliders, to_javascript
 from nemo_rl_ref.equations._latex import to_latex
 from nemo_rl_ref.equations._symbols import Domain, Symbol
 
 __all__ = [
+    "RUNTIME",
     "SAMPLES",
     "TOLERANCE",
     "Domain",
@@ -42,6 +44,8 @@ __all__ = [
     "each",
     "evaluate",
     "not_checked",
+    "sliders",
+    "to_javascript",
     "to_latex",
     "verify",
 ]

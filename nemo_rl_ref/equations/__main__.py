@@ -17,6 +17,7 @@ from nemo_rl_ref.equations import (
     verify,
 )
 from nemo_rl_ref.equations._equation import Equation
+from nemo_rl_ref.equations._javascript import sliders
 from nemo_rl_ref.equations._symbols import Symbol
 
 
@@ -30,6 +31,7 @@ def described(equation: Equation, found: Result) -> dict[str, Any]:
         "at": equation.at,
         "note": equation.note,
         "symbols": [symbol_data(symbol) for symbol in equation.symbols],
+        "play": sliders(equation),
         "inputs": found.inputs,
         "difference": found.difference,
     }

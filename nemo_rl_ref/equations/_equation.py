@@ -264,7 +264,7 @@ def check(equation: Equation, samples: int = SAMPLES, seed: int = 0) -> Result:
                 f"equation {equation.label!r} ({equation.title}) cannot be checked against "
                 f"{', '.join(equation.implementations)}: {type(error).__name__}: {error}"
             ) from error
-        printed = _printed(equation, drawn)
+        printed = printed_values(equation, drawn)
         for step, values in enumerate(printed):
             wanted = implemented[step] if isinstance(implemented, list | tuple) else implemented
             theirs = _as_numbers(equation, wanted, count)
@@ -289,7 +289,8 @@ def check(equation: Equation, samples: int = SAMPLES, seed: int = 0) -> Result:
     )
 
 
-def _printed(equation: Equation, drawn: dict[str, Any]) -> list[np.ndarray]:
+def printed_values(equation: Equation, drawn: dict[str, Any]) -> list[np.ndarray]:
+    """Evaluate what is printed on inputs that were drawn."""
     values: dict[Any, Any] = {}
     for name, value in drawn.items():
         values[sympy.Symbol(name)] = values[sympy.IndexedBase(name)] = value
