@@ -4,17 +4,27 @@
 .. code-block:: sh
 
     python -m nemo_rl_ref.upstream extract path/to/RL
+    python -m nemo_rl_ref.upstream drift path/to/RL
+
+``drift`` ends with 0 if nothing changed that this project uses, with 1 if something did, with 2 on
+an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
-from nemo_rl_ref.upstream import COMMIT, FOLDER
+from nemo_rl_ref.upstream import COMMIT, FOLDER, read_facts
 from nemo_rl_ref.upstream.checkout import Checkout, CheckoutError
+from nemo_rl_ref.upstream.drift import Change, as_json, as_markdown, find_drift, shared_names
 from nemo_rl_ref.upstream.extract import extract, write_facts
+from nemo_rl_ref.upstream.uses import Uses
+
+#: The repository that this package is in.
+ROOT = FOLDER.parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +53,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
     to = command(_extract, "write the facts about one commit; nothing is imported")
     to.add_argument("--to", type=Path, default=FOLDER, help="folder for the files; the package's")
+    drift = command(_drift, "report what changed since the pinned commit and who uses it")
+    drift.add_argument("--from", dest="since", help="compare with this commit, not the pinned one")
+    drift.add_argument("--root", type=Path, default=ROOT, help="the repository with the pages")
+    drift.add_argument("--json", action="store_true", help="print all changes as JSON")
     return parser.parse_args(argv)
 
 
@@ -63,6 +77,46 @@ def _extract(arguments: argparse.Namespace) -> int:
         f"{len(manifest['configs'])} configurations, {len(keys)} keys -> {arguments.to}"
     )
     return 0
+
+
+def _drift(arguments: argparse.Namespace) -> int:
+    checkout = Checkout(arguments.checkout, arguments.at)
+    changes, (before, after) = drift(checkout, arguments.since, arguments.root)
+    if arguments.json:
+        content = {"from": before, "to": after, "notes": checkout.notes}
+        print(json.dumps(content | {"changes": as_json(changes)}, indent=1))
+    else:
+        print(as_markdown(changes, before, after, checkout.notes), end="")
+    return int(any(change.used for change in changes))
+
+
+def drift(
+    checkout: Checkout, since: str | None = None, root: Path = ROOT
+) -> tuple[list[Change], tuple[str, str]]:
+    """Compare a commit with the pinned one, or with another of the same checkout.
+
+    Args:
+        checkout: The later commit.
+        since: The earlier one; None takes the facts that are pinned.
+        root: The repository whose pages and mirror are searched for uses.
+
+    Returns:
+        The changes, and what to call the two commits.
+
+    Raises:
+        CheckoutError: `since` is no commit of the checkout.
+    """
+    names = ("manifest.json", "keys.json", "sources.json")
+    earlier = Checkout(checkout.path, since) if since else None
+    old = extract(earlier) if earlier else {name: read_facts(name) for name in names}
+    new = extract(checkout)
+    manifest = old["manifest.json"]
+    unread = checkout.unread | (earlier.unread if earlier else set())
+    uses = Uses(root, shared_names(old, new))
+    renamed = checkout.renamed_since(manifest["commit"])
+    changes = find_drift(old, new, uses, renamed, unread)
+    called = [f"{f['commit'][:9]} ({f['date']})" for f in (manifest, new["manifest.json"])]
+    return changes, (called[0], called[1])
 
 
 if __name__ == "__main__":

@@ -140,6 +140,18 @@ class Checkout:
             self._note(path, mark.line + 1 if mark else 1, str(error.problem))
             return {}
 
+    def renamed_since(self, commit: str) -> dict[str, str]:
+        """The files that git sees renamed since a commit; none where it is not in the checkout."""
+        arguments = ("-M", "-z", "--diff-filter=R", "--name-status", commit, self.commit)
+        try:
+            fields = self.git("diff", *arguments, "--", *FOLDERS).split("\0")
+        except CheckoutError:
+            self.notes.append(
+                f"commit {commit[:9]} is not in {self.path}: renamed files are guessed"
+            )
+            return {}
+        return dict(zip(fields[1::3], fields[2::3], strict=False))
+
     def _note(self, path: str, line: int, problem: str) -> None:
         self.notes.append(f"{path}:{line}: not read: {problem}")
         self.unread.add(path)

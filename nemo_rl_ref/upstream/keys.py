@@ -118,7 +118,8 @@ class _Classes:
             if isinstance(held, ast.ClassDef):
                 self.add_class(place, held, f"{key}.", found)
             else:
-                self.notes.append(f"{module}: {key} had keys of a class {name}, which is not there")
+                note = f"{module}: {key} has no keys of a class {name}, which is not there"
+                self.notes.extend({note} - set(self.notes))
         match node:
             case ast.Constant(value=str(text)):
                 self.add_type(ast.parse(text, mode="eval").body, module, key, found)

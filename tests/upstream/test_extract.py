@@ -279,4 +279,4 @@ def test_a_class_that_is_gone_is_a_note(small_checkout, monkeypatch):
     checkout = Checkout(small_checkout)
     extract_keys(checkout)
     (note,) = checkout.notes
-    assert "other had keys of a class Gone, which is not there" in note
+    assert "other has no keys of a class Gone, which is not there" in note
