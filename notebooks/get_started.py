@@ -95,10 +95,24 @@ seconds = run(
 )
 
 # %%
+#| label: start-export
+run("python -m nemo_rl_ref.export my_loss.py:MyLoss --algorithm dpo --to my_project");
+
+# %%
+#| label: start-overlay
+print((FOLDER / "my_project/my_loss.yaml").read_text())
+
+# %%
 #| label: start-reward
 #| num: start-reward-seconds = {seconds:.0f}
 seconds = run(
     "python -m nemo_rl_ref.run_grpo --config configs/grpo_tiny.yaml --env my_reward.py:reward "
     "grpo.max_num_steps=8 checkpointing.checkpoint_dir=results/my_reward"
+)
+
+# %%
+#| label: start-export-reward
+run(
+    "python -m nemo_rl_ref.export --env my_reward.py:reward --algorithm grpo --to my_reward_project"
 )
 shutil.rmtree(FOLDER)

@@ -24,4 +24,4 @@ def commands_of_notebook():
 def test_the_page_shows_what_the_notebook_runs():
     shown = [command for command in commands_of_page() if command.startswith("python")]
     assert shown == commands_of_notebook()
-    assert len(shown) == 5
+    assert len(shown) == 7
