@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_rl_ref.contract.build import UsageError
+from nemo_rl_ref.contract.user_code import UsageError
 from nemo_rl_ref.export.carry import ExportError
 from nemo_rl_ref.export.project import SCRIPTS, make_files, write_folder
 from nemo_rl_ref.utils.config import OverridesError

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nemo_rl_ref.contract.build import build_loss, find, signature_of, takes_any_field
+from nemo_rl_ref.contract.build import build_loss, signature_of, takes_any_field
+from nemo_rl_ref.contract.user_code import find
 from nemo_rl_ref.export.carry import (
     Carried,
     ExportError,
