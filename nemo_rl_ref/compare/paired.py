@@ -160,13 +160,17 @@ def compare_sides(
     chosen = range(spec.seed, spec.seed + seeds)
     sides = {name: (spec, {}), other[0]: (other[1], {})}
     runs = run_sides(sides, chosen, folder, run_trial=run_trial, show=show)
+    from matplotlib import pyplot
+
     objective = spec.objectives[0]
     maximize = objective.direction == "maximize"
     result = Result(name, other[0], objective.metric, maximize, level, tuple(runs), {})
     found = compare(result.values(name), result.values(other[0]), maximize=maximize, level=level)
     result = replace(result, found=found)
     write_text(Path(folder, "result.json"), json.dumps(result.to_dict(), indent=1) + "\n")
-    draw(result).savefig(Path(folder, "difference.svg"))
+    figure = draw(result)
+    figure.savefig(Path(folder, "difference.svg"))
+    pyplot.close(figure)
     return result
 
 
