@@ -26,7 +26,8 @@ def run(programs: list[tuple[str, list[dict]]]) -> list[list[float]]:
     # JSON has no Infinity; JavaScript, which this is, does.
     text = f"{RUNTIME}\nconst cases = {json.dumps(cases)};\nconst shown = x => String(x);\n" + (
         "const found = cases.map(([body, inputs]) => {"
-        " const g = new Function('v', 'f', body); return inputs.map(v => shown(g(v, equationRuntime))) });\n"
+        " const g = new Function('v', 'f', body);"
+        " return inputs.map(v => shown(g(v, equationRuntime))) });\n"
         "console.log(JSON.stringify(found));"
     )
     done = subprocess.run([NODE, "-"], input=text, capture_output=True, text=True, check=True)
