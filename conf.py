@@ -23,7 +23,8 @@ extensions = [
     "page_paths",
     "notebook_pages",
     "embed",
-    "config_links",
+    "nemo_rl_roles",
+    "source_checks",
     "equations",
     "glossary_links",
     # others
