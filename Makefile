@@ -4,15 +4,17 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help html test lint serve notebooks bench studies gpu clean distclean venv
+.PHONY: help html test planted lint serve notebooks bench studies gpu clean distclean venv
 
 # Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
 #   PYTHON        the interpreter that makes .venv
 #   REQUIREMENTS  the file with the pins
+#   KINDS         words of the mistakes that `make planted` plants; all without it
 SPHINXOPTS ?=
 PYTESTARGS ?=
 PORT ?= 8000
 GPUSTEPS ?=
+KINDS ?=
 
 # What another active environment would bring in. IPython, for one, puts VIRTUAL_ENV on its path.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX JUPYTER_PATH
@@ -37,6 +39,9 @@ html: venv ## execute what changed, build the site into _build/html; a warning i
 
 test: venv ## run the tests, on all cores
 	@$(PY) -m pytest -n auto --dist loadfile $(PYTESTARGS)
+
+planted: venv ## plant the mistakes of tests/planted in a copy; each has a check that must see it
+	@$(PY) tests/planted/plant.py $(KINDS)
 
 # Needs no network: the wheels in .venv hold pyright and the Node.js that runs it.
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

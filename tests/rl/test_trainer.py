@@ -134,6 +134,23 @@ def test_prev_logprobs_from_the_update_are_those_computed_before_it(tmp_path):
     torch.testing.assert_close(weights(trainer), weights(other), atol=1e-4, rtol=0)
 
 
+def test_another_seed_or_step_gives_other_responses(tmp_path):
+    """The same gives the same; so does nothing else."""
+    drawn = {}
+    for name, seed, number in (
+        ("a", 7, (0, 1)),
+        ("b", 7, (1, 1)),
+        ("c", 7, (0, 2)),
+        ("d", 8, (0, 1)),
+    ):
+        trainer = RLTrainer(settings(tmp_path, {"grpo.seed": seed}), environment=dense)
+        prompts = trainer.train_prompts[:4]
+        again, first = (trainer.sample(prompts, number)[0]["input_ids"] for _ in range(2))
+        assert torch.equal(first, again)
+        drawn[name] = str(first.tolist())
+    assert len(set(drawn.values())) == 4
+
+
 def test_several_updates_and_micro_batches(tmp_path):
     """The second update of a step is off-policy; micro-batches change nothing."""
     several = {"policy.train_global_batch_size": 8, "policy.train_micro_batch_size": 8}
