@@ -8,6 +8,7 @@ import torch
 from pydantic import BaseModel
 
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.logprobs.arguments import Refused
 
 Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
@@ -84,7 +85,7 @@ def _scale_truncated(
     batch: BatchedDataDict, rewards: torch.Tensor, cfg: RewardShapingConfig, factor: float
 ) -> torch.Tensor:
     if not 0 <= factor <= 1:
-        raise ValueError(f"stop_properly_penalty_coef is {factor}, expected 0 to 1")
+        raise Refused(f"stop_properly_penalty_coef must be in [0, 1], got {factor}")
     ignored = [
         name
         for name in ("overlong_buffer_length", "overlong_buffer_penalty", "max_response_length")
@@ -97,7 +98,7 @@ def _scale_truncated(
             stacklevel=3,
         )
     if batch.get("truncated") is None:
-        raise ValueError("batch has no 'truncated', which stop_properly_penalty_coef needs")
+        raise Refused("truncated field not found in batch; stop_properly_penalty_coef needs it")
     truncated = torch.as_tensor(batch["truncated"], dtype=torch.bool, device=rewards.device)
     return torch.where(truncated, rewards * factor, rewards)
 
@@ -117,8 +118,9 @@ def _overlong_penalty(
         lengths = [_first_response_length(log) for log in batch["message_log"]]
     lengths = torch.as_tensor(lengths, device=rewards.device)
     if lengths.shape != rewards.shape:
-        raise ValueError(
-            f"batch has {len(lengths)} response lengths, expected {len(rewards)}, one a reward"
+        raise Refused(
+            "The number of messages in the batch must match the number of rewards: got "
+            f"{len(lengths)} responses and {len(rewards)} rewards"
         )
     exceeding = lengths - (longest - buffer)
     # The order of operations is NeMo RL's, so that the last bit is, too.
@@ -130,8 +132,8 @@ def _number(cfg: RewardShapingConfig, name: str) -> Any:
     value = getattr(cfg, name)
     if value is None:
         raise ValueError(
-            f"reward_shaping.{name} is None, expected a number: shaping is enabled and "
-            "stop_properly_penalty_coef is not set"
+            f"reward_shaping.{name} is None, expected a number: DAPO reward shaping is currently "
+            "supported only with all three; or set stop_properly_penalty_coef"
         )
     return value
 
@@ -140,4 +142,7 @@ def _first_response_length(message_log: list[dict]) -> int:
     for message in message_log:
         if message["role"] == "assistant":
             return message["token_ids"].shape[0]
-    raise ValueError("message_log has no assistant message, which reward shaping measures")
+    raise Refused(
+        "Assistant response not found during reward shaping: message_log has no message of role "
+        "assistant"
+    )

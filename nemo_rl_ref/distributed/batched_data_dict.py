@@ -56,7 +56,9 @@ class BatchedDataDict(UserDict, Generic[DictT]):
                 if key not in batch and batch and _rows(next(iter(batch.values())))
             ]
             if lacking:
-                raise KeyError(f"key {key!r} is missing in batches {lacking}, which have rows")
+                raise KeyError(
+                    f"key {key!r} is missing in batches {lacking}, which are non-empty batches"
+                )
             values = [batch[key] for batch in batches if key in batch]
             result[key] = _concatenate(key, values, pad_values.get(key, 0))
         return result
@@ -159,11 +161,11 @@ class BatchedDataDict(UserDict, Generic[DictT]):
         rows = self._common_rows()
         batch_size = rows if batch_size is None else batch_size
         if batch_size and rows % batch_size:
-            raise ValueError(f"batch_size is {batch_size}, expected a divisor of the {rows} rows")
-        if batch_size % shards and not allow_uneven_shards:
-            raise ValueError(
-                f"shards is {shards}, expected a divisor of batch_size, which is {batch_size}"
+            raise _Refused(
+                f"Total batch size ({rows}) is not a multiple of batch_size ({batch_size})"
             )
+        if batch_size % shards and not allow_uneven_shards:
+            raise _Refused(f"Batch size ({batch_size}) is not a multiple of shards ({shards})")
         size = -(-batch_size // shards)  # rounded up
         starts = range(0, rows, batch_size) if batch_size else range(0)
         result = []
@@ -275,8 +277,14 @@ class BatchedDataDict(UserDict, Generic[DictT]):
         """Number of rows, which must be the same for every key."""
         rows = {key: _rows(value) for key, value in self.data.items()}
         if len(set(rows.values())) != 1:
-            raise ValueError(f"the keys have {rows} rows, expected one number for all of them")
+            raise _Refused(
+                f"Batch sizes are not the same across the rollout batch: the keys have {rows} rows"
+            )
         return next(iter(rows.values()))
+
+
+class _Refused(ValueError, AssertionError):
+    """A value that cannot be used, where NeMo RL has an ``assert``: code that expects either works."""
 
 
 class SlicedDataDict(BatchedDataDict):

@@ -12,6 +12,10 @@ IGNORE_INDEX = -100
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class Refused(ValueError, AssertionError):
+    """A value that cannot be used, where NeMo RL has an ``assert``: code that expects either works."""
+
+
 def work_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype that a tensor is computed in: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

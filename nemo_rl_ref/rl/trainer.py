@@ -62,10 +62,10 @@ from nemo_rl_ref.training.identity import model_digest, tokenizer_digest
 from nemo_rl_ref.training.loop import make_trained
 from nemo_rl_ref.training.models import load_policy, load_tokenizer, load_value_model, token_values
 from nemo_rl_ref.training.processes import by_share, is_sharded, make_accelerator, whole_model
-from nemo_rl_ref.training.progress import Timer
 from nemo_rl_ref.training.samples import Batches, digest
 from nemo_rl_ref.training.step import NotFinite, checked_result, combine_updates, update
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
+from nemo_rl_ref.utils.timer import Timer
 
 Batch = BatchedDataDict[Any]
 

@@ -31,11 +31,11 @@ from nemo_rl_ref.training.processes import (
     is_deepspeed,
     prepare_deepspeed,
 )
-from nemo_rl_ref.training.progress import Progress, Timer, in_words, tell
+from nemo_rl_ref.training.progress import Progress, in_words, tell
 from nemo_rl_ref.training.step import NotFinite
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
 from nemo_rl_ref.utils.logger import Logger
-from nemo_rl_ref.utils.timer import TimeoutChecker
+from nemo_rl_ref.utils.timer import TimeoutChecker, Timer
 
 #: Called by the main process after a step and what follows it: the number of steps done and the
 #: metrics, under the names of ``checkpointing.metric_name``: ``train:…`` and ``val:…``. What it
@@ -358,7 +358,7 @@ class Run:
         tokens = metrics.get("global_valid_toks", 0)
         self.state["total_steps"] += 1
         self.state["consumed_samples"] += trainer.samples_per_step
-        self.state["total_valid_tokens"] += int(tokens)
+        self.state["total_valid_tokens"] += tokens  # a mean over the updates of a step
         self.metrics, validation = metrics, {}
         self._log(metrics, "train")
         self._check_ranking(metrics)
@@ -377,7 +377,9 @@ class Run:
                 self._save(metrics, validation)
         if failed:
             raise self._without_logs(failed)
-        seconds = {**trainer.timer.take(), "total_step_time": time.perf_counter() - started}
+        spent = trainer.timer.get_timing_metrics("sum")
+        trainer.timer.reset()
+        seconds = {**spent, "total_step_time": time.perf_counter() - started}
         per_second = tokens / seconds["total_step_time"]
         per_gpu = per_second / trainer.accelerator.num_processes
         self._log({**seconds, "valid_tokens_per_sec_per_gpu": per_gpu}, "timing/train")
@@ -390,7 +392,8 @@ class Run:
 
     def _validate(self) -> dict[str, float]:
         """Metrics of all validation sets, under the names of ``checkpointing.metric_name``."""
-        seconds, prefix = dict(self.trainer.timer.seconds), "validation"
+        # What validation takes is not the step's.
+        steps_timer, self.trainer.timer, prefix = self.trainer.timer, Timer(), "validation"
         self.validation = {}
         began = started = time.perf_counter()
         for prefix, metrics in self.trainer.validations(self.done):
@@ -407,7 +410,7 @@ class Run:
                 self.validation[name if alone else f"{prefix}_{name}"] = value
         if prefix != "validation":
             self._log({"total_validation_time": started - began}, "timing/validation")
-        self.trainer.timer.seconds = seconds  # what validation took is not the step's
+        self.trainer.timer = steps_timer
         self._note_best()
         return self.validation
 

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is, where its time goes, and what it has come to."""
+"""How far a run is, and what it has come to."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -14,27 +13,6 @@ from typing import Any
 _SHOWN = {"loss": ".4f", "accuracy": ".3f", "reward": ".4f", "lr": ".2e"}
 #: The metrics that a line about a validation shows, of those that there are.
 _VALIDATED = ("loss", "val_loss", "accuracy", "pass_k", "avg_length")
-
-
-class Timer:
-    """Seconds by name, added up until they are taken."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Measure what runs in the context."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """Return the seconds and start again."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
 
 
 class Progress:

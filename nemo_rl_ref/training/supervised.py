@@ -22,10 +22,10 @@ from nemo_rl_ref.training.identity import model_digest, tokenizer_digest
 from nemo_rl_ref.training.loop import Run, make_trained
 from nemo_rl_ref.training.optimizers import check_optimizer
 from nemo_rl_ref.training.processes import make_accelerator
-from nemo_rl_ref.training.progress import Timer
 from nemo_rl_ref.training.samples import Batches, Samples, digest
 from nemo_rl_ref.training.step import run_batch, update, weighted_means
 from nemo_rl_ref.utils.checkpoint import CheckpointManager
+from nemo_rl_ref.utils.timer import Timer
 
 Settings = TypeVar("Settings", bound=RunSettings)
 
@@ -199,7 +199,9 @@ class Supervised:
                 place=lambda number: self.task.train.places[numbers[number]],
             )
             self.trained.scheduler.step()
-        state["epoch"], state["step"] = divmod(state["total_steps"] + 1, self.batches.per_epoch)
+        # As NeMo RL counts: the epoch is that of the step done, and 0 is its last step.
+        state["epoch"] = state["total_steps"] // self.batches.per_epoch
+        state["step"] = (state["total_steps"] + 1) % self.batches.per_epoch
         return metrics
 
     def is_last(self, state: Mapping[str, Any]) -> bool:

@@ -67,7 +67,7 @@ def test_lengths_from_the_message_log():
         for length in (5, 8)
     ]
     assert shaped([1.0, 1.0], message_log=logs, **OVERLONG)["total_reward"].tolist() == [1.0, 0.0]
-    with pytest.raises(ValueError, match="no assistant message"):
+    with pytest.raises(ValueError, match="no message of role assistant"):
         shaped([1.0], message_log=[[{"role": "user", "token_ids": torch.zeros(3)}]], **OVERLONG)
 
 
@@ -93,11 +93,11 @@ def test_shaping_refuses():
     ]:
         with pytest.raises(ValueError, match=message):
             shaped([1.0], lengths=[3], **{**OVERLONG, **change})
-    with pytest.raises(ValueError, match="2 response lengths, expected 1"):
+    with pytest.raises(ValueError, match="got 2 responses and 1 reward"):
         shaped([1.0], lengths=[3, 4], **OVERLONG)
-    with pytest.raises(ValueError, match="coef is 1.5, expected 0 to 1"):
+    with pytest.raises(ValueError, match=r"coef must be in \[0, 1\], got 1.5"):
         shaped([1.0], truncated=[True], stop_properly_penalty_coef=1.5)
-    with pytest.raises(ValueError, match="no 'truncated'"):
+    with pytest.raises(ValueError, match="truncated field not found"):
         shaped([1.0], stop_properly_penalty_coef=0.5)
 
 
@@ -343,3 +343,9 @@ def test_ppo_settings():
     assert AsyncPPOConfig(max_trajectory_age_steps=3).resolved_warmup_generation_lead_steps == 3
     with pytest.raises(ValueError, match="policy_training_start_step is 0"):
         PPOConfig(async_ppo={"enabled": True, "warmup_generation_lead_steps": 2})
+
+
+def test_what_nemo_rl_asserts_against_is_a_value_error_and_an_assertion_error():
+    for kind in (ValueError, AssertionError):
+        with pytest.raises(kind, match="coef must be in"):
+            shaped([1.0], stop_properly_penalty_coef=-0.5)

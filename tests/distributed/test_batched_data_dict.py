@@ -90,7 +90,9 @@ class TestFromBatches:
 
     def test_errors(self):
         batches = [{"a": [1], "b": [2]}, {"a": [1]}]
-        with pytest.raises(KeyError, match=r"key 'b' is missing in batches \[1\], which have row"):
+        with pytest.raises(
+            KeyError, match=r"key 'b' is missing in batches \[1\], which are non-empty"
+        ):
             BatchedDataDict.from_batches(batches)
         with pytest.raises(TypeError, match=r"key 'a' holds a tuple, expected a tensor or a list"):
             BatchedDataDict.from_batches([{"a": (1, 2)}])
@@ -150,9 +152,11 @@ class TestShardByBatchSize:
 
     def test_errors(self):
         batch = letters(8)
-        with pytest.raises(ValueError, match=r"batch_size is 3, expected a divisor of the 8 rows"):
+        with pytest.raises(
+            ValueError, match=r"Total batch size \(8\) is not a multiple of batch_size \(3\)"
+        ):
             batch.shard_by_batch_size(1, batch_size=3)
-        with pytest.raises(ValueError, match=r"shards is 3, expected a divisor .* which is 8"):
+        with pytest.raises(ValueError, match=r"Batch size \(8\) is not a multiple of shards \(3\)"):
             batch.shard_by_batch_size(3)
         with pytest.raises(ValueError, match=r"batch_size is 4, expected None together with allow"):
             batch.shard_by_batch_size(2, batch_size=4, allow_uneven_shards=True)
@@ -160,7 +164,7 @@ class TestShardByBatchSize:
             batch.shard_by_batch_size(2, dynamic_batching_args={})
         with pytest.raises(NotImplementedError, match="sequence_packing_args"):
             batch.shard_by_batch_size(2, sequence_packing_args={})
-        with pytest.raises(ValueError, match=r"the keys have .* rows, expected one number"):
+        with pytest.raises(ValueError, match=r"not the same across the rollout batch: the keys have"):
             BatchedDataDict({"a": [1], "b": [1, 2]}).shard_by_batch_size(1)
 
 

@@ -18,6 +18,12 @@ from nemo_rl_ref.algorithms.loss.loss_functions import (
     PreferenceLossDataDict,
     PreferenceLossFn,
 )
+from nemo_rl_ref.algorithms.loss.utils import prepare_loss_input
+from nemo_rl_ref.algorithms.loss.wrapper import (
+    DraftLossWrapper,
+    SequencePackingLossWrapper,
+    wrap_loss_fn_with_input_preparation,
+)
 
 __all__ = [
     "ClippedPGLossConfig",
@@ -30,9 +36,13 @@ __all__ = [
     "DistillationLossDataDict",
     "DistillationLossFn",
     "DraftCrossEntropyLossFn",
+    "DraftLossWrapper",
     "MseValueLossConfig",
     "MseValueLossFn",
     "NLLLossFn",
     "PreferenceLossDataDict",
     "PreferenceLossFn",
+    "SequencePackingLossWrapper",
+    "prepare_loss_input",
+    "wrap_loss_fn_with_input_preparation",
 ]

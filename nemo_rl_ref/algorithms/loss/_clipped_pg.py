@@ -26,6 +26,7 @@ from nemo_rl_ref.algorithms.loss.interfaces import (
     MetricNormalizer,
 )
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
+from nemo_rl_ref.logprobs.arguments import Refused
 
 
 class ClippedPGLossConfig(BaseModel, extra="allow"):
@@ -472,5 +473,5 @@ def _check_cispo(cfg: ClippedPGLossConfig) -> None:
             raise _clash("use_cispo=True", flag, why)
 
 
-def _clash(first: str, second: str, why: str) -> ValueError:
-    return ValueError(f"{first} and {second} exclude each other: {why}")
+def _clash(first: str, second: str, why: str) -> Refused:
+    return Refused(f"{first} and {second} exclude each other: {why}")
