@@ -42,8 +42,6 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
-from nemo_rl_ref.equations import RUNTIME
-
 logger = logging.getLogger(__name__)
 
 KEPT = 3  # results that stay in the store
@@ -65,6 +63,7 @@ class Checks:
         output: what the process writes.
         checked: the description of each checked equation, by label.
         unchecked: why an equation is not checked, by label.
+        runtime: JavaScript that the sliders below equations call.
     """
 
     results: Path | None = None
@@ -72,6 +71,7 @@ class Checks:
     output: Any = None
     checked: dict[str, dict[str, Any]] = field(default_factory=dict)
     unchecked: dict[str, str] = field(default_factory=dict)
+    runtime: str = ""
 
     def implemented_by(self, name: str) -> list[tuple[str, str]]:
         """List the equations, label and title, that a function or class implements."""
@@ -129,6 +129,7 @@ def finish_checks(app: Sphinx) -> None:
             old.unlink(missing_ok=True)
     found = json.loads(CHECKS.results.read_text(encoding="utf-8"))
     CHECKS.checked, CHECKS.unchecked = found["checked"], found["unchecked"]
+    CHECKS.runtime = found["runtime"]
 
 
 # ---- numbers ----------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def load_player(app: Sphinx, page: str, template: str, context: Any, doctree: An
     """Give a page that has sliders the script that runs them."""
     raws = doctree.findall(nodes.raw) if doctree is not None else ()
     if any('class="equation-play"' in raw.astext() for raw in raws):
-        app.add_js_file(None, body=RUNTIME, priority=700)
+        app.add_js_file(None, body=CHECKS.runtime, priority=700)
         app.add_js_file("equation-play.js", loading_method="defer", priority=710)
 
 

@@ -40,8 +40,8 @@ DIRECTIVES = {
     "literalinclude": "included from a file that is tested",
 }
 SITE = {
-    "admonition", "bibliography", "block-counts", "eval-rst", "figure", "glossary", "grid", "grid-item-card",
-    "image", "note", "tip", "toctree", "warning",
+    "admonition", "bibliography", "block-counts", "eval-rst", "figure", "glossary", "grid",
+    "grid-item-card", "image", "note", "tip", "toctree", "warning",
 }  # fmt: skip
 COMMANDS = "commands that their own parsers understand"
 YAML = "YAML with NeMo RL's keys and types"

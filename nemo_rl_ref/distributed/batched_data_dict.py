@@ -284,7 +284,7 @@ class BatchedDataDict(UserDict, Generic[DictT]):
 
 
 class _Refused(ValueError, AssertionError):
-    """A value that cannot be used, where NeMo RL has an ``assert``: code that expects either works."""
+    """A value that cannot be used, where NeMo RL has an assertion: code that expects either works."""
 
 
 class SlicedDataDict(BatchedDataDict):

@@ -17,7 +17,7 @@ from nemo_rl_ref.equations import (
     verify,
 )
 from nemo_rl_ref.equations._equation import Equation
-from nemo_rl_ref.equations._javascript import sliders
+from nemo_rl_ref.equations._javascript import RUNTIME, sliders
 from nemo_rl_ref.equations._symbols import Symbol
 
 
@@ -71,7 +71,8 @@ def main() -> int:
         if arguments.latex:
             print(equations[label].latex)
     if arguments.json:
-        print(json.dumps({"checked": results, "unchecked": not_checked()}, indent=1))
+        shown = {"runtime": RUNTIME, "checked": results, "unchecked": not_checked()}
+        print(json.dumps(shown, indent=1))
     return 1 if failures else 0
 
 

@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Refused(ValueError, AssertionError):
-    """A value that cannot be used, where NeMo RL has an ``assert``: code that expects either works."""
+    """A value that cannot be used, where NeMo RL has an assertion: code that expects either works."""
 
 
 def work_dtype(tensor: Tensor) -> torch.dtype:

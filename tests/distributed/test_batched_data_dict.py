@@ -164,7 +164,9 @@ class TestShardByBatchSize:
             batch.shard_by_batch_size(2, dynamic_batching_args={})
         with pytest.raises(NotImplementedError, match="sequence_packing_args"):
             batch.shard_by_batch_size(2, sequence_packing_args={})
-        with pytest.raises(ValueError, match=r"not the same across the rollout batch: the keys have"):
+        with pytest.raises(
+            ValueError, match=r"not the same across the rollout batch: the keys have"
+        ):
             BatchedDataDict({"a": [1], "b": [1, 2]}).shard_by_batch_size(1)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directive `{equation}`, the tables, the glossary's links."""
 
+import json
 import os
 import re
 import time
@@ -18,6 +19,7 @@ LOSS = {
     "symbols": [{"latex": r"m |x\|", "meaning": "a margin, in nats"}],
     "inputs": 1200,
     "difference": 3e-16,
+    "play": {"sliders": []},
 }
 BIBLIOGRAPHY = """
 @misc{someone2020, title = {A paper}, author = {Some One}, year = {2020}}
@@ -251,3 +253,22 @@ def test_an_equation_that_no_page_shows_is_refused(site):
     result = site.build(builder="dummy")
     assert result.code != 0
     assert "eq-other" in result.text
+
+
+def test_an_equation_has_sliders_and_its_page_alone_the_script(site):
+    slider = {"name": "beta", "places": [], "latex": r"\beta", "meaning": r"strength, $\beta$"}
+    slider |= {"low": 0.0, "high": 1.0, "step": 0.01, "sums_to_one": False}
+    play = {"body": "return v.beta;", "values": {"beta": 0.5}, "sliders": [slider]}
+    site.equations({"loss": LOSS | {"play": play}}, runtime="const equationRuntime = {};")
+    built = site.build()
+    assert built.code == 0, built.text
+    page = built.page("index.html")
+    (box,) = page.select("details.equation-play")
+    assert box.has_attr("hidden")  # until the script shows it
+    data = json.loads(box["data-play"])
+    assert (data["body"], data["sliders"]) == ("return v.beta;", [["beta", []]])
+    (range_input,) = box.select("input[type=range]")
+    assert range_input["aria-label"] == "strength, beta"
+    for name, moves in (("index.html", True), ("other.html", False)):
+        for script in ("equation-play.js", "const equationRuntime"):
+            assert (script in str(built.page(name))) is moves

@@ -90,12 +90,15 @@ class Site:
             return Built(process.exitcode, output.read(), self)
 
     def equations(
-        self, checked: dict[str, dict[str, Any]], unchecked: dict[str, str] | None = None
+        self,
+        checked: dict[str, dict[str, Any]],
+        unchecked: dict[str, str] | None = None,
+        runtime: str = "",
     ) -> None:
         """Set what the checks of the site's equations are to find."""
         self.write("nemo_rl_ref/equations/__init__.py", "")
         self.write("nemo_rl_ref/equations/__main__.py", EQUATIONS)
-        found = {"checked": checked, "unchecked": unchecked or {}}
+        found = {"runtime": runtime, "checked": checked, "unchecked": unchecked or {}}
         self.write("nemo_rl_ref/equations/found.json", json.dumps(found))
 
     def executions(self) -> list[str]:
