@@ -153,7 +153,10 @@ class RLTrainer:
         set_seed(self.cfg.seed)
         weights, _ = CheckpointManager.get_resume_paths(checkpoint)
         model = load_policy(weights or policy.model_name, tokenizer=self.tokenizer)
-        self.has_dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in model.modules())
+        self.has_dropout = any(  # Transformers' attention has it without a module
+            (isinstance(part, torch.nn.Dropout) and part.p) or getattr(part, "attention_dropout", 0)
+            for part in model.modules()
+        )
         self.whole = self._frozen(weights or policy.model_name, is_sharded(self.accelerator))
         self.policy = make_trained(self.accelerator, model, policy)
         self.models = {"policy": self.policy}

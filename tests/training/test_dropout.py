@@ -35,7 +35,8 @@ def test_the_reference_of_dpo_has_no_dropout(tmp_path):
     assert metrics[0]["validation-default/loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_rollouts_and_old_log_probabilities_are_of_the_model_without_dropout(tmp_path):
+@pytest.mark.parametrize("rows", [8, 16], ids=["two updates a step", "one update a step"])
+def test_rollouts_and_old_log_probabilities_are_of_the_model_without_dropout(rows, tmp_path):
     """Sampler and trainer agree on each token, and both models give the same responses."""
     first = {}
     for name, model in (("plain", tiny.MODEL), ("dropout", model_with_dropout(tmp_path))):
@@ -44,8 +45,8 @@ def test_rollouts_and_old_log_probabilities_are_of_the_model_without_dropout(tmp
             "grpo.max_num_steps": 1,
             "grpo.val_at_start": True,
             "logger.log_dir": str(tmp_path / name),
-            "policy.train_micro_batch_size": 8,
-            "policy.train_global_batch_size": 8,
+            "policy.train_micro_batch_size": rows,
+            "policy.train_global_batch_size": rows,
         }
         run_grpo.train(settings(tmp_path, changes))
         first[name] = read_metrics(tmp_path / name)
