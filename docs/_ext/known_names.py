@@ -153,7 +153,7 @@ def theirs(facts: Facts) -> Iterator[str]:
         for value in config.values():
             if isinstance(value, str) and " " not in value:
                 yield value
-    for path in facts.scripts:
+    for path in facts.all_files:
         yield from (path, Path(path).name)
 
 

@@ -58,6 +58,7 @@ class Facts:
         self.symbols: dict[str, Any] = manifest["symbols"]
         self.configs: dict[str, dict[str, Any]] = manifest["configs"]
         self.scripts: list[str] = manifest["scripts"]
+        self.all_files: list[str] = manifest["files"]
 
     def url(self, place: Place) -> str:
         """The address of a place at the pinned commit."""
@@ -163,16 +164,19 @@ class Facts:
         return Place(file, int(number)), known[int(number)]
 
     def script(self, text: str) -> Place:
-        """Find an entry script or a configuration file by path, the latter also by name alone.
+        """Find an entry script or a YAML file of the examples, the latter also by name alone.
 
         Raises:
             UnknownName: there is none.
         """
-        known = [*self.scripts, *(f"{CONFIGS}/{name}" for name in self.configs)]
+        examples = [path for path in self.all_files if path.startswith("examples/")]
         for path in (text, f"{CONFIGS}/{text}"):
-            if path in known:
+            if path in examples:
                 return Place(path)
-        names = [*known, *self.configs]
+        found = [path for path in examples if path.endswith(f"/{text}")]
+        if len(found) == 1:
+            return Place(found[0])
+        names = [*examples, *(path.rpartition("/")[2] for path in examples)]
         raise UnknownName(f"NeMo RL has no script or configuration {text!r}{nearest(text, names)}")
 
     # Keys
@@ -232,7 +236,7 @@ class Facts:
         self.key_place(key)
         if config:
             name: str | None = self.script(config).file.removeprefix(f"{CONFIGS}/")
-            while name:
+            while name in self.configs:
                 if key in self.configs[name]:
                     return value_text(self.configs[name][key]), name
                 parent = self.configs[name].get("defaults")
