@@ -5,9 +5,11 @@
 
     python -m nemo_rl_ref.upstream extract path/to/RL
     python -m nemo_rl_ref.upstream drift path/to/RL
+    python -m nemo_rl_ref.upstream update path/to/RL
+    python -m nemo_rl_ref.upstream golden path/to/RL
 
-``drift`` ends with 0 if nothing changed that this project uses, with 1 if something did, with 2 on
-an error.
+Only ``golden``, and ``update`` with it, run NeMo RL's code, in an environment of its own. ``drift``
+ends with 0 if nothing changed that this project uses, with 1 if something did, with 2 on an error.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import json
 import sys
 from pathlib import Path
 
+from nemo_rl_ref.files.whole import write_text
 from nemo_rl_ref.upstream import COMMIT, FOLDER, read_facts
 from nemo_rl_ref.upstream.checkout import Checkout, CheckoutError
 from nemo_rl_ref.upstream.drift import Change, as_json, as_markdown, find_drift, shared_names
-from nemo_rl_ref.upstream.extract import extract, write_facts
+from nemo_rl_ref.upstream.extract import extract, facts_text
+from nemo_rl_ref.upstream.golden import golden_text, make_golden
+from nemo_rl_ref.upstream.update import update
 from nemo_rl_ref.upstream.uses import Uses
 
 #: The repository that this package is in.
@@ -32,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         return arguments.run(arguments)
-    except CheckoutError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -57,26 +62,63 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     drift.add_argument("--from", dest="since", help="compare with this commit, not the pinned one")
     drift.add_argument("--root", type=Path, default=ROOT, help="the repository with the pages")
     drift.add_argument("--json", action="store_true", help="print all changes as JSON")
+    golden = command(_golden, "run NeMo RL's code again on the inputs in golden.json")
+    golden.add_argument(
+        "--to", type=Path, default=FOLDER, help="folder for the file; the package's"
+    )
+    pin = command(_update, "pin another commit: all files, and the pages that name the old one")
+    for added in (golden, pin):
+        added.add_argument(
+            "--environment", type=Path, default=ROOT / "_build/upstream", help="the virtual one"
+        )
     return parser.parse_args(argv)
 
 
 def _extract(arguments: argparse.Namespace) -> int:
     checkout = Checkout(arguments.checkout, arguments.at)
-    if arguments.to == FOLDER and checkout.commit != COMMIT:
-        raise CheckoutError(
-            f"checkout {checkout.path}: got commit {checkout.commit}, expected {COMMIT}; "
-            "--at names another commit, --to another folder, update changes what is pinned"
-        )
+    _refuse_another_commit(checkout, arguments.to)
     facts = extract(checkout)
-    write_facts(facts, arguments.to)
-    for note in checkout.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for name, content in facts.items():
+        write_text(arguments.to / name, facts_text(name, content))
+    _print_notes(checkout.notes)
     manifest, keys = facts["manifest.json"], facts["keys.json"]["keys"]
     print(
         f"{checkout.commit[:9]} of {checkout.date}: {len(manifest['symbols'])} symbols, "
         f"{len(manifest['configs'])} configurations, {len(keys)} keys -> {arguments.to}"
     )
     return 0
+
+
+def _golden(arguments: argparse.Namespace) -> int:
+    checkout = Checkout(arguments.checkout, arguments.at)
+    _refuse_another_commit(checkout, arguments.to)
+    golden = make_golden(checkout, arguments.environment)
+    write_text(arguments.to / "golden.json", golden_text(golden))
+    print(f"{checkout.commit[:9]}: {len(golden['cases'])} cases -> {arguments.to}")
+    return 0
+
+
+def _update(arguments: argparse.Namespace) -> int:
+    new = Checkout(arguments.checkout, arguments.at)
+    old = Checkout(arguments.checkout, COMMIT)
+    golden = make_golden(new, arguments.environment)
+    changed, notes = update(old, new, ROOT, golden)
+    _print_notes(notes)
+    print(f"{old.commit[:9]} -> {new.commit[:9]} of {new.date}: {len(changed)} files changed")
+    return 0
+
+
+def _refuse_another_commit(checkout: Checkout, to: Path) -> None:
+    if to == FOLDER and checkout.commit != COMMIT:
+        raise CheckoutError(
+            f"checkout {checkout.path}: got commit {checkout.commit}, expected {COMMIT}; "
+            "--at names another commit, --to another folder, update changes what is pinned"
+        )
+
+
+def _print_notes(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _drift(arguments: argparse.Namespace) -> int:

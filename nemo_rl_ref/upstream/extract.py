@@ -14,7 +14,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemo_rl_ref.files.whole import write_text
 from nemo_rl_ref.upstream.checkout import Checkout
 from nemo_rl_ref.upstream.keys import extract_keys
 
@@ -67,13 +66,13 @@ def extract(checkout: Checkout) -> dict[str, Facts]:
     }
 
 
-def write_facts(facts: dict[str, Facts], folder: Path) -> None:
-    """Write each file sorted and with one item a line, so that a later difference can be read."""
-    for name, content in facts.items():
-        text = json.dumps(content, indent=0 if name == "manifest.json" else 1, sort_keys=True)
-        if name == "places.json":  # file and line of a key on the key's own line
-            text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
-        write_text(folder / name, text + "\n")
+def facts_text(name: str, content: Facts) -> str:
+    """Write one of the files, sorted and an item a line, so that a later difference can be read."""
+    indent = 0 if name == "manifest.json" else 1
+    text = json.dumps(content, indent=indent, sort_keys=True, default=str)
+    if name == "places.json":  # file and line of a key on the key's own line
+        text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
+    return text + "\n"
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,6 @@
 import json
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 from nemo_rl_checkouts import commit, git
@@ -12,7 +11,7 @@ from nemo_rl_checkouts import commit, git
 from nemo_rl_ref.upstream import COMMIT, FOLDER, keys
 from nemo_rl_ref.upstream.__main__ import main
 from nemo_rl_ref.upstream.checkout import Checkout
-from nemo_rl_ref.upstream.extract import extract, write_facts
+from nemo_rl_ref.upstream.extract import extract
 from nemo_rl_ref.upstream.keys import extract_keys
 
 FILES = {
@@ -261,13 +260,12 @@ def test_a_folder_that_is_no_checkout_is_one_error(small_checkout, tmp_path, cap
     assert "it is shallow: git -C" in error(tmp_path / "shallow", "--at", head)
 
 
-def test_the_files_are_what_the_checkout_gives(tmp_path):
+def test_the_files_are_what_the_checkout_gives(tmp_path, capsys):
     path = os.environ.get("NEMO_RL_CHECKOUT")
     if not path:
         pytest.skip("NEMO_RL_CHECKOUT does not name a checkout of NeMo RL")
-    checkout = Checkout(Path(path), COMMIT)
-    write_facts(extract(checkout), tmp_path)
-    assert checkout.notes == []
+    assert main(["extract", path, "--at", COMMIT, "--to", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""  # no notes
     names = sorted(file.name for file in tmp_path.iterdir())
     assert names == ["keys.json", "manifest.json", "places.json", "sources.json"]
     for name in names:
