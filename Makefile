@@ -4,7 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help html test planted lint serve notebooks bench studies gpu clean distclean venv
+.PHONY: help html test planted listings lint serve notebooks bench studies gpu clean distclean venv
 
 # Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
 #   PYTHON        the interpreter that makes .venv
@@ -42,6 +42,10 @@ test: venv ## run the tests, on all cores
 
 planted: venv ## plant the mistakes of tests/planted in a copy; each has a check that must see it
 	@$(PY) tests/planted/plant.py $(KINDS)
+
+listings: venv ## run every listing of the pages as a reader copies it; name the slow ones
+	@LISTINGS=all $(PY) -m pytest tests/docs/test_listings.py --durations=0 --durations-min=5 \
+		$(PYTESTARGS)
 
 # Needs no network: the wheels in .venv hold pyright and the Node.js that runs it.
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

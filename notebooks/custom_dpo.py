@@ -563,9 +563,11 @@ below.set_xlabel("optimizer steps");
 import json
 from pathlib import Path
 
-recorded = Path(tiny.__file__).parents[2] / "benchmarks" / "results"
+from nemo_rl_ref.files.shipped import shipped
+
+recorded = shipped("benchmarks/results")
 rows = ["| device | contender | ms a step | pairs/s | over the floor |", "| --- " * 5 + "|"]
-for file in sorted(recorded.glob("*.json")):  # none where only the package is installed
+for file in sorted(recorded.glob("*.json")):
     result = json.loads(file.read_text()).get("dpo_step")
     if result is None:
         continue
@@ -591,6 +593,8 @@ Markdown("\n".join(rows))
 import importlib
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import cloudpickle
 

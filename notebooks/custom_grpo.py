@@ -34,6 +34,7 @@ import transformers
 from omegaconf import OmegaConf
 
 from nemo_rl_ref import tiny
+from nemo_rl_ref.files.shipped import shipped
 from nemo_rl_ref.rl.rewards import exact_match
 from nemo_rl_ref.rl.trainer import RLTrainer
 from nemo_rl_ref.training.samples import Batches
@@ -47,10 +48,7 @@ STEPS = 96 if on_gpu else 24  # a run; each step samples once and updates twice
 SEEDS = range(5 if on_gpu else 3)  # a seed decides the order of the prompts and what is sampled
 PROBLEMS = 32  # sums to train on
 
-here = [Path(tiny.__file__).parents[2], Path.cwd(), Path.cwd().parent]
-CONFIG = next(
-    path for path in (folder / "configs/grpo_tiny.yaml" for folder in here) if path.exists()
-)
+CONFIG = shipped("configs/grpo_tiny.yaml")
 problems = Path(tempfile.mkdtemp()) / "problems.jsonl"
 lines = tiny.TRAIN_PROBLEMS.read_text().splitlines(keepends=True)
 problems.write_text("".join(lines[:PROBLEMS]))

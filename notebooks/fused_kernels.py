@@ -325,11 +325,10 @@ Markdown("\n".join(floor_lines))
 # %%
 #| label: results
 import json
-from pathlib import Path
 
-import nemo_rl_ref
+from nemo_rl_ref.files.shipped import shipped
 
-RESULTS = Path(nemo_rl_ref.__file__).parents[1] / "benchmarks" / "results"
+RESULTS = shipped("benchmarks/results")
 recorded = {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
 on_gpu = {name: entries["kernels"] for name, entries in recorded.items() if "kernels" in entries}
 

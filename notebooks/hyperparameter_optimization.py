@@ -158,7 +158,9 @@ from pathlib import Path
 import numpy as np
 from IPython.display import Markdown
 
-RECORDED = Path(tiny.__file__).parents[2] / "benchmarks" / "results"
+from nemo_rl_ref.files.shipped import shipped
+
+RECORDED = shipped("benchmarks/results")
 
 
 def read(name):
@@ -1225,14 +1227,13 @@ write_pairs("validation.jsonl", never_seen[:200])
 
 # %%
 #| label: live-spec
+from nemo_rl_ref import tiny
+from nemo_rl_ref.files.shipped import shipped
 from nemo_rl_ref.tune import make_spec, optimize
-
-here = [Path(tiny.__file__).parents[2], Path.cwd(), Path.cwd().parent]
-CONFIG = next(path for path in (root / "configs/dpo.yaml" for root in here) if path.exists())
 
 spec = make_spec(
     "dpo",
-    str(CONFIG),
+    str(shipped("configs/dpo.yaml")),
     {
         "policy.optimizer.kwargs.lr": {"log_uniform": [1e-5, 3e-3]},
         "dpo.reference_policy_kl_penalty": {"log_uniform": [0.01, 3.0]},

@@ -24,7 +24,7 @@
 #| label: means-batch
 import torch
 
-from nemo_rl_ref.algorithms.loss import NLLLossFn
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn, NLLLossFn
 
 # Two sequences in a global batch. The first has 2 tokens to learn from, the second 6.
 # They are processed one at a time, as two micro-batches.
@@ -547,11 +547,10 @@ Markdown("\n".join(rows))
 #| num: trl-losses = {len(to_trl)}
 #| num: trl-worst = {max(to_trl.values()):.1e}
 import json
-from pathlib import Path
 
-import nemo_rl_ref
+from nemo_rl_ref.files.shipped import shipped
 
-RESULTS = Path(nemo_rl_ref.__file__).parents[1] / "benchmarks" / "results"
+RESULTS = shipped("benchmarks/results")
 to_trl = json.loads((RESULTS / "trl-differences.json").read_text())["differences"]
 assert max(to_trl.values()) < 1e-5
 rows = ["| loss | largest relative difference to TRL |", "| --- | --- |"]

@@ -134,6 +134,11 @@ assert max(mean_error, step_error, advantage_mean) < 1e-12
 #| num: sft-rivals = {len(rivals)}
 #| num: sft-gap-error = {gap_error:.0e}
 #| num: sft-fit-error = {fit_error:.0e}
+import torch
+
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn, NLLLossFn
+from nemo_rl_ref.equations.world import World, ascend, expect, gradient, groups, kl, variance
+
 world = World(vocab=3, horizon=3)
 log_data = world.logprob(world.policy(scale=1.5, seed=4)).detach()
 entropy = expect(log_data, -log_data)
@@ -448,6 +453,10 @@ assert reinforce_error < 1e-7 and constant_error < 1e-7 and cosine < 0.9999
 
 # %%
 #| label: kl-world
+import torch
+
+from nemo_rl_ref.equations.world import World, ascend, expect, kl, variance
+
 BETA = 0.5
 world = World(vocab=3, horizon=2)
 reward = torch.randn(len(world), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -773,7 +782,10 @@ assert noise_kl > 0.01 and noise_error < 1e-9
 
 # %%
 #| label: ppo-loss
+import torch
+
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+from nemo_rl_ref.equations.world import World, expect, gradient, groups, variance
 
 
 def pg_loss(logprobs, prev, advantages, generation=None, **settings):
@@ -1205,8 +1217,13 @@ for length in range(1, 9):
 
 # %%
 #| label: grpo-world
+import math
+
+import torch
+
 from nemo_rl_ref.algorithms.advantage_estimator import AdvEstimatorConfig, GRPOAdvantageEstimator
 from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig, ClippedPGLossFn
+from nemo_rl_ref.equations.world import World, expect, gradient, groups
 
 SIZE = 3  # answers in a group
 world = World(vocab=3, horizon=2)
@@ -1574,7 +1591,10 @@ assert weights["mean over tokens"].unique().numel() == 1
 #| num: kl-exact = {exact:.3f}
 #| num: kl-mean-error = {error:.0e}
 #| num: kl-k2-mean = {means['k2']:.3f}
+import torch
+
 from nemo_rl_ref.algorithms.utils import calculate_kl
+from nemo_rl_ref.equations.world import World, ascend, expect, gradient, kl
 
 world = World(vocab=3, horizon=3)
 policy, reference, older = (world.policy(seed=seed) for seed in (1, 2, 3))
@@ -1861,7 +1881,13 @@ axes[0].legend()
 
 # %%
 #| label: group-estimates
+import math
+
+import torch
+
 from nemo_rl_ref.algorithms.advantage_estimator import AdvEstimatorConfig, GRPOAdvantageEstimator
+from nemo_rl_ref.algorithms.loss import ClippedPGLossConfig
+from nemo_rl_ref.equations.world import World, expect, gradient, groups, kl, variance
 
 few = World(vocab=2, horizon=2)
 logits = few.policy(seed=1)

@@ -4,7 +4,6 @@
 import ast
 import importlib.metadata
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from installed import build_wheel
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -154,27 +154,19 @@ def test_python_versions_agree():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy so that no build folder is left in the repository."""
-    folder = tmp_path_factory.mktemp("a wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(PACKAGE, source / "nemo_rl_ref", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
-    command += ["--no-index", "--disable-pip-version-check", "-q", "-w", str(folder)]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    """The wheel of this state of the repository."""
+    return build_wheel(tmp_path_factory.mktemp("a wheel"))
 
 
 def test_wheel_holds_every_file_of_the_package(wheel):
     ours = [p for p in PACKAGE.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     expected = {str(p.relative_to(ROOT)) for p in ours if p.name != ".DS_Store"}
+    beside = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/spaces").glob("*.yaml")]
+    beside += (ROOT / "benchmarks/results").glob("*.json")
+    expected |= {f"share/nemo-rl-ref/{p.relative_to(ROOT)}" for p in beside}
     assert any(name.endswith(".safetensors") for name in expected)
     with zipfile.ZipFile(wheel) as archive:
-        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        names = {n.split(".data/data/")[-1] for n in archive.namelist() if ".dist-info/" not in n}
         assert names == expected
         assert any(n.endswith("dist-info/licenses/LICENSE") for n in archive.namelist())
 

@@ -7,7 +7,8 @@
 
 takes the code cell whose first line is `#| label: dpo-curve`, in whichever notebook it stands.
 `remove-input` leaves out its code, `remove-output` its outputs. The cell is drawn by MyST-NB,
-as on the notebook's own page, and links back to it.
+as on the notebook's own page, and links back to it. Code that is shown says whether it runs alone;
+if not, a button copies it with what it needs (`listings.py`).
 
     The two curves are at most {num}`dpo-max-diff` apart.
 
@@ -18,6 +19,7 @@ links to the cell that made it.
 from __future__ import annotations
 
 import difflib
+from html import escape
 from typing import Any, ClassVar
 
 import nbformat
@@ -108,6 +110,16 @@ def draw_cell(
     return place.children
 
 
+def copy_button(label: str, text: str) -> str:
+    """Return the HTML of a button that copies a text, and says in a tooltip how long it is."""
+    lines = text.count("\n")
+    return (
+        f'<button type="button" class="copy-text" title="{lines} lines" data-clipboard-text='
+        f'"{escape(text).replace(chr(10), "&#10;")}">{escape(label)}</button>'
+        '<span class="copy-done" role="status"></span>'
+    )
+
+
 def link_to_cell(cell_label: str | None, notebook: str, *content: nodes.Node) -> nodes.Node:
     """Link to a labelled cell on its notebook's page, or to the page where it has no label."""
     inner = nodes.inline("", "", *content)
@@ -145,11 +157,30 @@ class Embed(SphinxDirective):
         if len(hidden) == 2:
             return self.refuse("remove-input and remove-output together leave nothing of the cell")
         content = draw_cell(cell, self.state.document, self.lineno, hidden)
+        if "remove-input" not in hidden:
+            content = [*self.copy_note(label), *content]
         text = nodes.Text(f"from notebooks/{cell.notebook}")
         link: Any = link_to_cell(label, cell.notebook, text)
         self.set_source_info(link)
         origin = nodes.paragraph("", "", link, classes=["embedded-from"])
         return [nodes.container("", *content, origin, classes=["embedded-cell"])]
+
+    def copy_note(self, label: str) -> list[nodes.Node]:
+        """Say that the listing runs alone, or offer it with what it needs."""
+        note_use(self.env, "listing", label)
+        listing = EXECUTED.listings.get(label)
+        if listing is None:  # not plain Python
+            return []
+        if listing.missing:
+            names = ", ".join(sorted(listing.missing))
+            return self.refuse(
+                f"the listing {label!r} uses names that no cell above binds: {names}"
+            )
+        if listing.alone:
+            html = "<span>runs alone</span>"
+        else:
+            html = copy_button("copy with what it needs", listing.text)
+        return [nodes.raw("", f'<p class="listing-copy">{html}</p>', format="html")]
 
     def refuse(self, message: str) -> list[nodes.Node]:
         """Warn, naming the page and the line; warnings are errors in this project's builds."""
@@ -185,6 +216,8 @@ class StoredNumber(SphinxRole):
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
     app.setup_extension("notebook_pages")
+    app.add_js_file("copy_text.js", loading_method="defer")
+    offer("listing", lambda name: getattr(EXECUTED.listings.get(name), "text", None))
     offer("cell", lambda name: [[c.notebook, c.cell] for c in EXECUTED.labels.get(name, [])])
     offer(
         "value", lambda name: [[v.notebook, v.text, v.label] for v in EXECUTED.values.get(name, [])]

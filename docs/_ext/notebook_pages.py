@@ -16,6 +16,7 @@ from typing import Any
 
 from docutils import nodes
 from execution import ensure_executed, write_atomically
+from listings import Listing, listings_of
 from notebook_cells import (
     VALUES_MIME,
     LabelledCell,
@@ -46,20 +47,24 @@ class Executed:
         contents: the same as JSON data.
         labels: the cells of each label; more than one is an error.
         values: the stored values of each name; more than one is an error.
+        listings: what a reader gets who copies a labelled cell with what it needs.
     """
 
     copies: dict[str, Path] = field(default_factory=dict)
     contents: dict[str, dict[str, Any]] = field(default_factory=dict)
     labels: dict[str, list[LabelledCell]] = field(default_factory=dict)
     values: dict[str, list[StoredValue]] = field(default_factory=dict)
+    listings: dict[str, Listing] = field(default_factory=dict)
 
     def collect(self, copies: dict[str, Path]) -> None:
         """Read executed notebooks and list what pages can use of them."""
         self.copies, self.contents, self.labels, self.values = copies, {}, {}, {}
+        self.listings = {}
         for name, path in copies.items():
             content = json.loads(path.read_text(encoding="utf-8"))
             self.contents[name] = content
             source = f"{FOLDER}/{name}.py"
+            self.listings |= listings_of(content["cells"])
             for cell in labelled_cells(name, source, content):
                 self.labels.setdefault(cell.label, []).append(cell)
             for value in stored_values(name, source, content):

@@ -171,6 +171,8 @@ def test_light_and_dark(browser, serve, built):
             ".notebook-links a",
             ".embedded-from a",
             ".cell_output .text_html td",
+            "button.copy-text",
+            ".listing-copy span",
         ):
             assert page.evaluate(CONTRAST, [selector]) >= 4.5, (scheme, selector)
     assert len(backgrounds) == 2
@@ -198,6 +200,22 @@ def test_copy_buttons_leave_out_prompts(page, serve, built, block, copied):
     page.locator("button.copybtn").nth(block).click(force=True)
     page.wait_for_selector("button.copybtn.success")
     assert page.evaluate("navigator.clipboard.readText()").strip() == copied
+
+
+def test_a_listing_is_copied_with_what_it_needs_by_the_keyboard(page, serve, built):
+    """Without a network: the text is in the page."""
+    page.goto(f"{serve(built.site.html)}/deep/down/losses.html")
+    page.wait_for_load_state("networkidle")
+    page.context.set_offline(True)
+    button = page.locator("button.copy-text")
+    assert button.count() == 1  # the others run alone
+    button.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('.copy-done').textContent === 'copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == (
+        "from nemo_rl_ref.number import NUMBER\n\nstored = NUMBER\n"
+    )
+    assert page.problems == []
 
 
 def test_equations_for_screen_readers_stay_on_this_host(page, serve, built):

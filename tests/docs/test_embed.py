@@ -37,6 +37,22 @@ def test_remove_output(cells):
     assert cells[5].select_one(".cell_output") is None
 
 
+def test_code_says_whether_it_runs_alone(cells):
+    notes = [cell.select_one(".listing-copy") for cell in cells]
+    assert notes[0].get_text() == "runs alone"
+    assert notes[1] is None  # its input is removed
+    assert notes[6].find("button")["data-clipboard-text"] == (
+        "from nemo_rl_ref.number import NUMBER\n\nstored = NUMBER\n"
+    )
+
+
+def test_a_name_that_nothing_binds_is_a_warning(site):
+    site.notebook("one", "import builtins\nbuiltins.hidden = 1", "#| label: bare\nprint(hidden)")
+    site.write("docs/index.md", "# Home\n\n```{embed} #bare\n```\n\n{doc}`/notebooks/one`\n")
+    result = site.build("-q", builder="dummy")
+    assert "the listing 'bare' uses names that no cell above binds: hidden" in result.text
+
+
 def test_image_with_its_alternative_text(built, cells):
     image = cells[2].find("img")
     assert image["alt"] == "A square, one pixel wide: red."

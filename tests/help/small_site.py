@@ -162,6 +162,8 @@ def make_site(top: Path) -> Site:
         shutil.copytree(TOP / folder, top / folder, ignore=ignored)
     site = Site(top)
     site.write("nemo_rl_ref/__init__.py", "")
+    for file in ("export/__init__.py", "export/slice.py"):
+        site.write(f"nemo_rl_ref/{file}", (TOP / "nemo_rl_ref" / file).read_text("utf-8"))
     site.write("nemo_rl_ref/number.py", "NUMBER = 17\n")
     site.write("requirements.txt", "sphinx==0  # not read by these tests\n")
     site.write("docs/references.bib", "")
