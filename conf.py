@@ -25,6 +25,7 @@ extensions = [
     "embed",
     "nemo_rl_roles",
     "source_checks",
+    "copy_loss",
     "equations",
     "glossary_links",
     # others

@@ -75,7 +75,7 @@ def _move_lines(
     renamed: Mapping[str, str],
     notes: list[str],
 ) -> str:
-    """The new numbers of lines that are linked, ``path#L12`` or ``path:12``."""
+    """The new numbers of lines that are linked, a path with ``#`` and L12, or with a colon and 12."""
 
     def move(match: re.Match[str]) -> str:
         path, mark, first, dash, last = match.groups()

@@ -8,6 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
+
+from nemo_rl_ref.export.slice import statements, whole_class
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -49,6 +52,38 @@ def test_a_module_is_where_the_page_says(row):
     assert not exists(before) or ROOT.joinpath("nemo_rl_ref", *before.split(".")).is_dir()
     if "#| num" not in now:
         assert all(exists(name) for name in re.findall(r"`([a-z_.]+)`", now))
+
+
+def test_each_custom_loss_can_be_copied_from_its_entry_and_from_the_table(project_html):
+    """Complete, for NeMo RL and for this project."""
+
+    def copied(place):
+        return [button["data-clipboard-text"] for button in place.select("button.copy-text")]
+
+    pages = ("reference/api/custom", "core-design/design-principles/loss-functions")
+    entries, table = (
+        BeautifulSoup((project_html / f"{page}.html").read_text("utf-8"), "html.parser")
+        for page in pages
+    )
+    rows = {
+        link["title"]: row
+        for row in table.select("tr:has(.copy-loss)")
+        for link in row.select("a[title^='nemo_rl_ref.custom.']")
+    }
+    losses = 0
+    for path in (ROOT / "nemo_rl_ref" / "custom").glob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        for statement in statements(source):
+            if not statement.text.startswith("class "):
+                continue
+            (name,) = statement.flow.binds
+            full = f"nemo_rl_ref.custom.{path.stem}.{name}"
+            texts = [whole_class(source, name, prefix) for prefix in ("nemo_rl", "nemo_rl_ref")]
+            assert copied(entries.find("dt", id=full).find_next_sibling("dd")) == texts, full
+            if "Source:" in statement.text and name != "TokenPGLossFn":  # what others derive from
+                losses += 1
+                assert set(texts) <= set(copied(rows[full])), full
+    assert losses > 25
 
 
 def test_the_citation_has_the_version_of_the_package():
