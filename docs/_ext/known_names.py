@@ -9,6 +9,8 @@ definitions, parameters, attributes, options, metrics, environment variables, fi
 from __future__ import annotations
 
 import ast
+import builtins
+import keyword
 import re
 import tomllib
 from collections.abc import Iterator
@@ -44,6 +46,7 @@ class Names:
         allowed = tomllib.loads((top / ALLOWED).read_text(encoding="utf-8"))
         self.allowed = {name: reason for reason, names in allowed.items() for name in names}
         words = set(self.allowed) | {Path(path).name for path in self.paths}
+        words |= {*keyword.kwlist, *dir(builtins)}
         for folder in CODE:
             for path in sorted((top / folder).rglob("*.py")):
                 words |= set(names_in(path, everything=folder == "notebooks"))
