@@ -4,7 +4,8 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help html test planted listings lint serve notebooks bench studies gpu clean distclean venv
+.PHONY: help html test planted listings lint serve notebooks bench studies referee gpu clean \
+	distclean venv
 
 # Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
 #   PYTHON        the interpreter that makes .venv
@@ -15,6 +16,8 @@ PYTESTARGS ?=
 PORT ?= 8000
 GPUSTEPS ?=
 KINDS ?=
+CHECKOUT ?=
+REFEREEOPTS ?=
 
 # What another active environment would bring in. IPython, for one, puts VIRTUAL_ENV on its path.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX JUPYTER_PATH
@@ -79,6 +82,10 @@ studies: venv ## run the searches that the site shows, one to two hours; goes on
 		echo "benchmarks/search_$$script.py"; \
 		OMP_NUM_THREADS=1 $(PY) "benchmarks/search_$$script.py" || exit 1; \
 	done
+
+referee: venv ## run NeMo RL's own loops and unit tests beside ours: CHECKOUT=/path/to/NeMo-RL
+	@[ -n "$(CHECKOUT)" ] || { echo "error: say where NeMo RL is: CHECKOUT=/path/to/NeMo-RL" >&2; exit 1; }
+	@$(PY) tests/referee --checkout "$(CHECKOUT)" $(REFEREEOPTS)
 
 gpu: venv ## on a GPU: test the kernels, execute the notebooks, run the benchmarks
 	@$(PY) .ci/gpu.py $(GPUSTEPS)
