@@ -119,6 +119,20 @@ PEERS = {
 }
 
 
+#: What only `make referee` imports, besides NeMo RL from a checkout: what is pinned in
+#: tests/referee/requirements.txt, and what pydantic brings.
+REFEREE = {"nemo_automodel", "typing_extensions"}
+
+
+def test_what_the_referee_needs_is_pinned_exactly_and_imported_by_it_alone():
+    text = (ROOT / "tests/referee/requirements.txt").read_text(encoding="utf-8")
+    assert "nemo-automodel" in pins(text) and not set(pins(text)) & set(pins(DIRECT))
+    assert all(str(r.specifier).startswith("==") for r in pins(text).values())
+    found = {m: file for m, file in imported_modules().items() if m in REFEREE}
+    assert found.keys() == REFEREE
+    assert all(file.startswith("tests/referee/") for file in found.values())
+
+
 def test_peers_are_pinned_exactly_and_imported_by_the_benchmarks_alone():
     text = (ROOT / "requirements-gpu.txt").read_text(encoding="utf-8")
     assert set(pins(text)) == set(PEERS.values())
@@ -130,7 +144,7 @@ def test_peers_are_pinned_exactly_and_imported_by_the_benchmarks_alone():
 def test_what_is_imported_is_chosen_by_hand():
     distributions = importlib.metadata.packages_distributions()
     for module, file in imported_modules().items():
-        if module in PEERS:
+        if module in PEERS or module in REFEREE:
             continue
         names = {canonicalize_name(name) for name in distributions.get(module, [])}
         assert names & set(pins(DIRECT)), f"{file} imports {module}: not in requirements.txt"
