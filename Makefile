@@ -4,8 +4,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help html test planted listings lint serve notebooks bench studies referee gpu clean \
-	distclean venv
+.PHONY: help html test planted listings lint serve notebooks bench studies referee gpu clean distclean venv
 
 # Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
 #   PYTHON        the interpreter that makes .venv
