@@ -146,8 +146,10 @@ def drift(
         The changes, and what to call the two commits.
 
     Raises:
-        CheckoutError: `since` is no commit of the checkout.
+        CheckoutError: `since` is no commit of the checkout, or `root` has no mirror.
     """
+    if not (root / "nemo_rl_ref").is_dir():
+        raise CheckoutError(f"--root: got {root}, where there is no folder nemo_rl_ref")
     names = ("manifest.json", "keys.json", "sources.json")
     earlier = Checkout(checkout.path, since) if since else None
     old = extract(earlier) if earlier else {name: read_facts(name) for name in names}

@@ -98,6 +98,8 @@ def find_drift(
             owner = change.name.rpartition(".")[0]
         if files.get(owner) in unread and change.kind in ("removed", "renamed", "moved"):
             change = replace(change, kind="unread", detail=files[owner], new=None)
+        if unread and (change.kind, change.what, change.detail) == ("removed", "key", ""):
+            change = replace(change, kind="unread", detail=f"perhaps in {_some(sorted(unread))}")
         return _with_uses(change, owner, symbols.get(owner, owner), uses, old, new)
 
     order = list(KINDS)

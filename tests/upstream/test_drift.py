@@ -227,6 +227,17 @@ def test_what_cannot_be_parsed_is_not_called_removed(repositories):
     assert not any(name.startswith("removed") for name in found)
 
 
+def test_a_key_that_may_stand_in_a_file_that_cannot_be_read_is_not_called_removed(repositories):
+    checkout, first, here = repositories
+    files = {"examples/configs/tiny.yaml": "tiny: [", "nemo_rl/a.py": ""}
+    found = changes(repositories, files)
+    unread = found["unread key tiny.beta"]
+    assert unread.detail == "perhaps in examples/configs/tiny.yaml" and unread.used
+    commit(checkout, {"examples/configs/tiny.yaml": "tiny: {seed: 1}"})
+    found, _ = drift(Checkout(checkout), first, here)
+    assert "removed" in {c.kind for c in found if c.name == "tiny.beta"}
+
+
 def test_the_command_reports_and_ends_with_a_status(repositories, capsys):
     checkout, first, here = repositories
 
@@ -249,6 +260,8 @@ def test_the_command_reports_and_ends_with_a_status(repositories, capsys):
     assert status == 1 and change["kind"] == "default" and change["detail"] == "0.1 -> 0.5"
     assert main(["drift", str(checkout), "--from", "nothing"]) == 2
     assert "it has no commit nothing" in capsys.readouterr().err
+    assert main(["drift", str(checkout), "--root", str(checkout)]) == 2
+    assert "where there is no folder nemo_rl_ref" in capsys.readouterr().err
 
 
 HISTORY = json.loads(Path(__file__).with_name("history.json").read_text(encoding="utf-8"))
