@@ -28,6 +28,7 @@ extensions = [
     "copy_loss",
     "equations",
     "glossary_links",
+    "section_search",
     # others
     "myst_nb",
     "sphinx_copybutton",
@@ -117,6 +118,7 @@ bibtex_default_style = "plain"
 
 html_theme = "pydata_sphinx_theme"
 html_title = project
+templates_path = ["docs/_templates"]
 html_static_path = ["docs/_static", MATHJAX.as_posix()]
 html_css_files = ["custom.css"]
 html_favicon = "docs/_static/favicon.svg"

@@ -145,7 +145,7 @@ def test_root_and_search(page, serve, project_html):
     title = page.locator("h1").inner_text()
     assert "NeMo RL" in title
     page.goto(f"{address}/search.html?q=DPO")
-    results = page.locator("#search-results ul.search li a")
+    results = page.locator("article .section-hits li a, .bd-search-container .section-hits li a")
     results.first.wait_for()
     links = [results.nth(i).get_attribute("href") for i in range(results.count())]
     assert any("custom-dpo.html" in link for link in links), links
@@ -228,4 +228,39 @@ def test_equations_for_screen_readers_stay_on_this_host(page, serve, built):
     assert any("/mathjax/a11y/" in url for url in page.requests)
     assert any("/mathjax/sre/" in url for url in page.requests)
     assert elsewhere(page.requests, address) == []
+    assert page.problems == []
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["from a server", "from a folder"])
+def test_search_from_the_keyboard(page, serve, project_html, served):
+    address = serve(project_html) if served else project_html.as_uri()
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto(f"{address}/get-started.html")
+    assert not [url for url in page.requests if "search" in url and url.endswith("sections.js")]
+    page.keyboard.press("Control+k")
+    page.keyboard.type("reward hacking")
+    hits = page.locator("dialog .section-hits li a")
+    hits.first.wait_for()
+    assert "gamed" in hits.first.inner_text()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/custom-grpo.html#a-reward-that-is-gamed")
+    assert page.problems == []
+
+
+def test_an_equation_is_moved_from_the_keyboard(page, serve, project_html):
+    address = serve(project_html)
+    page.goto(f"{address}/advanced/algorithm-development/mathematical-foundations/preferences.html")
+    box = page.locator("details.equation-play").first
+    box.locator("summary").click()
+    shown = box.locator(".equation-curve output")
+    before = shown.inner_text()
+    slider = box.locator("input[type=range]").first
+    slider.focus()
+    for _ in range(20):
+        page.keyboard.press("ArrowRight")
+    assert shown.inner_text() != before
+    assert before.split()[0] not in ("NaN", "Infinity", "")
+    assert box.locator("svg[role=img] title").inner_text().count(" at ") >= 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert page.problems == []
