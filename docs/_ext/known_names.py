@@ -50,7 +50,11 @@ class Names:
         for folder in CODE:
             for path in sorted((top / folder).rglob("*.py")):
                 words |= set(names_in(path, everything=folder == "notebooks"))
-        words |= set(re.findall(r"^([a-z]+):", (top / "Makefile").read_text("utf-8"), re.MULTILINE))
+        words |= set(re.findall(r"[\w./-]*\w", (top / "Makefile").read_text(encoding="utf-8")))
+        for path in sorted((top / "tests").rglob("*.py")):  # programs among the tests
+            text = path.read_text(encoding="utf-8")
+            words |= set(re.findall(r"add_argument\(\s*[\"'](--[\w-]+)", text))
+            words |= set(re.findall(r"environ(?:\.get\(|\[)[\"'](\w+)", text))
         for path in sorted((top / "configs").rglob("*.yaml")):
             words |= set(re.findall(r"[\w-]+", path.read_text(encoding="utf-8")))
         self.defined = {word for word in words if "." not in word}
