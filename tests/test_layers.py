@@ -28,6 +28,7 @@ EXCEPTIONS = {
     # Measures the estimator with another recurrence in its place.
     "benchmarks/bench_gae.py": {"nemo_rl_ref.algorithms._gae"},
     # Records for the site what the tests compare with TRL.
+    "benchmarks/record_drift.py": {"nemo_rl_history"},
     "benchmarks/record_trl_differences.py": {"trl_differences"},
 }
 

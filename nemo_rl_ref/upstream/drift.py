@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
+from textwrap import fill
 from typing import Any
 
 from nemo_rl_ref.upstream.extract import Facts
@@ -244,7 +245,7 @@ def _compare_symbol(name: str, old: Facts, new: Facts) -> list[Change]:
             changes.append(Change("signature", "symbol", name, detail=detail))
         return changes
     if old["bases"] != new["bases"]:
-        detail = "bases " + " -> ".join(", ".join(c["bases"]) or "none" for c in (old, new))
+        detail = "bases " + " -> ".join(", ".join(c["bases"]) or "unset" for c in (old, new))
         changes.append(Change("signature", "symbol", name, detail=detail))
     for part, what in (("fields", "field"), ("methods", "method")):
         fresh = [inner for inner in new[part] if inner not in old[part]]
@@ -262,7 +263,7 @@ def _compare_symbol(name: str, old: Facts, new: Facts) -> list[Change]:
             ):
                 was, now_is = entry.get(fact), now.get(fact)
                 if was != now_is and was != f"NotRequired[{now_is}]":
-                    detail = f"{was or 'none'} -> {now_is or 'none'}"
+                    detail = f"{was or 'unset'} -> {now_is or 'unset'}"
                     changes.append(Change(kind, what, path, detail=detail))
         if part == "fields" and "Config" in name:
             changes += [
@@ -431,12 +432,16 @@ def _entries(changes: Iterable[Change]) -> list[str]:
         for change in group:
             name = change.name.rpartition(".")[2] if change.what in ("field", "method") else ""
             told = f" `{change.name}`" if not name else f" `{name}`"
-            told += f" -> `{change.new}`" if change.new else ""
+            likely = " likely" if change.kind == "renamed" else ""
+            told += f" ->{likely} `{change.new}`" if change.new else ""
             parts.append(told + (f" {change.detail}" if change.detail else ""))
         inside = group[0].what in ("field", "method")
         line = f"- `{owner}`:{';'.join(parts)}" if inside else f"- {group[0].what}{parts[0]}"
         where = [f"mirror {group[0].mirror}"] if group[0].mirror else []
         uses = list(dict.fromkeys(place for change in group for place in change.uses))
         where += [f"named in {_some(uses)}"] if uses and group[0].kind != "new" else []
-        lines.append(line + (f" ({'; '.join(where)})" if where else ""))
+        line += f" ({'; '.join(where)})" if where else ""
+        lines.append(
+            fill(line, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        )
     return lines

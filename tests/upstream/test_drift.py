@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What changed in NeMo RL, and which page or mirror it concerns: planted changes, and real ones."""
 
+import csv
 import json
 import os
 import textwrap
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from nemo_rl_checkouts import commit
+from nemo_rl_history import HISTORY, UNTIL, missed
 
-from nemo_rl_ref.upstream import COMMIT
 from nemo_rl_ref.upstream.__main__ import drift, main
 from nemo_rl_ref.upstream.checkout import Checkout
 
@@ -252,6 +253,7 @@ def test_the_command_reports_and_ends_with_a_status(repositories, capsys):
     status, report = run()
     assert status == 1
     assert "1 changes touch what this project uses" in report
+    report = " ".join(report.split())
     line = "- `nemo_rl.algorithms.losses.TinyLossConfig`: `beta` 0.1 -> 0.5 (mirror nemo_rl_ref/"
     assert "## Default changed (1)" in report and line in report
     assert "- nemo_rl/bad.py:1: not read: '(' was never closed" in report
@@ -264,27 +266,22 @@ def test_the_command_reports_and_ends_with_a_status(repositories, capsys):
     assert "where there is no folder nemo_rl_ref" in capsys.readouterr().err
 
 
-HISTORY = json.loads(Path(__file__).with_name("history.json").read_text(encoding="utf-8"))
-
-
-def is_found(fact, found):
-    """Whether a change of the kind is reported; what was removed may be told with a likely new name."""
-    kinds = {fact["kind"]} | ({"renamed", "moved"} if fact["kind"] == "removed" else set())
-    return any(
-        c.name == fact["old"]
-        and c.kind in kinds
-        and ("new" not in fact or c.new == fact["new"])
-        and fact.get("what", "") in c.detail
-        for c in found
-    )
-
-
 @pytest.mark.parametrize("since", HISTORY)
 def test_the_moves_of_nemo_rls_own_history_are_found(since):
-    """Facts from its log: renames by git, names by grep, defaults by diffs of classes and files."""
+    """At least 95 % of the facts in ``history.json``."""
     path = os.environ.get("NEMO_RL_CHECKOUT")
     if not path:
         pytest.skip("NEMO_RL_CHECKOUT does not name a checkout of NeMo RL")
-    found, _ = drift(Checkout(Path(path), COMMIT), since)
-    missed = [fact for fact in HISTORY[since] if not is_found(fact, found)]
-    assert len(missed) <= 0.05 * len(HISTORY[since]), missed
+    changes, _ = drift(Checkout(Path(path), UNTIL), since)
+    lost = missed(since, changes)
+    assert len(lost) <= 0.05 * len(HISTORY[since]), lost
+
+
+def test_the_table_on_the_page_is_about_these_facts():
+    path = Path(__file__).parents[2] / "benchmarks/results/drift.csv"
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    assert [(row["since"][:9], int(row["facts"])) for row in rows] == [
+        (since[:9], len(facts)) for since, facts in HISTORY.items()
+    ]
+    assert all(int(row["found"]) >= 0.95 * int(row["facts"]) for row in rows)
+    assert {row["until"][:9] for row in rows} == {UNTIL[:9]}
