@@ -295,7 +295,7 @@ def _compare_keys(old: Mapping[str, Facts], new: Mapping[str, Facts]) -> list[Ch
     gone: dict[str, list[str]] = {key: [] for key in sorted(before - after)}
     set_now: set[str] = set()
     values: dict[tuple[str, str, str], list[str]] = {}
-    for file in configs.keys() & configs_now.keys():
+    for file in sorted(configs.keys() & configs_now.keys()):
         own, now = configs[file], configs_now[file]
         set_now |= now.keys() - own.keys()
         for key in own.keys() - now.keys():
