@@ -528,9 +528,7 @@ class RLTrainer:
         section = self.value_config
         found = self._update(self.models["value"], section, data, loss)
         names = ("returns_mean", "values_mean", "returns_sq_mean", "residual_sq_mean")
-        returns, values, returns_sq, residual_sq = (
-            found[name] * section.train_global_batch_size / data.size for name in names
-        )
+        returns, values, returns_sq, residual_sq = (found[name] for name in names)
         residual = residual_sq - (returns - values) ** 2
         found["explained_var"] = 1.0 - residual / max(returns_sq - returns**2, 1e-8)
         return {f"critic/{name}": value for name, value in found.items()}

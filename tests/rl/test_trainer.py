@@ -390,6 +390,33 @@ def test_ppo(tmp_path):
         assert abs(one["advantages/mean"]) < 1e-4  # normalised over tokens
 
 
+def test_explained_variance_is_that_of_the_whole_batch_with_several_updates(tmp_path, monkeypatch):
+    """From the values before the updates, which a learning rate of 0 leaves as they were."""
+    changes = {
+        "value.train_global_batch_size": 8,
+        "value.optimizer": {"name": "torch.optim.SGD", "kwargs": {"lr": 0.0}},
+        "ppo.ppo_epochs": 1,
+    }
+    seen = []
+    update_value = RLTrainer.update_value
+    monkeypatch.setattr(
+        RLTrainer,
+        "update_value",
+        lambda self, data: (seen.append(data), update_value(self, data))[1],
+    )
+    (one,), _ = steps(settings(tmp_path, changes, ppo=True), 1, environment=dense)
+    (data,) = seen
+    halves = []
+    for rows in (slice(0, 8), slice(8, 16)):
+        on = data["token_mask"][rows].bool()
+        returns, values = data["returns"][rows][on], data["values"][rows][on]
+        numbers = (returns, values, returns**2, (returns - values) ** 2)
+        halves.append([number.mean() for number in numbers])
+    returns, values, squares, errors = torch.tensor(halves).mean(0)
+    expected = 1 - (errors - (returns - values) ** 2) / (squares - returns**2)
+    assert one["critic/explained_var"] == pytest.approx(expected.item(), abs=1e-4)
+
+
 def test_ppo_value_model_learns(tmp_path):
     """With a constant reward the values have one thing to say."""
     changes = {

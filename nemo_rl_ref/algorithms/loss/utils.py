@@ -80,15 +80,20 @@ def _logprobs(
         return {"next_token_logprobs": logits.float()[:, : ids.shape[1] - 1]}
     logits = logits[:, : ids.shape[1] - 1]  # a packed sequence's logits have padding
     if sampling_params is None or not need_top_k_or_top_p_filtering(sampling_params):
-        return {"next_token_logprobs": token_logprobs(logits, ids[:, 1:])}
+        return {"next_token_logprobs": _of_next(logits, ids)}
     top_k, top_p = sampling_params.top_k, sampling_params.top_p
     filtered, _ = apply_top_k_top_p(logits.float(), top_k, top_p)
-    logprobs = token_logprobs(filtered, ids[:, 1:])
+    logprobs = _of_next(filtered, ids)
     mask = data["token_mask"] * data["sample_mask"].unsqueeze(-1)
     logprobs = mask_out_neg_inf_logprobs(logprobs, mask[:, 1:], "curr_logprobs")
     if getattr(loss_fn, "reference_policy_kl_penalty", 0):
-        data["curr_logprobs_unfiltered"] = token_logprobs(logits, ids[:, 1:])
+        data["curr_logprobs_unfiltered"] = _of_next(logits, ids)
     return {"next_token_logprobs": logprobs}
+
+
+def _of_next(logits: Tensor, ids: Tensor) -> Any:
+    """Log-probability of the token after each, (B, S-1), from logits (B, S-1, V)."""
+    return token_logprobs(logits, ids[:, 1:])
 
 
 def _top_k_logprobs(logits: Tensor, data: Any, loss_fn: Any) -> dict[str, Optional[Tensor]]:

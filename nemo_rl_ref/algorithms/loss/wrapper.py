@@ -10,7 +10,6 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from nemo_rl_ref.algorithms.loss.interfaces import LossFunction
 from nemo_rl_ref.algorithms.loss.loss_functions import DraftCrossEntropyLossFn
 from nemo_rl_ref.distributed.batched_data_dict import BatchedDataDict
 
@@ -46,7 +45,7 @@ class SequencePackingLossWrapper:
 
     def __init__(
         self,
-        loss_fn: LossFunction,
+        loss_fn: Any,
         prepare_fn: PrepareFn,
         cu_seqlens_q: Tensor,
         cu_seqlens_q_padded: Optional[Tensor] = None,
@@ -82,7 +81,8 @@ class SequencePackingLossWrapper:
         """
         lengths = self.cu_seqlens_q.diff().tolist()
         starts = self.cu_seqlens_q if self.cu_seqlens_q_padded is None else self.cu_seqlens_q_padded
-        bounds, total, metrics = starts.tolist(), 0, {}
+        bounds, metrics = starts.tolist(), {}
+        total: Any = 0
         for number, length in enumerate(lengths):
             one = {
                 key: value[:, :length]
@@ -201,7 +201,7 @@ def wrap_loss_fn_with_input_preparation(
     data: BatchedDataDict[Any],
     global_valid_seqs: Tensor | None,
     global_valid_toks: Tensor | None,
-    loss_fn: LossFunction,
+    loss_fn: Any,
     prepare_fn: PrepareFn,
     vocab_parallel_rank: Optional[int] = None,
     vocab_parallel_group: Optional[torch.distributed.ProcessGroup] = None,
