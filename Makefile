@@ -4,12 +4,13 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help html test planted listings lint serve notebooks bench studies referee gpu clean distclean venv
+.PHONY: help html test planted listings lint serve run lab notebooks bench studies referee gpu clean distclean venv
 
 # Given on the command line or in the environment; .ci/venv.sh reads PYTHON and REQUIREMENTS.
 #   PYTHON        the interpreter that makes .venv
 #   REQUIREMENTS  the file with the pins
 #   KINDS         words of the mistakes that `make planted` plants; all without it
+#   NB            the notebook that `make run` runs
 SPHINXOPTS ?=
 PYTESTARGS ?=
 PORT ?= 8000
@@ -17,6 +18,8 @@ GPUSTEPS ?=
 KINDS ?=
 CHECKOUT ?=
 REFEREEOPTS ?=
+NB ?=
+LABOPTS ?=
 
 # What another active environment would bring in. IPython, for one, puts VIRTUAL_ENV on its path.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV CONDA_PREFIX JUPYTER_PATH
@@ -32,7 +35,7 @@ help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1=\2/p' Makefile | \
 		while IFS='=' read -r target text; do printf '  %-10s  %s\n' "$$target" "$$text"; done
 	@echo
-	@echo "Variables: PYTHON=python3.12  SPHINXOPTS=...  PYTESTARGS=\"-k loss\"  PORT=8000"
+	@echo "Variables: PYTHON=python3.12  SPHINXOPTS=...  PYTESTARGS=\"-k loss\"  PORT=8000  NB=custom_dpo"
 
 html: venv ## execute what changed, build the site into _build/html; a warning is an error
 	@$(PY) -m sphinx -W --keep-going $(SPHINXFLAGS)
@@ -60,6 +63,16 @@ lint: venv ## check style, formatting and types; ruff check --fix and ruff forma
 serve: venv ## build the site, serve it on localhost, rebuild it after each change
 	@$(PY) -m sphinx_autobuild --port $(PORT) --ignore _build --re-ignore '__pycache__|[.]pyc$$' \
 		$(SPHINXFLAGS)
+
+run: venv ## run one notebook, make run NB=custom_dpo, and write it with its outputs to _build/run
+	@$(PY) docs/_ext/run_notebook.py $(if $(NB),"$(NB)")
+
+# The kernel finds the package in this folder: it is not installed in .venv.
+lab: notebooks ## open the notebooks in JupyterLab, which the first time is installed into .venv
+	@$(PY) -c "import jupyterlab" 2>/dev/null || \
+		$(PY) -m pip install -r requirements.txt -r requirements-lab.txt
+	@PYTHONPATH="$(CURDIR)" JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab --LabApp.default_url=/lab/tree/_build/ipynb \
+		$(if $(filter 0,$(shell id -u)),--allow-root) $(LABOPTS)
 
 notebooks: venv ## write each notebook as .ipynb, not executed, into _build/ipynb
 	@mkdir -p _build/ipynb

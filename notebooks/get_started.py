@@ -29,13 +29,13 @@ import time
 from pathlib import Path
 
 import nemo_rl_ref
+from nemo_rl_ref.files.shipped import shipped
 
-PROJECT = Path(nemo_rl_ref.__file__).parents[1]
 FOLDER = Path(tempfile.mkdtemp(prefix="get-started-"))
-for file in (PROJECT / "notebooks" / "get_started").glob("my_*"):
+for file in shipped("notebooks/get_started").glob("my_*"):
     shutil.copy(file, FOLDER)
-for name in ("configs", "nemo_rl_ref"):
-    (FOLDER / name).symlink_to(PROJECT / name)
+(FOLDER / "configs").symlink_to(shipped("configs"))
+(FOLDER / "nemo_rl_ref").symlink_to(Path(nemo_rl_ref.__file__).parent)
 
 
 def run(command):

@@ -166,6 +166,17 @@ def test_targets_are_phony(checkout):
     assert set(phony[1].split()) == TARGETS
 
 
+def test_run_and_lab_start_what_they_say(checkout):
+    """Not executed: the script of the one has tests of its own, the other opens a server."""
+    (checkout.folder / "notebooks").mkdir()
+    assert 'docs/_ext/run_notebook.py "one"' in checkout.succeed(
+        "-n", "-o", "venv", "run", "NB=one"
+    )
+    output = checkout.succeed("-n", "-o", "venv", "lab", "LABOPTS=--no-browser")
+    assert "pip install -r requirements.txt -r requirements-lab.txt" in output
+    assert f'PYTHONPATH="{checkout.folder}"' in output and "--no-browser" in output
+
+
 def test_second_run_installs_nothing(fake_tools):
     assert "Installing requirements.txt" in fake_tools.succeed("venv")
     assert fake_tools.pip_calls() == ["install --no-input --no-user --target= -r requirements.txt"]
@@ -609,9 +620,9 @@ def test_readme_commands_exist():
     targets = make_commands(text)
     assert {"html", "test"} <= set(targets) <= TARGETS
     assert targets[:2] == ["html", "test"]
-    scripts = re.findall(r"[\w/]+\.py\b", text)
-    assert "notebooks/custom_dpo.py" in scripts
-    for name in scripts:
+    assert {"run", "lab"} <= set(targets)
+    notebooks = re.findall(r"NB=(\w+)", README)
+    for name in [*re.findall(r"[\w/]+\.py\b", text), *(f"notebooks/{n}.py" for n in notebooks)]:
         assert (ROOT / name).is_file(), name
 
 

@@ -133,6 +133,11 @@ def test_what_the_referee_needs_is_pinned_exactly_and_imported_by_it_alone():
     assert all(file.startswith("tests/referee/") for file in found.values())
 
 
+def test_what_make_lab_adds_is_pinned_exactly():
+    lab = pins((ROOT / "requirements-lab.txt").read_text(encoding="utf-8"))
+    assert lab and all(str(r.specifier).startswith("==") for r in lab.values())
+
+
 def test_peers_are_pinned_exactly_and_imported_by_the_benchmarks_alone():
     text = (ROOT / "requirements-gpu.txt").read_text(encoding="utf-8")
     assert set(pins(text)) == set(PEERS.values())
@@ -177,6 +182,7 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     expected = {str(p.relative_to(ROOT)) for p in ours if p.name != ".DS_Store"}
     beside = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs/spaces").glob("*.yaml")]
     beside += (ROOT / "benchmarks/results").glob("*.json")
+    beside += (ROOT / "notebooks/get_started").glob("my_*")
     expected |= {f"share/nemo-rl-ref/{p.relative_to(ROOT)}" for p in beside}
     assert any(name.endswith(".safetensors") for name in expected)
     with zipfile.ZipFile(wheel) as archive:
@@ -198,6 +204,9 @@ def test_wheel_needs_only_torch_and_pydantic(wheel):
     assert minimal == {"torch", "pydantic"}
     assert set(metadata.get_all("Provides-Extra")) == {
         "equations", "train", "tune", "ray", "kernels", "trl", "docs", "test", "upstream"
+
+
+        "equations", "train", "tune", "ray", "kernels", "trl", "notebooks", "docs", "test"
     }  # fmt: skip
 
 

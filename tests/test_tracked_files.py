@@ -11,7 +11,7 @@ ASSETS = ("assets", "_static")
 TOP = {
     "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "benchmarks", "conf.py",
     "configs", "docs", "nemo_rl_ref", "notebooks", "pyproject.toml", "requirements-gpu.txt",
-    "requirements.txt", "tests",
+    "requirements-lab.txt", "requirements.txt", "tests",
 }  # fmt: skip
 
 

@@ -50,10 +50,10 @@ def described(name: str) -> str | None:
         return None
 
 
-def buttons(name: str) -> str:
-    """Return the HTML of a button for each prefix."""
-    both = (copy_button(prefix, source_of(name, prefix)) for prefix in PREFIXES)
-    return f'<span class="copy-loss">{" ".join(both)}</span>'
+def buttons(name: str, says: str) -> str:
+    """Return the HTML of a button for each prefix, after a few words."""
+    both = " ".join(copy_button(prefix, source_of(name, prefix)) for prefix in PREFIXES)
+    return f'<span class="copy-loss">{says} {both}</span>'
 
 
 class CopyLoss(SphinxRole):
@@ -63,7 +63,7 @@ class CopyLoss(SphinxRole):
         """Make the buttons, or warn."""
         note_use(self.env, "loss", self.text)
         try:
-            return [nodes.raw("", buttons(self.text), format="html")], []
+            return [nodes.raw("", buttons(self.text, "copy for"), format="html")], []
         except NotAlone as why:
             logger.warning("copy-loss: %s", why, location=self.get_location(), type="embed")
             return [], []
@@ -77,8 +77,8 @@ class CopyLossLine(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Make the buttons."""
         note_use(self.env, "loss", self.arguments[0])
-        html = f"<p>Copy the whole loss, written for {buttons(self.arguments[0])}</p>"
-        return [nodes.raw("", html, format="html")]
+        html = buttons(self.arguments[0], "Copy the whole loss, written for")
+        return [nodes.raw("", f"<p>{html}</p>", format="html")]
 
 
 def add_to_entry(

@@ -205,8 +205,21 @@ def make_client(content: Any, root: Path, scratch: Path) -> Any:
     )
 
 
-def run_cells(notebook: Notebook, content: Any, nums: dict[int, list[Num]], log: Log) -> None:
+def run_cells(
+    notebook: Notebook,
+    content: Any,
+    nums: dict[int, list[Num]],
+    log: Log,
+    progress: Log | None = None,
+) -> None:
     """Execute all cells of a notebook, in place; long ones are logged as they end.
+
+    Args:
+        notebook: the notebook.
+        content: what `read_notebook` read, with the values to store.
+        nums: those values.
+        log: told of long cells and of what cells wrote to stderr.
+        progress: told of every cell, before and after; long ones are not logged then.
 
     Raises:
         NotebookFailure: a cell raised, ran too long, or was expected to raise and did not; or a
@@ -223,6 +236,8 @@ def run_cells(notebook: Notebook, content: Any, nums: dict[int, list[Num]], log:
                 if cell.cell_type != "code":
                     continue
                 place = cell_place(notebook, content, index)
+                if progress:
+                    progress(f"[{index + 1}/{len(content.cells)}] {place}")
                 began = time.perf_counter()
                 try:
                     client.execute_cell(cell, index)
@@ -239,7 +254,9 @@ def run_cells(notebook: Notebook, content: Any, nums: dict[int, list[Num]], log:
                 clean_outputs(notebook.root, place, cell, log)
                 store_values(notebook, content, index, client, nums[index])
                 seconds = time.perf_counter() - began
-                if seconds >= LONG_CELL:
+                if progress:
+                    progress(f"    {seconds:.1f} s")
+                elif seconds >= LONG_CELL:
                     log(f"  {place}: {seconds:.1f} s")
 
 

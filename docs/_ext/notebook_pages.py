@@ -28,6 +28,7 @@ from notebook_cells import (
 )
 from notebook_kernel import NotebookFailure
 from page_uses import note_use, offer, uses
+from portable import portable
 from sphinx.application import Sphinx
 from sphinx.util import logging
 from sphinx.util.osutil import relative_uri
@@ -207,14 +208,16 @@ def notebook_line(app: Sphinx, docname: str, name: str) -> nodes.paragraph:
 
 
 def copy_downloads(app: Sphinx, exception: Exception | None) -> None:
-    """Put the executed `.ipynb` and the `.py` of every notebook beside its page."""
+    """Put the executed `.ipynb`, made portable, and the `.py` of every notebook beside its page."""
     if exception is not None or app.builder.format != "html":
         return
-    for name, copy in EXECUTED.copies.items():
-        script = Path(app.srcdir) / FOLDER / f"{name}.py"
-        for source, suffix in ((copy, ".ipynb"), (script, ".py")):
+    root = Path(app.srcdir)
+    for name, notebook in EXECUTED.contents.items():
+        carried = portable(notebook, root, app.config.html_baseurl)
+        text = json.dumps(carried, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+        script = root / FOLDER / f"{name}.py"
+        for content, suffix in ((text.encode(), ".ipynb"), (script.read_bytes(), ".py")):
             target = Path(app.outdir) / FOLDER / f"{name}{suffix}"
-            content = source.read_bytes()
             if not target.is_file() or target.read_bytes() != content:
                 write_atomically(target, content)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of the repository outside the package: example configurations and recorded results.
+"""Files of the repository outside the package: configurations, recorded results, first examples.
 
 In a clone they stand beside the package; ``pip install`` puts them into ``share/nemo-rl-ref`` of the
 environment.

@@ -8,7 +8,7 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BUILT_FROM = ("nemo_rl_ref", "configs", "benchmarks/results")
+BUILT_FROM = ("nemo_rl_ref", "configs", "benchmarks/results", "notebooks/get_started")
 
 
 def pip(*arguments: str, folder: Path) -> None:

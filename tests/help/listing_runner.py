@@ -8,6 +8,7 @@ status. What the listing prints goes to `output.txt` beside it.
 
 import os
 import runpy
+import signal
 import sys
 import traceback
 
@@ -18,6 +19,7 @@ def be_listing(folder: str) -> None:
     """Be `python listing.py` in a folder; does not return."""
     code = 1
     try:
+        signal.alarm(600)  # a listing that hangs is ended, and named
         output = os.open(f"{folder}/output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
