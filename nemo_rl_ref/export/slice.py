@@ -294,10 +294,20 @@ def needed(
                 to_do += [(used, place) for used in flow.uses]
                 to_do += [(used, below if called_at is None else at) for used in flow.later]
             if name in flow.binds:
+                kept |= submodules(program[:place], name) if program[place].imports else set()
                 break
         if not found:
             missing.add(name)
     return sorted(kept), missing
+
+
+def submodules(program: Sequence[Statement], name: str) -> set[int]:
+    """Return the places that import a module inside a package: ``import package`` keeps those."""
+    return {
+        place
+        for place, statement in enumerate(program)
+        if any(one.module.startswith(f"{name}.") and not one.name for one in statement.imports)
+    }
 
 
 def changes_in(program: Sequence[Statement]) -> list[frozenset[str]]:
