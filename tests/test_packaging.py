@@ -203,10 +203,8 @@ def test_wheel_needs_only_torch_and_pydantic(wheel):
     minimal = {r.name for r in needs if r.marker is None or r.marker.evaluate({"extra": ""})}
     assert minimal == {"torch", "pydantic"}
     assert set(metadata.get_all("Provides-Extra")) == {
-        "equations", "train", "tune", "ray", "kernels", "trl", "docs", "test", "upstream"
-
-
-        "equations", "train", "tune", "ray", "kernels", "trl", "notebooks", "docs", "test"
+        "equations", "train", "tune", "ray", "kernels", "trl", "notebooks", "docs", "test",
+        "upstream",
     }  # fmt: skip
 
 

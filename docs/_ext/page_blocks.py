@@ -37,6 +37,7 @@ DIRECTIVES = {
     "equation": "an equation that is checked against the code",
     "equation-table": "an equation that is checked against the code",
     "notation-table": "an equation that is checked against the code",
+    "csv-table": "included from a file that is tested",
     "literalinclude": "included from a file that is tested",
 }
 SITE = {
