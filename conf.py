@@ -143,6 +143,43 @@ html_theme_options = {
 }
 
 
+# The order in which "next" leads through the guides. The seed of the site has a tree of its own.
+READING_ORDER = (
+    "index",
+    "get-started",
+    "advanced/algorithm-development/index",
+    "core-design/design-principles/loss-functions",
+    "advanced/algorithm-development/data-to-batch",
+    "advanced/algorithm-development/custom-dpo",
+    "advanced/algorithm-development/preference-data",
+    "advanced/algorithm-development/custom-grpo",
+    "advanced/algorithm-development/hyperparameter-optimization",
+    "advanced/algorithm-development/mathematical-foundations",
+    *(
+        f"advanced/algorithm-development/mathematical-foundations/{chapter}"
+        for chapter in (
+            "policy-gradient", "preferences", "ppo", "grpo", "kl-and-distillation", "scaling",
+        )
+    ),
+    "advanced/performance/fused-kernels",
+    "reference/index",
+)  # fmt: skip
+
+
+def follow_reading_order(app, page, template, context, doctree):
+    """Let "previous" and "next" lead through the guides in READING_ORDER."""
+    if page not in READING_ORDER:
+        return
+    place = READING_ORDER.index(page)
+    for key, other in (("prev", place - 1), ("next", place + 1)):
+        if 0 <= other < len(READING_ORDER):
+            name = READING_ORDER[other]
+            title = escape(app.env.titles[name].astext())
+            context[key] = {"link": app.builder.get_relative_uri(page, name), "title": title}
+        elif key == "prev":
+            context[key] = None
+
+
 def import_package(app, env, docnames):
     """Import what holds pydantic classes before autodoc does.
 
@@ -175,3 +212,4 @@ def setup(app):
     app.connect("env-before-read-docs", import_package)
     app.connect("viewcode-find-source", find_source)
     app.connect("html-page-context", describe)
+    app.connect("html-page-context", follow_reading_order, priority=900)

@@ -167,3 +167,29 @@ def test_every_public_name_has_a_docstring():
                 and not inspect.getdoc(getattr(value, name))
             ]
     assert bare == []
+
+
+def test_next_leads_through_the_guides_in_the_order_to_read_them(project_html):
+    """From the home page on, as a reader clicks; and back."""
+    names, page = [], project_html / "index.html"
+    while len(names) < 17:
+        names.append(page.relative_to(project_html).with_suffix("").as_posix().split("/")[-1])
+        soup = BeautifulSoup(page.read_text("utf-8"), "html.parser")
+        (following,) = soup.select("a.right-next")
+        came_from, page = page, (page.parent / following["href"]).resolve()
+        (back,) = BeautifulSoup(page.read_text("utf-8"), "html.parser").select("a.left-prev")
+        assert (page.parent / back["href"]).resolve() == came_from
+    assert [name for name in names if name != "index"] == [
+        "get-started", "loss-functions", "data-to-batch", "custom-dpo", "preference-data",
+        "custom-grpo", "hyperparameter-optimization", "mathematical-foundations", "policy-gradient",
+        "preferences", "ppo", "grpo", "kl-and-distillation", "scaling", "fused-kernels",
+    ]  # fmt: skip
+
+
+def test_home_has_a_card_for_each_guide_and_no_hole(project_html):
+    home = BeautifulSoup((project_html / "index.html").read_text("utf-8"), "html.parser")
+    links = [card["href"] for card in home.select(".sd-card a.sd-stretched-link")]
+    assert links[:2] == ["get-started.html", "advanced/algorithm-development/index.html"]
+    assert len(links) == len(set(links)) == 10  # two columns
+    tabs = [tab.get_text(strip=True) for tab in home.select("ul.bd-navbar-elements li a")]
+    assert tabs[:3] == ["Get Started", "Advanced", "Reference"]
