@@ -1294,5 +1294,5 @@ from nemo_rl_ref.tune.outcome.report import write_report
 
 report = write_report(study, folder / "report.html", reevaluation=again)
 config = write_yaml(best, folder / "best.yaml")
-print(f"{report.name}: {report.stat().st_size / 1024:.0f} KiB")
+print(report.name)
 print(f"{config.name}: {len(config.read_text().splitlines())} lines, loads as NeMo RL loads it")
