@@ -69,3 +69,52 @@ for algorithm in dict.fromkeys(name.partition(":")[0] for name in variants):
     text = " | ".join(", ".join(f"`{name}`" for name in names) or "none" for names in cells)
     rows.append(f"| {algorithm} | {text} |")
 Markdown("\n".join(rows))
+
+# %%
+#| label: referee-units
+#| num: referee-unit-files = {len(units)}
+#| num: referee-unit-passed = {sum(found["passed"] for found in units.values()):,}
+#| num: referee-unit-failed = {sum(len(found["failed"]) for found in units.values())}
+units = recorded["unit_tests"]
+
+
+def reasons(found):
+    """Why tests of a file are not applicable, the most frequent reasons first."""
+    ordered = sorted(found["not applicable"].items(), key=lambda item: -item[1])
+    shown = [f"{count} × {reason.removeprefix('not mirrored: ')}" for reason, count in ordered[:4]]
+    rest = sum(count for _, count in ordered[4:])
+    return "; ".join(shown + [f"{rest} × others"] * bool(rest))
+
+
+# %%
+#| label: referee-units-table
+rows = ["| file | passed | failed | not applicable | for want of |"]
+rows.append("| --- | ---: | ---: | ---: | --- |")
+for name, found in units.items():
+    if found["passed"]:
+        skipped = sum(found["not applicable"].values())
+        why = reasons(found).replace("|", "\\|")
+        failed = len(found["failed"])
+        rows.append(f"| `{name}` | {found['passed']} | {failed} | {skipped} | {why} |")
+Markdown("\n".join(rows))
+
+# %%
+#| label: referee-units-failed
+rows = ["| test | what it found |", "| --- | --- |"]
+for name, found in units.items():
+    for test, message in found["failed"].items() if found["passed"] else ():
+        text = message.replace("|", "\\|").replace("`", "'")
+        rows.append(f"| `{name}::{test}` | `{text}` |")
+Markdown("\n".join(rows))
+
+# %%
+#| label: referee-units-none
+#| num: referee-unit-none = {len(none)}
+none = {name: found for name, found in units.items() if not found["passed"]}
+rows = ["| file | tests | for want of |", "| --- | ---: | --- |"]
+for name, found in none.items():
+    tests = sum(found["not applicable"].values()) + len(found["failed"])
+    why = reasons(found) or next(iter(found["failed"].values()), "")[:80]
+    text = why.replace("|", "\\|").replace("`", "'")
+    rows.append(f"| `{name}` | {tests} | {text} |")
+Markdown("\n".join(rows))

@@ -44,16 +44,16 @@ def main():
     if commit is None:
         parser.error(f"--checkout: {checkout} is no git checkout; give its commit with --commit")
     python = environment()
-    results = read(commit)
     wanted = [name for name in VARIANTS if options.only in name]
+    done = read(commit)["variants"]
     for name in wanted:
-        if name not in results["variants"] or options.again or options.here:
-            results["variants"][name] = run(name, checkout, python, options.here)
-            results["variants"] = {
-                n: results["variants"][n] for n in VARIANTS if n in results["variants"]
-            }
-            write(results)
-    run_unit_tests(results, checkout, python, options)
+        if name not in done or done[name]["unexplained"] or options.again or options.here:
+            write(commit, "variants", name, run(name, checkout, python, options.here), VARIANTS)
+    tests, done = unit.files(checkout), read(commit)["unit_tests"]
+    for name in tests:
+        if options.only in name and (name not in done or options.again):
+            write(commit, "unit_tests", name, run_unit_tests(name, checkout, python), tests)
+    results = read(commit)
     bad = [name for name in wanted if results["variants"][name]["unexplained"]]
     for name in bad:
         print(f"{name}:", *results["variants"][name]["unexplained"][:8], sep="\n  ")
@@ -61,17 +61,15 @@ def main():
     return 1 if bad else 0
 
 
-def run_unit_tests(results, checkout, python, options):
-    """Run NeMo RL's unit tests against the mirror, the files that have no result yet."""
-    done = results.setdefault("unit_tests", {})
+def run_unit_tests(name, checkout, python):
+    """Run a file of NeMo RL's unit tests against the mirror."""
     WORK.mkdir(parents=True, exist_ok=True)
-    for name in unit.files(checkout):
-        if options.only in name and (name not in done or options.again):
-            found = done[name] = unit.run(name, checkout, python, WORK)
-            skipped = sum(found["not applicable"].values())
-            print(f"{name}: {found['passed']} passed, {skipped} not applicable", end=", ")
-            print(f"{len(found['failed'])} failed", flush=True)
-            write(results)
+    found = unit.run(name, checkout, python, WORK)
+    skipped, failed = sum(found["not applicable"].values()), len(found["failed"])
+    print(
+        f"{name}: {found['passed']} passed, {skipped} not applicable, {failed} failed", flush=True
+    )
+    return found
 
 
 def commit_of(folder):
@@ -106,13 +104,16 @@ def read(commit):
         results = json.loads(RESULTS.read_text())
         if results["nemo_rl"] == commit:
             return results
-    return {"nemo_rl": commit, "bound": compare.BOUND, "variants": {}}
+    return {"nemo_rl": commit, "bound": compare.BOUND, "variants": {}, "unit_tests": {}}
 
 
-def write(results):
-    """Write the results in one step, so that the file is never found half written."""
+def write(commit, part, name, found, order):
+    """Add a result in one step, so that the file is whole whenever the run is stopped."""
     from nemo_rl_ref.files.whole import write_text
 
+    results = read(commit)
+    of_part = {**results[part], name: found}
+    results[part] = {known: of_part[known] for known in order if known in of_part}
     write_text(RESULTS, json.dumps(results, indent=1) + "\n")
 
 

@@ -139,6 +139,8 @@ def pytest_runtest_makereport(item, call):
         kind = error.obj if isinstance(error.obj, type) else type(error.obj)
         if kind.__module__.startswith(OURS):
             missing = f"{kind.__module__.removeprefix(OURS + '.')}.{kind.__name__}.{error.name}"
+    elif isinstance(error, ModuleNotFoundError):
+        missing = f"the package {error.name}"
     elif isinstance(error, NotImplementedError):
         missing = str(error)
     elif isinstance(error, TypeError) and "context manager protocol" in str(error):

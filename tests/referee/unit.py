@@ -40,7 +40,7 @@ def run(name, checkout, python, work):
 
 def _pytest(names, checkout, python, work, environment):
     here, top = Path(__file__).parent, Path(checkout)
-    out = work / "outcomes.json"
+    out = work / f"{os.getpid()}.outcomes.json"
     out.unlink(missing_ok=True)
     paths = [here.parents[1], here, top]
     command = [
@@ -49,7 +49,7 @@ def _pytest(names, checkout, python, work, environment):
     ]  # fmt: skip
     variables = {
         "PYTHONPATH": os.pathsep.join(map(str, paths)), "REFEREE_OUTCOMES": str(out),
-        "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000", **environment,
+        "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000", "HF_HUB_OFFLINE": "1", **environment,
     }  # fmt: skip
     with open(work / "output.txt", "w") as output:
         try:
@@ -60,6 +60,8 @@ def _pytest(names, checkout, python, work, environment):
         except subprocess.TimeoutExpired:
             output.write("stopped: took too long\n")
     if out.exists():
-        return json.loads(out.read_text())
+        found = json.loads(out.read_text())
+        out.unlink()
+        return found
     last = (work / "output.txt").read_text().strip().splitlines()[-1:]
     return {"passed": [], "not applicable": {}, "failed": {"collection": " ".join(last)}}

@@ -67,6 +67,7 @@ VARIANTS = {
     "dpo: micro-batches of 2, no clipping": (
         "policy.train_micro_batch_size=2", "policy.max_grad_norm=1e9",
     ),
+    "dpo: the page's launcher and loss": ("++dpo.dpop_penalty=5.0",),
     "rm": (),
     "rm: truncated to 10 tokens": ("policy.max_total_sequence_length=10",),
     "rm: two epochs, micro-batches of 64": (
@@ -110,6 +111,15 @@ VARIANTS = {
     ),
     "grpo: temperature 0.7": ("policy.generation.temperature=0.7",),
     "grpo: the environment's message does not fit": ("policy.max_total_sequence_length=16",),
+    "grpo: the page's launcher, reward, estimator and loss": (
+        "++data.train.env_name=partial_credit", "++data.validation.env_name=partial_credit",
+        "++env.partial_credit.num_workers=1", "++loss_fn.max_response_length=5",
+    ),
+    "ppo": (),
+    "ppo: two times over the batch, two updates each": (
+        "ppo.ppo_epochs=2", "policy.train_global_batch_size=16",
+        "policy.optimizer.kwargs.lr=1e-4",  # at 1e-3 ratios reach 8, and rounding 1e-4
+    ),
 }  # fmt: skip
 
 

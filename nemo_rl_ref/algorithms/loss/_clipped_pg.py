@@ -437,7 +437,8 @@ def _check_combinations(cfg: ClippedPGLossConfig) -> None:
         raise _clash(
             f"truncated_importance_sampling_ratio_min={low}",
             f"truncated_importance_sampling_ratio={high}",
-            "the lower bound is above the upper one",
+            "truncated_importance_sampling_ratio_min must be <= "
+            "truncated_importance_sampling_ratio",
         )
     if kind == "seq-mask-tis" and cfg.sequence_level_importance_ratios:
         raise _clash(
