@@ -98,12 +98,13 @@ def run(checks: Sequence[str], top: Path) -> tuple[int, str]:
     # Without files of bytecode: an edit of the same length within a second would not be read.
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
+    seconds = TIMEOUT * len(checks)
     try:
         done = subprocess.run(
-            command, cwd=top, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+            command, cwd=top, env=environment, capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
-        return -1, f"no end after {TIMEOUT} s"
+        return -1, f"no end after {seconds} s"
     return done.returncode, done.stdout + done.stderr
 
 
