@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The listings of all pages as a reader copies them: they run elsewhere, and say the same.
 
-Those in `slow_listings.txt` are left out unless `LISTINGS=all`, as `make listings` has it. It starts
-Python anew for each, and names those that took more than five seconds.
+Those in `slow_listings.txt`, which took more than five seconds, run with `LISTINGS=all` only. `make
+listings` sets it, starts Python anew for each, and names those that take as long.
 """
 
 import json
@@ -25,7 +25,7 @@ from nemo_rl_ref.export.slice import statements
 ALL = os.environ.get("LISTINGS") == "all"
 EMBED = re.compile(r"\{embed\} #(\S+)\n((?:(?:# )?:[a-z-]+:.*\n)*)")
 SLOW = {
-    line.split()[0]
+    line.strip()
     for line in Path(__file__).with_name("slow_listings.txt").read_text("utf-8").splitlines()
 }
 
