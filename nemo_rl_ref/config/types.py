@@ -77,12 +77,27 @@ def _is_named(key: str) -> bool:
     return _names().fullmatch(without_indices(key)) is not None
 
 
-@cache
 def _declared_types() -> dict[str, frozenset[str]]:
     """Types by key, as the classes below every ``MasterConfig`` declare them."""
+    return _declared()[0]
+
+
+def declared_types(pattern: str) -> frozenset[str]:
+    """The types that NeMo RL's classes declare for a key of ``keys.json``; empty if none."""
+    return _declared_types().get(pattern, frozenset())
+
+
+def declared_defaults() -> dict[str, str]:
+    """Defaults by key, as the source of those classes has them."""
+    return _declared()[1]
+
+
+@cache
+def _declared() -> tuple[dict[str, frozenset[str]], dict[str, str]]:
     symbols = load_manifest()["symbols"]
     classes = {name.rpartition(".")[2]: symbol for name, symbol in symbols.items()}
     found: dict[str, set[str]] = {}
+    defaults: dict[str, str] = {}
 
     def walk(fields: dict[str, Any], prefix: str, inside: tuple[str, ...]) -> None:
         for name, field in fields.items():
@@ -97,6 +112,8 @@ def _declared_types() -> dict[str, frozenset[str]]:
             types |= {"list"} if {"list", "Sequence", "tuple"} & set(words) else set()
             types |= {"dict"} if {"dict", "Mapping"} & set(words) else set()
             key = f"{prefix}{name}"
+            if field.get("default") is not None:
+                defaults.setdefault(key, field["default"])
             known = {*_SCALARS, "Optional", "NotRequired", "Required", "Annotated"}
             known |= {"list", "Sequence", "tuple", "dict", "Mapping"}
             if set(words) <= known:
@@ -108,7 +125,7 @@ def _declared_types() -> dict[str, frozenset[str]]:
     for name, symbol in symbols.items():
         if name.endswith(".MasterConfig"):
             walk(symbol["fields"], "", ())
-    return {key: frozenset(types) for key, types in found.items()}
+    return {key: frozenset(types) for key, types in found.items()}, defaults
 
 
 @cache
