@@ -4,7 +4,6 @@
 import importlib
 import sys
 from html import escape
-from importlib.metadata import distribution
 from pathlib import Path
 
 from sphinx.pycode import ModuleAnalyzer
@@ -29,6 +28,8 @@ extensions = [
     "equations",
     "glossary_links",
     "section_search",
+    "light_pages",
+    "typeset_math",
     # others
     "myst_nb",
     "sphinx_copybutton",
@@ -42,13 +43,8 @@ extensions = [
 # Sources are found by docs/_ext/page_paths.py in docs/ and notebooks/ alone.
 exclude_patterns = ["_build"]
 
-# MathJax comes from the installed package and is served from this site. A page loads one of its
-# builds; the folders are for what a reader chooses in MathJax's menu. The other builds stay out.
-MATHJAX = Path(distribution("sphinx-mathjax-offline").locate_file("sphinx-mathjax-offline/static"))
-mathjax_path = "mathjax/tex-chtml-full.js"
-mathjax3_config = {"chtml": {"mtextInheritFont": True}}
-others = {path.name for path in (MATHJAX / "mathjax").glob("*.js")} - {"tex-chtml-full.js"}
-exclude_patterns += ["mathjax/adaptors", *(f"mathjax/{name}" for name in sorted(others))]
+# Formulas are typeset by docs/_ext/typeset_math.py.
+html_math_renderer = "typeset"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!nemo_rl_ref).*"),  # other projects' classes
@@ -119,7 +115,7 @@ bibtex_default_style = "plain"
 html_theme = "pydata_sphinx_theme"
 html_title = project
 templates_path = ["docs/_templates"]
-html_static_path = ["docs/_static", MATHJAX.as_posix()]
+html_static_path = ["docs/_static"]
 html_css_files = ["custom.css"]
 html_favicon = "docs/_static/favicon.svg"
 html_context = {"default_mode": "auto"}

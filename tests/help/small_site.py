@@ -158,7 +158,7 @@ def make_site(top: Path) -> Site:
     """Make an empty project with our configuration and extensions."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copy(TOP / "conf.py", top)
-    for folder in ("docs/_ext", "docs/_static"):
+    for folder in ("docs/_ext", "docs/_static", "docs/_templates"):
         shutil.copytree(TOP / folder, top / folder, ignore=ignored)
     site = Site(top)
     site.write("nemo_rl_ref/__init__.py", "")
