@@ -28,6 +28,7 @@ extensions = [
     "equations",
     "glossary_links",
     "section_search",
+    "repository_links",
     "light_pages",
     "typeset_math",
     # others
@@ -130,7 +131,7 @@ html_theme_options = {
     "primary_sidebar_end": [],
     "secondary_sidebar_items": ["page-toc"],
     "footer_start": ["copyright"],
-    "footer_end": [],
+    "footer_end": ["repository"],
     "show_prev_next": True,
     "show_toc_level": 2,
     "navigation_with_keys": False,
@@ -164,8 +165,8 @@ READING_ORDER = (
 
 def follow_reading_order(app, page, template, context, doctree):
     """Let "previous" and "next" lead through the guides in READING_ORDER."""
-    if page not in READING_ORDER:
-        return
+    if page not in READING_ORDER or not app.env.found_docs.issuperset(READING_ORDER):
+        return  # not one of them, or a part of the site is built
     place = READING_ORDER.index(page)
     for key, other in (("prev", place - 1), ("next", place + 1)):
         if 0 <= other < len(READING_ORDER):

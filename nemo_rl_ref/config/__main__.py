@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``python -m nemo_rl_ref.config check my.yaml [overrides]``.
+"""The command ``python -m nemo_rl_ref.config check FILE [overrides]``.
 
 The exit status is 0, or 1 if a key is unknown, has a value of another type, or clashes with another
 one, or 2 if the file cannot be read. A key that nothing reads is told, and is no error.
