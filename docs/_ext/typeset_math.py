@@ -95,11 +95,12 @@ def typeset(wanted: list[Formula]) -> tuple[list[str], str]:
     done = run_node(
         [str(SCRIPT), str(MATHJAX)],
         return_completed_process=True,
-        input=json.dumps(wanted).encode(),
+        input=json.dumps(wanted),
         capture_output=True,
+        encoding="utf-8",
     )
     if done.returncode != 0:
-        raise RuntimeError(f"MathJax failed: {bytes(done.stderr).decode(errors='replace').strip()}")
+        raise RuntimeError(f"MathJax failed: {str(done.stderr).strip()}")
     found = json.loads(done.stdout)
     texts = [
         with_source(html, tex) for html, (tex, _) in zip(found["formulas"], wanted, strict=True)
