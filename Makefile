@@ -55,9 +55,10 @@ listings: venv ## run every listing of the pages as a reader copies it; name the
 # Needs no network: the wheels in .venv hold pyright and the Node.js that runs it.
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 lint: export PYRIGHT_PYTHON_GLOBAL_NODE := 0
-lint: venv ## check style, formatting and types; ruff check --fix and ruff format mend much of it
+lint: venv ## check style, formatting, spelling and types; ruff check --fix and ruff format mend much of it
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
+	@$(PY) -m codespell_lib docs notebooks nemo_rl_ref benchmarks configs conf.py Makefile *.md
 	@$(PY) -m pyright
 
 serve: venv ## build the site, serve it on localhost, rebuild it after each change

@@ -181,7 +181,7 @@ CONTENDERS: dict[str, dict[str, Callable[[], Callable]]] = {
         "Liger (scalar)": _liger_linear("sum"),
         "quack (scalar)": _quack_linear,
     },
-    "generalised advantage estimation": {
+    "generalized advantage estimation": {
         "ours": _just(gae),
         "NeMo RL's time loop": _just(time_loop),
         "PyTorch": _just(partial(gae, backend="torch")),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generalised advantage estimation without a loop over time steps, beside the loop.
+"""Generalized advantage estimation without a loop over time steps, beside the loop.
 
     python benchmarks/bench_gae.py            # about ten seconds on two cores
     python benchmarks/bench_gae.py --write    # and record it in results/

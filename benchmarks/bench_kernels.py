@@ -50,7 +50,7 @@ from nemo_rl_ref.memory import measure_peak  # noqa: E402
 FORWARD = "log-probabilities and entropy, forward"
 BOTH = "log-probabilities, forward and backward"
 LINEAR = "linear log-probabilities, forward and backward"
-GAE = "generalised advantage estimation"
+GAE = "generalized advantage estimation"
 CLIPPED = "clipped policy gradient, forward and backward"
 
 #: By workload: what is asked of ours, in words, and the check of its results.

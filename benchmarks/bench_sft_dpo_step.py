@@ -14,7 +14,7 @@ computed once as in the runner, both with their defaults except for the optimize
 is off in the runner.
 
 After every step of a contender one of the floor is taken, and the ratio is the median over such
-pairs of neighbours, a few milliseconds apart: so neither a slow moment nor a slow minute of the
+pairs of neighbors, a few milliseconds apart: so neither a slow moment nor a slow minute of the
 machine is in it. Seconds are medians.
 """
 

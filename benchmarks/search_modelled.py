@@ -4,7 +4,7 @@
     python benchmarks/search_modelled.py    # a few minutes on one core; after search_pool.py
 
 A Gaussian process with a length scale for each key is fitted to the random runs of search_pool.py; its
-length scales and its noise maximise the marginal likelihood. It is read in two ways. `surface`: what it
+length scales and its noise maximize the marginal likelihood. It is read in two ways. `surface`: what it
 says over learning rate and β, the other keys fixed, for the accuracy and for the KL divergence. `runs`:
 searches in which a trial's value is the process's mean at its setting, plus normal noise of the size
 that was fitted, so that the true value of what a search takes is known. The mean is smooth, as the

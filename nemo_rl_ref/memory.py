@@ -40,7 +40,7 @@ the logits and their gradient, `8TV`. `linear_token_logprobs` never holds the lo
 
 Not counted: what the allocator loses to fragmentation, the context of CUDA (about half a gigabyte),
 communication buffers, and the generation engine where it shares the GPU. Mixtures of experts,
-tensor, context and pipeline parallelism, LoRA and other attention kernels are not modelled.
+tensor, context and pipeline parallelism, LoRA and other attention kernels are not modeled.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ OPTIMIZER_NUMBERS = {
     "torch.optim.SGD": 0,
 }  # fmt: skip
 
-#: What is modelled, by ``model_type``: whether queries and keys have norms, and projections biases.
+#: What is modeled, by ``model_type``: whether queries and keys have norms, and projections biases.
 MODELS = {"llama": (), "mistral": (), "qwen2": ("qkv_bias",), "qwen3": ("qk_norm",)}
 
 
@@ -140,7 +140,7 @@ class Model:
         num_key_value_heads: K.
         head_dim: D.
         tie_word_embeddings: Whether the LM head is the embedding.
-        qk_norm: Whether queries and keys are normalised, as in Qwen3.
+        qk_norm: Whether queries and keys are normalized, as in Qwen3.
         qkv_bias: Whether the projections to queries, keys and values have biases.
         o_bias: Whether the projection out of the attention has one.
         mlp_bias: Whether the three of the MLP have.
@@ -175,7 +175,7 @@ class Model:
 
         Raises:
             FileNotFoundError: If the path holds no ``config.json``.
-            ValueError: If the model type is not modelled or a size is missing.
+            ValueError: If the model type is not modeled or a size is missing.
         """
         if isinstance(config, (str, Path)):
             path = Path(config)
@@ -310,15 +310,15 @@ class Step:
 
         Raises:
             ValueError: If a key that is needed is missing, a value is of a wrong type or not
-                modelled, or tensor or context parallelism or the Megatron backend is on.
+                modeled, or tensor or context parallelism or the Megatron backend is on.
         """
         settings = read_settings(config, MemorySettings)
         policy, pairs = settings.policy, bool({"dpo", "rm"} & config.keys())
         if policy.megatron_cfg.enabled:
-            raise ValueError("policy.megatron_cfg.enabled: got true, only DTensor is modelled")
+            raise ValueError("policy.megatron_cfg.enabled: got true, only DTensor is modeled")
         for name in ("tensor_parallel_size", "context_parallel_size"):
             if (size := getattr(policy.dtensor_cfg, name)) != 1:
-                raise ValueError(f"policy.dtensor_cfg.{name}: got {size}, only 1 is modelled")
+                raise ValueError(f"policy.dtensor_cfg.{name}: got {size}, only 1 is modeled")
         rows = policy.train_micro_batch_size * (2 if pairs else 1)
         length = policy.max_total_sequence_length
         shards = settings.cluster.gpus_per_node * settings.cluster.num_nodes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Direct preference optimisation with NeMo RL's configuration.
+"""Direct preference optimization with NeMo RL's configuration.
 
 .. code-block:: sh
 

@@ -176,8 +176,8 @@ class DPOPLossFn(DPOLossFn):
 
     def _preference_loss(self, rewards, sample_mask, global_valid_seqs, beta=1.0):
         chosen, rejected = self.split_output_tensor(rewards)
-        penalised = chosen - self.penalty * torch.relu(-chosen)
-        rows = torch.stack([penalised, rejected], dim=1).flatten()
+        penalized = chosen - self.penalty * torch.relu(-chosen)
+        rows = torch.stack([penalized, rejected], dim=1).flatten()
         loss, *_ = super()._preference_loss(rows, sample_mask, global_valid_seqs, beta)
         # The metrics stay those of the true rewards, so that they compare with DPO's.
         _, *metrics = super()._preference_loss(rewards, sample_mask, global_valid_seqs, beta)
@@ -192,7 +192,7 @@ from nemo_rl_ref.custom import pairwise
 
 
 def loss_and_gradient(loss_fn, logprobs, data):
-    """The loss over all rows at once, normalised by their number, and its gradient."""
+    """The loss over all rows at once, normalized by their number, and its gradient."""
     logprobs = logprobs.detach().requires_grad_()
     seqs = torch.tensor(float(len(data["sample_mask"])), dtype=logprobs.dtype)
     loss, _ = loss_fn(logprobs, data, seqs, data["token_mask"][:, 1:].sum())

@@ -583,7 +583,7 @@ Markdown("\n".join(rows))
 #| alt: Above, the mean reward over training steps, rising in all four runs, most for the
 #|   length bonus. Below, the probability of the right answer in the same runs, which rises with the
 #|   exact verifier and with the KL penalty, and does not with the other two.
-#| caption: The reward that is optimised, and what it was meant to measure.
+#| caption: The reward that is optimized, and what it was meant to measure.
 figure, (above, below) = panels(2)
 for line, (name, of_seeds) in enumerate(gamed.items()):
     for axis, quantity in ((above, "reward"), (below, "accuracy")):

@@ -305,7 +305,7 @@ BOOTSTRAPS, SHUFFLES = 30, 60
 
 
 def importances(task, runs, scores, share):
-    """Optuna's PED-ANOVA by key, not normalised: 0 where the best runs' values lie as all do."""
+    """Optuna's PED-ANOVA by key, not normalized: 0 where the best runs' values lie as all do."""
     space = {
         key: optuna.distributions.json_to_distribution(json.dumps(written))
         for key, written in POOL[task]["space"].items()
@@ -524,7 +524,7 @@ for axis, table, levels, title in (
     (axes[0], accuracy, range(50, 90, 5), "Pairs in the right order (%)"),
     (axes[1], np.log10(divergence), np.arange(-2, 1.1, 0.5), "KL to the reference (nats, log)"),
 ):
-    axis.pcolormesh(rates, betas, table, cmap="cividis", shading="gouraud")
+    axis.pcolormesh(rates, betas, table, cmap="cividis", shading="gouraud", rasterized=True)
     lines = axis.contour(
         rates, betas, table, levels=levels, colors="white", linewidths=1, linestyles="solid"
     )

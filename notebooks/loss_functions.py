@@ -266,7 +266,7 @@ def build(loss_class, **settings):
 
 preference_losses = {
     "DPO": build(DPOLossFn),
-    "length-normalised": build(pairwise.LengthNormalizedDPOLossFn),
+    "length-normalized": build(pairwise.LengthNormalizedDPOLossFn),
     "IPO": build(pairwise.IPOLossFn),
     "hinge": build(pairwise.HingeLossFn),
     "robust DPO": build(pairwise.RobustDPOLossFn),
@@ -301,7 +301,7 @@ preference_losses = {
 #|   of 0; DiscoPOP dips there. Those of NCA, APO-down, ORPO and the f-divergences differ from the weight
 #|   with which the rejected answer is pushed down, which is dotted.
 #| caption: How hard a pair is pushed at each margin, as a multiple of β. Solid for the chosen answer;
-#|   dotted for the rejected one, where it differs. Length-normalised DPO, CPO and both AOT draw
+#|   dotted for the rejected one, where it differs. Length-normalized DPO, CPO and both AOT draw
 #|   DPO's line for such a pair, SLiC-HF hinge's.
 #| num: weights-turn = {", ".join(n for n, w in weights_of.items() if (-w[:, 0]).min() < -1e-3)}
 #| num: weights-stay = {", ".join(n for n, w in at_eight.items() if w > 0.1)}
@@ -344,7 +344,7 @@ shapes = {
     "Each answer by itself": ("NCA", "APO-down"),
     "Shapes of their own": ("ORPO", "DiscoPOP"),
 }
-same = {"DPO": ("length-normalised", "CPO", "AOT", "AOT unpaired"), "hinge": ("SLiC-HF",)}
+same = {"DPO": ("length-normalized", "CPO", "AOT", "AOT unpaired"), "hinge": ("SLiC-HF",)}
 for name, others in same.items():
     for other in others:
         torch.testing.assert_close(weights_of[other], weights_of[name])
@@ -405,7 +405,7 @@ policy_gradient_losses = {
     "SAPO": build_pg(policy_gradient.SAPOLossFn),
     "VESPO": build_pg(policy_gradient.VESPOLossFn),
     "DAPO": build_pg(policy_gradient_extras.DAPOLossFn),
-    "entropy-regularised": build_pg(policy_gradient_extras.EntropyPGLossFn),
+    "entropy-regularized": build_pg(policy_gradient_extras.EntropyPGLossFn),
     "MaxRL": build_pg(policy_gradient_extras.MaxRLLossFn),
 }
 

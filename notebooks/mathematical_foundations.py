@@ -62,9 +62,9 @@ assert batch_error < 1e-6  # the loss adds 1e-8 to the count
 print(batch["input_ids"], batch["token_mask"].int(), sep="\n")
 
 # %%
-#| label: thm-factorisation
-#| num: factorisation-total-error = {total_error:.0e}
-#| num: factorisation-conditional-error = {conditional_error:.0e}
+#| label: thm-factorization
+#| num: factorization-total-error = {total_error:.0e}
+#| num: factorization-conditional-error = {conditional_error:.0e}
 total_error = conditional_error = 0.0
 for end in (None, 0):
     small = World(vocab=3, horizon=4, end=end)
@@ -298,7 +298,7 @@ assert baseline_error < 1e-12 and baseline_bias > 0.1
 
 # %%
 #| label: thm-optimal-baseline
-#| num: baseline-none-centred = {spread(5.0) / spread(centred):.2f}
+#| num: baseline-none-centered = {spread(5.0) / spread(centered):.2f}
 #| num: baseline-sure-none = {sure_none:.4f}
 #| num: baseline-sure-mean = {sure_mean:.3f}
 #| num: baseline-best = {best:.2f}
@@ -323,7 +323,7 @@ parabola_error = (others / parabola - 1).abs().max().item()
 assert others.argmin() == 30 and parabola_error < 1e-12
 
 # Without the 5; and two answers of which the better one is almost sure.
-centred = expect(log_p, reward * square) / expect(log_p, square) + 5
+centered = expect(log_p, reward * square) / expect(log_p, square) + 5
 sure = torch.tensor([0.9, 0.1], dtype=torch.float64).log()
 sure_score = torch.eye(2, dtype=torch.float64) - sure.exp()  # of a softmax
 sure_reward = torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -463,16 +463,16 @@ reward = torch.randn(len(world), generator=torch.Generator().manual_seed(0), dty
 log_ref = world.logprob(world.policy(seed=1)).detach()
 
 
-def regularised(log_p, beta=BETA):
+def regularized(log_p, beta=BETA):
     """Expected reward less β times the divergence from the reference."""
     return expect(log_p, reward) - beta * kl(log_p, log_ref)
 
 
 def best(beta):
-    """The best policy and the logarithm of its normaliser."""
-    unnormalised = log_ref + reward / beta
-    log_z = torch.logsumexp(unnormalised, dim=0)
-    return unnormalised - log_z, log_z
+    """The best policy and the logarithm of its normalizer."""
+    unnormalized = log_ref + reward / beta
+    log_z = torch.logsumexp(unnormalized, dim=0)
+    return unnormalized - log_z, log_z
 
 
 print(f"{len(world)} answers, a policy is a table of {world.states} x {world.vocab} logits")
@@ -482,11 +482,11 @@ print(f"{len(world)} answers, a policy is a table of {world.states} x {world.voc
 #| num: kl-ascent-error = {ascent_error:.0e}
 #| num: kl-value-error = {value_error:.0e}
 log_best, log_z = best(BETA)
-found = ascend(lambda logits: regularised(world.logprob(logits)), world.policy(seed=2))
+found = ascend(lambda logits: regularized(world.logprob(logits)), world.policy(seed=2))
 log_found = world.logprob(found)
 
 ascent_error = (log_found.exp() - log_best.exp()).abs().max().item()
-value_error = (regularised(log_found) - BETA * log_z).abs().item()
+value_error = (regularized(log_found) - BETA * log_z).abs().item()
 assert ascent_error < 1e-6 and value_error < 1e-12
 
 # %%
@@ -498,7 +498,7 @@ scales = (0.1, 1.0, 10.0)  # nearly uniform to nearly deterministic
 rivals = [
     world.logprob(world.policy(scale, seed=n)).detach() for scale in scales for n in range(40)
 ]
-gaps = torch.stack([BETA * log_z - regularised(rival) for rival in rivals])
+gaps = torch.stack([BETA * log_z - regularized(rival) for rival in rivals])
 divergences = torch.stack([kl(rival, log_best) for rival in rivals])
 
 gap_error = (gaps - BETA * divergences).abs().max().item()
@@ -564,7 +564,7 @@ assert slope_error < 1e-9
 # %%
 #| label: thm-implicit-reward
 #| num: preference-error = {preference_error:.0e}
-implied = BETA * (log_found - log_ref)  # of the policy that optimisation found
+implied = BETA * (log_found - log_ref)  # of the policy that optimization found
 # Two answers to one prompt: their difference is the reward's, whatever Z is.
 differences = (implied[:, None] - implied) - (reward[:, None] - reward)
 implied_error = differences.abs().max().item()
@@ -613,8 +613,8 @@ for h in torch.linspace(-40, 40, 81, dtype=torch.float64):
 assert weight_error < 1e-8  # 1e-8 is what NeMo RL adds to its denominators
 
 # %%
-#| label: thm-dpo-minimiser
-#| num: dpo-minimiser-error = {minimiser_error:.0e}
+#| label: thm-dpo-minimizer
+#| num: dpo-minimizer-error = {minimiser_error:.0e}
 # DPO on infinite data: every ordered pair of answers, as often as annotators prefer it.
 rows = torch.cartesian_prod(*[torch.arange(len(world))] * 2).flatten()  # chosen, rejected, …
 
@@ -730,11 +730,11 @@ for strength in (0.1, 1.0, 10.0):
         assert rejected > (0.01 if strength >= 1 else 1e-3)
 
 # %%
-#| label: fig-preference-minimisers
+#| label: fig-preference-minimizers
 #| alt: The margin at which each loss is least, over the probability p that the chosen answer is
 #|   preferred. DPO's grows without bound as p goes to 1. IPO's is a straight line up to one half.
 #|   Conservative DPO's stays finite.
-#| caption: Margin at which the average loss of a pair is least, found by minimising it.
+#| caption: Margin at which the average loss of a pair is least, found by minimizing it.
 agreement = torch.linspace(0.02, 0.98, 49, dtype=torch.float64)
 candidates = torch.linspace(-5, 5, 20001, dtype=torch.float64)
 zero = torch.zeros_like(candidates)
@@ -900,7 +900,7 @@ assert drift > 0.01
 # %%
 #| label: fig-ppo-ratio
 #| alt: Ratio of the best answer against gradient steps; with clipping and small steps it stops just above 1.2, with one large step it stays at its first value far above, without clipping it goes on growing.
-#| caption: Ratio of the best of three answers over gradient steps on the exact loss. The grey band is the interval from 1 − ε to 1 + ε with ε = 0.2. Clipping ends the growth; it does not keep the ratio in the band.
+#| caption: Ratio of the best of three answers over gradient steps on the exact loss. The gray band is the interval from 1 − ε to 1 + ε with ε = 0.2. Clipping ends the growth; it does not keep the ratio in the band.
 from nemo_rl_ref.show.figures import LINES, panels
 
 figure, (axis,) = panels(1)
@@ -934,7 +934,7 @@ assert dual.max() <= 3.0 * 0.7 < plain.max()
 assert torch.equal(dual == 0, (ratio < 0.8) | (ratio > 3.0))
 
 # %% [markdown]
-# ## Generalised advantage estimation
+# ## Generalized advantage estimation
 
 # %%
 #| label: gae-world
@@ -1356,7 +1356,7 @@ for name, curve in curves.items():
     print(f"{name:34}" + "".join(f"{curve[place]:<12.3f}" for place in at.values()))
 group, other = curves["mean, group's deviation"], curves["leave-one-out, others' deviation"]
 hard, even = at.values()
-# The group's deviation favours hard prompts, the others' deviation even ones.
+# The group's deviation favors hard prompts, the others' deviation even ones.
 assert group[hard] > group[even] and other[hard] < other[even]
 
 # %%
@@ -1455,7 +1455,7 @@ for ratio, advantage in ((1.5, 1.0), (0.5, -1.0), (1.1, 1.0), (1.5, -1.0)):
 #| num: gdpo-both = {decoupled[3].item():.2f}
 from nemo_rl_ref.algorithms.advantage_estimator import GDPOAdvantageEstimator
 
-# Two prompts, two answers each. The second answer fulfils one of two criteria, or both.
+# Two prompts, two answers each. The second answer fulfills one of two criteria, or both.
 correct = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 format_ok = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
 mean_config = AdvEstimatorConfig(use_leave_one_out_baseline=False)
@@ -1482,20 +1482,20 @@ policy = ended.policy(1.5)
 log_y = ended.logprob(policy)
 correctness = torch.zeros(len(ended), dtype=torch.float64)
 correctness[::2] = 1.0
-centred = correctness - expect(log_y, correctness).detach()
+centered = correctness - expect(log_y, correctness).detach()
 
 
 def pulled(loss_fn):
     """Minus the gradient of a loss, each answer in proportion to its probability."""
     now = ended.token_logprobs(policy)
-    batch = batch_of(slice(None), centred * log_y.detach().exp() * len(ended), now.detach())
+    batch = batch_of(slice(None), centered * log_y.detach().exp() * len(ended), now.detach())
     return -gradient(loss_fn(now, batch, torch.tensor(len(ended)), tokens.sum())[0], policy)
 
 
 plain = {"reference_policy_kl_penalty": 0.0}
 answer_mean = pulled(ClippedPGLossFn(ClippedPGLossConfig(token_level_loss=False, **plain)))
 constant = pulled(DrGRPOLossFn(ClippedPGLossConfig(max_response_length=3, **plain)))
-per_token = gradient(expect(log_y, centred / tokens), policy)
+per_token = gradient(expect(log_y, centered / tokens), policy)
 constant_error = (constant - gradient(expect(log_y, correctness), policy) / 3).abs().max().item()
 answer_error = (answer_mean - per_token).abs().max().item()
 assert constant_error < 1e-8 and answer_error < 1e-7
@@ -1520,7 +1520,7 @@ def summed_gradient(split, token_level, by_own_count=False):
     total = 0.0
     for rows in batch_rows.split(split):
         own = torch.tensor(float(len(rows))), tokens[rows].sum()
-        batch = batch_of(rows, centred, ended.token_logprobs(policy).detach())
+        batch = batch_of(rows, centered, ended.token_logprobs(policy).detach())
         share = loss_fn(
             ended.token_logprobs(policy)[rows], batch, *(own if by_own_count else counts)
         )
@@ -1861,7 +1861,7 @@ assert error < 1e-6 < apart
 #| alt: Probability of six tokens under two teachers and under their arithmetic and geometric
 #|   mean. The arithmetic mean keeps what either teacher prefers; the geometric mean is low
 #|   wherever one of the teachers is.
-#| caption: Two teachers, and what a student becomes that minimises the forward KL (arithmetic mean)
+#| caption: Two teachers, and what a student becomes that minimizes the forward KL (arithmetic mean)
 #|   or the reverse KL (geometric mean) to both.
 figure, axes = panels(1)
 places = [p.item() for p in tokens.answers[:, 0]]

@@ -255,7 +255,7 @@ table(noise_runs, ["accuracy", "margin (nats)", "KL (nats)"])
 #| label: fig-data-noise
 #| alt: Accuracy on clean held-out pairs for DPO with clean labels, about 0.7, and for DPO,
 #|   conservative DPO, robust DPO and IPO with a fifth of the labels flipped, all about 0.6.
-#| caption: Accuracy on clean held-out pairs; the grey line is chance. Small marks are seeds; large
+#| caption: Accuracy on clean held-out pairs; the gray line is chance. Small marks are seeds; large
 #|   marks and bars are their mean and standard deviation.
 
 
@@ -368,7 +368,7 @@ def share_with_filler(policy):
 length_contenders = {
     "DPO": (DPOLossFn(config()), LONGER),
     **{
-        f"normalised DPO, β={beta:g}": (
+        f"normalized DPO, β={beta:g}": (
             LengthNormalizedDPOLossFn(config(reference_policy_kl_penalty=beta)),
             LONGER,
         )
@@ -401,7 +401,7 @@ table(length_runs, [*result, "answers with filler"])
 # %%
 #| label: fig-data-length
 #| alt: For each of five contenders, accuracy on held-out pairs whose right answer is longer and on
-#|   those whose right answer is shorter. DPO and length-normalised DPO have nearly all of the first
+#|   those whose right answer is shorter. DPO and length-normalized DPO have nearly all of the first
 #|   and few of the second. SimPO has most of the second and fewer of the first. DPO on balanced
 #|   pairs has most of both.
 #| caption: Two tests that separate the correct answer from the longer one.
@@ -422,8 +422,8 @@ axis.set_xlim(-0.05, 1.05)
 #| num: length-dpo-shorter = {shorter[dpo]:.0%}
 #| num: length-dpo-longer = {longer[dpo]:.0%}
 #| num: length-dpo-filler = {filler[dpo]:.0%}
-#| num: length-mean-shorter = {shorter[normalised]:.0%}
-#| num: length-mean-filler = {filler[normalised]:.0%}
+#| num: length-mean-shorter = {shorter[normalized]:.0%}
+#| num: length-mean-filler = {filler[normalized]:.0%}
 #| num: length-large-shorter = {shorter[larger_beta]:.0%}
 #| num: length-large-filler = {filler[larger_beta]:.0%}
 #| num: length-simpo-shorter = {shorter[simpo]:.0%}
@@ -439,10 +439,10 @@ shorter, longer, filler = (
         "answers with filler",
     )
 )
-dpo, normalised, larger_beta, simpo, balanced = length_runs
-for biased in (dpo, normalised, larger_beta):
+dpo, normalized, larger_beta, simpo, balanced = length_runs
+for biased in (dpo, normalized, larger_beta):
     assert longer[biased] > 0.8 and shorter[biased] < shorter[balanced] - 0.15
-for biased in (dpo, normalised):
+for biased in (dpo, normalized):
     assert shorter[biased] < 0.4 and filler[biased] > filler_before + 0.2
 assert shorter[simpo] > shorter[dpo] + 0.25 and longer[simpo] < longer[dpo] - 0.1
 assert abs(filler[simpo] - filler_before) < 0.1  # about as before training
@@ -506,7 +506,7 @@ table(ties_runs, ["accuracy", "margin on ties (nats)"])
 #| alt: Above, accuracy on clean held-out pairs. DPO and IPO trained on all pairs are at or below
 #|   0.5, RPO and DPO without the ties well above. Below, the margin on the ties that were trained
 #|   on, largest for DPO, smaller for IPO, near zero for the other two.
-#| caption: Above, accuracy on clean held-out pairs; the grey line is chance. Below, how much the
+#| caption: Above, accuracy on clean held-out pairs; the gray line is chance. Below, how much the
 #|   policy learned of labels that mean nothing.
 figure, (above, below) = panels(2, height=2.1)
 dots(above, ties_runs, "accuracy")

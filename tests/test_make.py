@@ -40,10 +40,10 @@ calls = pathlib.Path(os.environ["PIP_CALLS"])
 calls.with_name("parent").write_text(str(os.getppid()))
 with calls.open("a") as file:
     print(*sys.argv[1:], file=file)
-behaviour = calls.with_name("behaviour")
-while behaviour.read_text() == "hang":
+behavior = calls.with_name("behavior")
+while behavior.read_text() == "hang":
     time.sleep(0.02)
-if behaviour.read_text() == "fail":
+if behavior.read_text() == "fail":
     sys.exit("no such package")
 """
 
@@ -92,7 +92,7 @@ class Checkout:
         return line
 
     def pip_behaves(self, how: str) -> None:
-        (self.folder / "behaviour").write_text(how)
+        (self.folder / "behavior").write_text(how)
 
     def pip_calls(self) -> list[str]:
         calls = self.folder / "calls"

@@ -25,7 +25,7 @@ DIRECT, TRANSITIVE = re.split(
 
 
 def pins(text: str) -> dict[str, Requirement]:
-    """The requirements in a part of requirements.txt, by normalised name."""
+    """The requirements in a part of requirements.txt, by normalized name."""
     lines = [line.split("#")[0].strip() for line in text.splitlines()]
     requirements = [Requirement(line) for line in lines if line]
     names = [canonicalize_name(r.name) for r in requirements]

@@ -121,7 +121,7 @@ def copy_button(label: str, text: str) -> str:
 
 
 def link_to_cell(cell_label: str | None, notebook: str, *content: nodes.Node) -> nodes.Node:
-    """Link to a labelled cell on its notebook's page, or to the page where it has no label."""
+    """Link to a labeled cell on its notebook's page, or to the page where it has no label."""
     inner = nodes.inline("", "", *content)
     if cell_label is None:
         kind, target = "doc", f"/notebooks/{notebook}"
@@ -133,7 +133,7 @@ def link_to_cell(cell_label: str | None, notebook: str, *content: nodes.Node) ->
 
 
 class Embed(SphinxDirective):
-    """Put a labelled notebook cell into the page."""
+    """Put a labeled notebook cell into the page."""
 
     required_arguments = 1
     option_spec: ClassVar[dict[str, Any]] = {"remove-input": switch, "remove-output": switch}
@@ -148,7 +148,7 @@ class Embed(SphinxDirective):
         note_use(self.env, "cell", label)
         found = labels.get(label, [])
         if not found:
-            return self.refuse(f"no cell is labelled {label!r}; {nearest(label, list(labels))}")
+            return self.refuse(f"no cell is labeled {label!r}; {nearest(label, list(labels))}")
         if len(found) > 1:
             places = " and ".join(cell.place for cell in found)
             return self.refuse(f"label {label!r} is ambiguous, it stands at {places}")

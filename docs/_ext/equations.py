@@ -207,7 +207,7 @@ class ShowEquation(EquationDirective):
         entry = CHECKS.checked.get(name)
         if entry is None:
             known = list(CHECKS.checked)
-            message = f"no equation is labelled {name!r}; {nearest(name, known)}"
+            message = f"no equation is labeled {name!r}; {nearest(name, known)}"
             logger.warning(message, location=self.get_location(), type="equation")
             return []
         shown = nodes.math_block(

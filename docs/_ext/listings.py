@@ -39,7 +39,7 @@ class Listing:
 
 
 def listings_of(cells: Iterable[Any]) -> dict[str, Listing]:
-    """Make the listing of each labelled code cell of a notebook, option lines taken off.
+    """Make the listing of each labeled code cell of a notebook, option lines taken off.
 
     Args:
         cells: all cells of the notebook in order, as `.ipynb` files have them.

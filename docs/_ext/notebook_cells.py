@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of notebook cells, and the tables of labelled cells and stored values.
+"""The options of notebook cells, and the tables of labeled cells and stored values.
 
 A code cell may begin with option lines:
 
@@ -186,7 +186,7 @@ def code_cells(notebook: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]
 
 
 def labelled_cells(name: str, path: str, notebook: dict[str, Any]) -> list[LabelledCell]:
-    """List the labelled cells of an executed notebook."""
+    """List the labeled cells of an executed notebook."""
     return [
         LabelledCell(options_of(cell)["label"], name, path, line, cell)
         for line, cell in code_cells(notebook)

@@ -2,7 +2,7 @@
 """Notebooks as pages: executed before any page is read, shown with their outputs.
 
 At the start of a build every notebook that changed is executed (`execution.py`), and the table
-of labelled cells and stored values is made. When Sphinx then reads the page
+of labeled cells and stored values is made. When Sphinx then reads the page
 `notebooks/NAME.py`, it is given the executed copy instead of the source, so that MyST-NB never
 executes anything and pages can be read in parallel.
 """
@@ -48,7 +48,7 @@ class Executed:
         contents: the same as JSON data.
         labels: the cells of each label; more than one is an error.
         values: the stored values of each name; more than one is an error.
-        listings: what a reader gets who copies a labelled cell with what it needs.
+        listings: what a reader gets who copies a labeled cell with what it needs.
     """
 
     copies: dict[str, Path] = field(default_factory=dict)

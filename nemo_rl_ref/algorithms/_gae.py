@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generalised advantage estimation, without a loop over time steps."""
+"""Generalized advantage estimation, without a loop over time steps."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from nemo_rl_ref.algorithms.utils import calculate_kl, masked_mean, masked_var
 
 
 class GeneralizedAdvantageEstimator:
-    r"""Generalised advantage estimation (GAE), with the variants that VAPO added.
+    r"""Generalized advantage estimation (GAE), with the variants that VAPO added.
 
     .. math::
 
@@ -38,7 +38,7 @@ class GeneralizedAdvantageEstimator:
     (``gae_lambda_policy``), which can depend on the length l of the response,
     λ = 1 - 1/(α l), so that the reward is felt as far as the response is long.
 
-    The recurrence is affine in what comes from the right, so it is solved by joining neighbours
+    The recurrence is affine in what comes from the right, so it is solved by joining neighbors
     instead of a loop over time: in plain PyTorch in log2(S) rounds, on CUDA in one kernel that
     reads and writes everything once and sums in float64.
 
@@ -113,7 +113,7 @@ class GeneralizedAdvantageEstimator:
         Returns:
             Advantages, 0 under the mask, and returns, each (B, S). At a masked token the return
             is its value plus the advantage of the next unmasked token, as in NeMo RL. With
-            normalisation, a batch with a single unmasked token has advantage NaN there, as in
+            normalization, a batch with a single unmasked token has advantage NaN there, as in
             NeMo RL.
 
         Raises:

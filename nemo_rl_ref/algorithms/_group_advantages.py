@@ -113,14 +113,14 @@ class GRPOAdvantageEstimator:
 
 
 class GDPOAdvantageEstimator:
-    r"""GRPO's advantage for each reward component by itself, then added and normalised.
+    r"""GRPO's advantage for each reward component by itself, then added and normalized.
 
     .. math:: A_i = \frac{\tilde A_i - \mathrm{mean}(\tilde A)}{\mathrm{std}(\tilde A)} \qquad
               \tilde A_i = \sum_n w_n A_i^{(n)}
 
     with A⁽ⁿ⁾ GRPO's advantage for component n and w ``reward_weights``. Mean and (bias-corrected)
     standard deviation are over the responses of the batch. Where that deviation is 0 it does not
-    divide. Normalising each component before adding keeps one with a wide range from drowning
+    divide. Normalizing each component before adding keeps one with a wide range from drowning
     the others.
 
     Source: Liu et al. (2026), https://arxiv.org/abs/2601.05242.

@@ -33,7 +33,7 @@ def gae(
     with t' the next *unmasked* token; after the last one V and A are 0. Masked tokens are passed
     over: what stands there, be it NaN, reaches no unmasked token.
 
-    The recurrence is affine in what comes from the right, so it is solved by joining neighbours
+    The recurrence is affine in what comes from the right, so it is solved by joining neighbors
     instead of a loop over time: in plain PyTorch in log2(S) rounds, on CUDA in one kernel that
     reads and writes everything once and sums in float64. Rewards and values have gradients; that
     of the kernel's is computed in plain PyTorch.

@@ -29,7 +29,7 @@ def normalize_over_tokens(advantages: Tensor, mask: Tensor, count: Tensor) -> Te
 
 
 class ReinforcePlusPlusAdvantageEstimator:
-    r"""The reward, minus a group mean and a KL penalty, normalised over all tokens of the batch.
+    r"""The reward, minus a group mean and a KL penalty, normalized over all tokens of the batch.
 
     .. math:: \hat A_{i,t} = r_i - b_i - β \, k_{i,t} \qquad
               A_{i,t} = \frac{\hat A_{i,t} - \mathrm{mean}(\hat A)}{\mathrm{std}(\hat A)}
@@ -113,7 +113,7 @@ class ReinforcePlusPlusAdvantageEstimator:
 
 
 class RawRewardAdvantageEstimator:
-    """The reward itself as the advantage of every token, if asked for normalised over the batch.
+    """The reward itself as the advantage of every token, if asked for normalized over the batch.
 
     Args:
         estimator_config: a dict with ``normalize_advantages``: subtract the mean over unmasked

@@ -2,7 +2,7 @@
 """Advantage estimators: from rewards to one number a token, before the loss is computed.
 
 An estimator is built from its configuration and the loss's, and has one method,
-``compute_advantage``. It sees the whole batch at once: group means and normalisation do not
+``compute_advantage``. It sees the whole batch at once: group means and normalization do not
 commute with micro-batches. Here all tensors are (B, S) with entry t belonging to token t.
 """
 

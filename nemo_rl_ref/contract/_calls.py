@@ -182,7 +182,7 @@ def is_extremum(name: str) -> bool:
 
 
 def is_count(name: str) -> bool:
-    """Whether a metric that is not normalised adds up."""
+    """Whether a metric that is not normalized adds up."""
     return name.startswith("num_") or name.endswith("_count")
 
 

@@ -29,7 +29,7 @@ def micro_batches(subject: Subject, batch: Batch) -> Finding:
     """Losses, gradients and metrics of micro-batches sum to those of the global batch."""
     whole = call(subject.loss_fn, batch)
     counts = batch.counts()
-    skip = unnormalised(subject, whole)
+    skip = unnormalized(subject, whole)
     gaps, note = [], ""
     for parts in _splits(subject.groups(batch)):
         results = [call(subject.loss_fn, batch.take(rows), counts) for rows in parts]
@@ -54,7 +54,7 @@ def sequence_packing(subject: Subject, batch: Batch) -> Finding:
         part = part.columns(range(_length(part)))
         # The wrapper passes a plain dict.
         results.append(call(subject.loss_fn, part, batch.counts(), make_data=dict))
-    gap = difference(join(batch, parts, results), whole, unnormalised(subject, whole))
+    gap = difference(join(batch, parts, results), whole, unnormalized(subject, whole))
     unit = "pair" if subject.group == 2 else "sequence"
     return judge(f"sequence packing, one call a {unit}", [("all rows", gap)])
 
@@ -77,7 +77,7 @@ def counts_of_one(subject: Subject, batch: Batch) -> Finding:
     }
     grads = {name: grad / own for name, grad in raw.grads.items()}
     # Without a table the metrics promise nothing.
-    skip = unnormalised(subject, whole) if table else whole.metrics
+    skip = unnormalized(subject, whole) if table else whole.metrics
     gap = difference(Result(raw.value / own, grads, metrics), whole, skip)
     return judge("counts of 1", [("divided by the count of loss_type or the table", gap)])
 
@@ -91,7 +91,7 @@ def unequal_ranks(subject: Subject, batch: Batch) -> Finding:
     function by its own name still sees one process.
     """
     whole = call(subject.loss_fn, batch)
-    skip = unnormalised(subject, whole)
+    skip = unnormalized(subject, whole)
     gaps = []
     for parts in _splits(subject.groups(batch)):
         results = []
@@ -159,8 +159,8 @@ def normalizations(subject: Subject) -> dict[str, Any]:
     return {name: getattr(kind, "value", None) for name, kind in table.items()}
 
 
-def unnormalised(subject: Subject, result: Result) -> list[str]:
-    """Metrics that are marked as not normalised and are neither counts nor extrema."""
+def unnormalized(subject: Subject, result: Result) -> list[str]:
+    """Metrics that are marked as not normalized and are neither counts nor extrema."""
     table = normalizations(subject)
     return [
         name

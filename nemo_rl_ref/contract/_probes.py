@@ -76,7 +76,7 @@ def probe_name(probe: Probe) -> str:
 def judge(
     title: str, gaps: Iterable[tuple[str, Gap]], limit: float = LIMIT, note: str = ""
 ) -> Finding:
-    """Turns labelled differences into a finding: the largest, and a problem if over the limit."""
+    """Turns labeled differences into a finding: the largest, and a problem if over the limit."""
     gaps = list(gaps)
     label, gap = max(gaps, key=lambda item: item[1].size)
     measured = f"{title}: largest difference {gap.size:.1e}{note}"

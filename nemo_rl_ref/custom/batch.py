@@ -52,7 +52,7 @@ def response_log_ratios(logprobs: Tensor, data: Mapping[str, Any], average: bool
 
 
 class BCOPairLossFn(DPOLossFn):
-    r"""Binary classifier optimisation: chosen above a threshold δ, rejected below it.
+    r"""Binary classifier optimization: chosen above a threshold δ, rejected below it.
 
     .. math:: L = -\log σ(β h_w - δ) - \log σ(δ - β h_l), \quad
               δ = \tfrac12 \big(\mathrm{mean}\, β h_w + \mathrm{mean}\, β h_l\big)
@@ -201,7 +201,7 @@ class AOTLossFn(AOTUnpairedLossFn):
 
 
 class KTOLossFn(DPOLossFn):
-    r"""Kahneman-Tversky optimisation: each response by itself, against a reference point z.
+    r"""Kahneman-Tversky optimization: each response by itself, against a reference point z.
 
     .. math:: L = \tfrac12 \big(λ_D\, σ(β (z - h_w)) + λ_U\, σ(β (h_l - z))\big), \quad
               z = \max\Big(0, \mathrm{mean}_i \log \frac{π_θ(y'_i|x_i)}{π_{ref}(y'_i|x_i)}\Big)

@@ -56,7 +56,7 @@ class PairLossFn(DPOLossFn):
 
 
 class IPOLossFn(PairLossFn):
-    r"""Identity preference optimisation: pulls the margin to a target instead of to infinity.
+    r"""Identity preference optimization: pulls the margin to a target instead of to infinity.
 
     .. math:: L = \Big(h_w - h_l - \frac{1}{2β}\Big)^2
 
@@ -267,7 +267,7 @@ class NCAPairLossFn(PairLossFn):
 
 
 class SPPOHardLossFn(PairLossFn):
-    r"""Self-play preference optimisation with a winning probability of 1 for the chosen response.
+    r"""Self-play preference optimization with a winning probability of 1 for the chosen response.
 
     .. math:: L = \Big(h_w - \frac{1}{2β}\Big)^2 + \Big(h_l + \frac{1}{2β}\Big)^2
 
@@ -300,7 +300,7 @@ class SPPOHardLossFn(PairLossFn):
 
 
 class APOZeroLossFn(PairLossFn):
-    r"""Anchored preference optimisation, zero: chosen up, rejected down.
+    r"""Anchored preference optimization, zero: chosen up, rejected down.
 
     .. math:: L = 1 - σ(β h_w) + σ(β h_l)
 
@@ -322,7 +322,7 @@ class APOZeroLossFn(PairLossFn):
 
 
 class APODownLossFn(PairLossFn):
-    r"""Anchored preference optimisation, down: both down, the rejected response further.
+    r"""Anchored preference optimization, down: both down, the rejected response further.
 
     .. math:: L = σ(β h_w) + 1 - σ(β (h_w - h_l))
 

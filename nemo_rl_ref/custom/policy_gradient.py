@@ -271,7 +271,7 @@ class BNPOLossFn(TokenPGLossFn):
     micro-batch DAPO's. TRL's micro-batches are of one size; N_m/N is what its mean over them is
     then. Sequence packing makes micro-batches of one response.
 
-    Not the beta normalisation of rewards (https://arxiv.org/abs/2506.02864) that has the same
+    Not the beta normalization of rewards (https://arxiv.org/abs/2506.02864) that has the same
     name: that is an advantage, not a loss.
 
     Source: TRL's ``loss_type="bnpo"``, https://github.com/huggingface/trl/pull/3256.
@@ -295,7 +295,7 @@ class BNPOLossFn(TokenPGLossFn):
 
 
 class LUSPOLossFn(TokenPGLossFn):
-    r"""Length-unbiased sequence policy optimisation: GSPO times the length of the response.
+    r"""Length-unbiased sequence policy optimization: GSPO times the length of the response.
 
     .. math:: L = \frac1N \sum_i |y_i| \, ℓ(s_i, A_i) + β \sum_t k_{i,t}
 
@@ -323,7 +323,7 @@ class LUSPOLossFn(TokenPGLossFn):
 
 
 class SAPOLossFn(TokenPGLossFn):
-    r"""Soft adaptive policy optimisation: a smooth gate in the place of the clip.
+    r"""Soft adaptive policy optimization: a smooth gate in the place of the clip.
 
     .. math:: L = \frac1N \sum_i \frac{1}{|y_i|} \sum_t
               -\frac{4}{τ_i} \, σ\big(τ_i (ρ_{i,t} - 1)\big) A_i + β k_{i,t}, \quad
@@ -371,7 +371,7 @@ class SAPOLossFn(TokenPGLossFn):
 
 
 class VESPOLossFn(TokenPGLossFn):
-    r"""Variational sequence-level soft policy optimisation: a Gamma weight on each response.
+    r"""Variational sequence-level soft policy optimization: a Gamma weight on each response.
 
     .. math:: L = -\frac1N \sum_i φ(W_i) \, A_i \sum_t \log π_θ(y_{i,t} \mid x, y_{i,<t}), \quad
               φ(W) = W^k e^{λ (1 - W)}, \quad W_i = \prod_t ρ_{i,t}

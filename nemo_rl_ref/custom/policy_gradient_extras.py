@@ -169,8 +169,8 @@ class MaxRLLossFn(ClippedPGLossFn):
         global_valid_toks: Tensor,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Computes the loss of a micro-batch. Arguments and metrics: `ClippedPGLossFn`."""
-        centred = data["advantages"]
-        success = centred / (1 - centred).clamp(min=1e-3)
-        advantages = torch.where(centred > 0, success, -(centred < 0).to(centred.dtype))
+        centered = data["advantages"]
+        success = centered / (1 - centered).clamp(min=1e-3)
+        advantages = torch.where(centered > 0, success, -(centered < 0).to(centered.dtype))
         data = {**data, "advantages": advantages}
         return super().__call__(next_token_logprobs, data, global_valid_seqs, global_valid_toks)

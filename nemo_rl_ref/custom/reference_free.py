@@ -7,7 +7,7 @@ log-ratios there are log-probabilities here, in the equations as in the metrics:
 .. math:: s = \sum_t \log π_θ(y_t \mid x, y_{<t})
 
 so that ``rewards_*_mean`` are mean log-probabilities of the responses in nats. β is
-``reference_policy_kl_penalty``, though it penalises no KL here.
+``reference_policy_kl_penalty``, though it penalizes no KL here.
 """
 
 from typing import Any
@@ -66,7 +66,7 @@ class ReferenceFreeLossFn(DPOLossFn):
 
 
 class CPOLossFn(ReferenceFreeLossFn):
-    r"""Contrastive preference optimisation: DPO without the reference, plus the SFT loss.
+    r"""Contrastive preference optimization: DPO without the reference, plus the SFT loss.
 
     .. math:: L = -\log σ(β (s_w - s_l)) - α s_w
 
@@ -127,7 +127,7 @@ class SLiCLossFn(ReferenceFreeLossFn):
 
     .. math:: L = \max(0, δ - β (s_w - s_l))
 
-    The paper has β = 1, and regularises with the SFT loss (``sft_loss_weight``). TRL's CPO trainer
+    The paper has β = 1, and regularizes with the SFT loss (``sft_loss_weight``). TRL's CPO trainer
     with "hinge" has δ = 1. δ is the config key ``slic_delta``, 1 if not given. With a reference
     policy the loss is `pairwise.HingeLossFn`.
 
@@ -153,7 +153,7 @@ class SLiCLossFn(ReferenceFreeLossFn):
 
 
 class ORPOLossFn(ReferenceFreeLossFn):
-    r"""Odds-ratio preference optimisation: the SFT loss and a log odds ratio.
+    r"""Odds-ratio preference optimization: the SFT loss and a log odds ratio.
 
     .. math::
         L &= w_s L_s - w_p \log σ\Big(\log \frac{odds_w}{odds_l}\Big) \\

@@ -26,7 +26,7 @@ def bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 class RPOLossFn(DPOLossFn):
-    r"""Reward-aware preference optimisation: fits the margin to a known difference of rewards.
+    r"""Reward-aware preference optimization: fits the margin to a known difference of rewards.
 
     With a = β (h_w - h_l), h as in DPO, and b = η (r_w - r_l), r being the known rewards:
 

@@ -58,7 +58,7 @@ def _modules() -> tuple[ModuleType, ...]:
         gae,
         grpo,
         kl_estimators,
-        kl_regularised,
+        kl_regularized,
         likelihood,
         off_policy,
         online_softmax,
@@ -72,7 +72,7 @@ def _modules() -> tuple[ModuleType, ...]:
     return (
         likelihood,
         policy_gradient,
-        kl_regularised,
+        kl_regularized,
         preferences,
         ppo,
         gae,

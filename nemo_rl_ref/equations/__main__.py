@@ -53,7 +53,7 @@ def main() -> int:
     equations = all_equations()
     unknown = [label for label in arguments.labels if label not in equations]
     if unknown:
-        parser.error(f"no equation is labelled {unknown[0]!r}; there are {', '.join(equations)}")
+        parser.error(f"no equation is labeled {unknown[0]!r}; there are {', '.join(equations)}")
     results: dict[str, Any] = {}
     failures = 0
     for label in arguments.labels or equations:

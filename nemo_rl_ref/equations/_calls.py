@@ -13,7 +13,7 @@ ADDED = 1e-8
 
 
 def count(value: float) -> Tensor:
-    """Return a count to normalise by, less the 1e-8 that NeMo RL's mean adds to it."""
+    """Return a count to normalize by, less the 1e-8 that NeMo RL's mean adds to it."""
     return torch.tensor(float(value) - ADDED, dtype=torch.float64)
 
 

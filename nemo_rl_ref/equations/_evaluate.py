@@ -98,9 +98,9 @@ def _value(e: Any, v: dict[Any, Any]) -> Any:
             return _over(e.args[3], e, v, times=e.args[0])
         case f.variance_of():
             first = _over(e.args[3], e, v, times=e.args[0])
-            centred = sympy.Symbol("_mean")
-            square = (e.args[0] - centred) ** 2
-            return _over(e.args[3], e, v | {centred: first}, times=square)
+            centered = sympy.Symbol("_mean")
+            square = (e.args[0] - centered) ** 2
+            return _over(e.args[3], e, v | {centered: first}, times=square)
         case f.divergence():
             p, q, index, count = e.args[:4]
             return sum(

@@ -64,7 +64,7 @@ class indicator(sympy.Function):
 class sum_over(sympy.Function):
     """sum_over(body, index, size): a sum over all values of an index, printed without limits.
 
-    A fourth argument is a relation that a term has to fulfil, like ``sympy.Ne(j, i)``.
+    A fourth argument is a relation that a term has to fulfill, like ``sympy.Ne(j, i)``.
     """
 
     nargs = (3, 4)

@@ -30,7 +30,7 @@ from nemo_rl_ref.equations._symbols import (
     symbol,
 )
 from nemo_rl_ref.equations.kl_estimators import (
-    centred,
+    centered,
     moved,
     sampled_batch,
     score,
@@ -254,13 +254,13 @@ with evaluate(False):
         ),
         Equation(
             label="topk-kl",
-            title="Forward KL over the teacher's top k, both renormalised",
+            title="Forward KL over the teacher's top k, both renormalized",
             left=r"\mathrm{KL}(\, \tilde p \,\|\, \tilde q \,)",
             right=Sum(p[v] / kept_p * (log(p[v] / kept_p) - log(q[v] / kept_q)), (v, 1, k)),
             implementation=LOSS,
             check=_topk,
             prepare=_teacher_first,
-            note="Tokens are numbered by the teacher's probability. The check renormalises with a "
+            note="Tokens are numbered by the teacher's probability. The check renormalizes with a "
             "softmax of the kept logits, as the trainer does before it calls the loss.",
         ),
         Equation(
@@ -292,7 +292,7 @@ with evaluate(False):
             ),
             implementation=(OPD, "nemo_rl_ref.algorithms.loss.ClippedPGLossFn"),
             check=_opd_gradient,
-            prepare=centred,
+            prepare=centered,
             note="The gradient of the loss with `disable_ppo_ratio`, at "
             r"$\pi_{\mathrm{old}} = \pi_\theta$.",
         ),

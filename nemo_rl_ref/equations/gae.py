@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generalised advantage estimation."""
+"""Generalized advantage estimation."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ with evaluate(False):
         ),
         Equation(
             label="gae-sum",
-            title="Generalised advantage estimate",
+            title="Generalized advantage estimate",
             left=r"\hat A_t",
             right=_discounted(residual[u], gamma * lam),
             also=(values,),

@@ -459,7 +459,7 @@ with evaluate(False):
         ),
         Equation(
             label="grpo-advantage",
-            title="Normalised advantage in NeMo RL",
+            title="Normalized advantage in NeMo RL",
             left="A_i",
             right=Piecewise(
                 ((rewards[i] - others_b) / (others_s + eta), Gt(others_s, 0)),
@@ -599,6 +599,6 @@ with evaluate(False):
             prepare=_with_parts,
             source="liu2026gdpo",
             note="A batch of $G$ answers to two prompts. $A_j^{(q)}$ is NeMo RL's, checked as the "
-            "normalised advantage.",
+            "normalized advantage.",
         ),
     ]

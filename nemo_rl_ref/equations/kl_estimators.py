@@ -121,7 +121,7 @@ def _mean(kind: str, under: str, *, weighted: bool = False) -> Any:
 # ---- gradients ------------------------------------------------------------------------------
 
 
-def centred(drawn: dict[str, Any]) -> dict[str, Any]:
+def centered(drawn: dict[str, Any]) -> dict[str, Any]:
     """Give the scores mean 0 under the policy, as every score has."""
     mean = (drawn["pi"] * drawn["kl_score"]).sum(-1, keepdims=True)
     return drawn | {"kl_score": drawn["kl_score"] - mean}
@@ -342,7 +342,7 @@ with evaluate(False):
             + expectation(grad_f[y], y, Y, pi[y], UNDER_POLICY),
             implementation="nemo_rl_ref.equations.world.expect",
             check=_product_rule,
-            prepare=centred,
+            prepare=centered,
         ),
         Equation(
             label="kl-gradient",
@@ -351,7 +351,7 @@ with evaluate(False):
             right=expectation(score[y] * log_ratio, y, Y, pi[y], UNDER_POLICY),
             implementation=KL,
             check=kl_slope,
-            prepare=centred,
+            prepare=centered,
             note="The gradient is autograd's, through the exact sum.",
         ),
         Equation(
@@ -362,7 +362,7 @@ with evaluate(False):
             implementation=CALCULATE_KL,
             check=_average_slope("k1"),
             also=(ref,),
-            prepare=centred,
+            prepare=centered,
             source="tang2025kl",
         ),
         Equation(
@@ -372,7 +372,7 @@ with evaluate(False):
             right=expectation(score[y] * log_ratio, y, Y, pi[y], UNDER_POLICY),
             implementation=CALCULATE_KL,
             check=_average_slope("k2"),
-            prepare=centred,
+            prepare=centered,
             source="tang2025kl",
         ),
         Equation(
@@ -385,7 +385,7 @@ with evaluate(False):
             ),
             implementation=(CALCULATE_KL, KL),
             check=_k3_gradient,
-            prepare=centred,
+            prepare=centered,
             source="tang2025kl",
             note=r"The second line is also $\nabla_\theta \mathrm{KL}(\pi_{\mathrm{ref}} \| "
             r"\pi_\theta)$, and is compared with autograd's.",
@@ -399,7 +399,7 @@ with evaluate(False):
             right=expectation(score[y] * log_ratio, y, Y, pi[y], UNDER_POLICY),
             implementation="nemo_rl_ref.algorithms.loss.ClippedPGLossFn",
             check=_weighted_gradient,
-            prepare=centred,
+            prepare=centered,
             source="tang2025kl",
             note="The gradient of the loss with advantages of zero and without clamps.",
         ),
@@ -410,7 +410,7 @@ with evaluate(False):
             right=expectation(score[y] * (R[y] - beta * log_ratio), y, Y, pi[y], UNDER_POLICY),
             implementation=("nemo_rl_ref.equations.world.expect", KL),
             check=_kl_in_reward,
-            prepare=centred,
+            prepare=centered,
             note=r"Compared with autograd through $J = \mathbb{E}[r] - \beta\, \mathrm{KL}$.",
         ),
         Equation(
@@ -421,7 +421,7 @@ with evaluate(False):
             + expectation(score[y], y, Y, ref[y], UNDER_REFERENCE),
             implementation=CALCULATE_KL,
             check=_k3_in_reward,
-            prepare=centred,
+            prepare=centered,
             note="The policy gradient for a fixed k3 as the reward.",
         ),
     ]

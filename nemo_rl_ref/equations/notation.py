@@ -108,4 +108,4 @@ rho = symbol(
 A = symbol("A", "A", "advantage: how much better than expected, in units of reward", REAL)
 eps = symbol("eps", r"\varepsilon", "clipping range of the importance ratio", SMALL)
 gamma = symbol("gamma", r"\gamma", "discount factor, from 0 to 1", UNIT)
-lam = symbol("lam", r"\lambda", "decay of generalised advantage estimation, from 0 to 1", UNIT)
+lam = symbol("lam", r"\lambda", "decay of generalized advantage estimation, from 0 to 1", UNIT)

@@ -488,7 +488,7 @@ with evaluate(False):
             implementation=DPO,
             check=_dpo_population,
             note="A definition, written with σ. Compared with it is the loss of the pair and of "
-            "the pair in reverse, each as often as it is labelled so.",
+            "the pair in reverse, each as often as it is labeled so.",
         ),
         Equation(
             label="dpo-population-slope",
@@ -500,7 +500,7 @@ with evaluate(False):
             note="The derivative is autograd's.",
         ),
         Equation(
-            label="dpo-minimiser",
+            label="dpo-minimizer",
             title="Margin at which the DPO loss is least",
             left=r"m^*_{\mathrm{DPO}}",
             right=log(prefer / (1 - prefer)),
@@ -561,7 +561,7 @@ with evaluate(False):
             at="Eq. 17",
         ),
         Equation(
-            label="ipo-minimiser",
+            label="ipo-minimizer",
             title="Margin at which the IPO loss is least",
             left=r"m^*_{\mathrm{IPO}}",
             right=prefer - Rational(1, 2),

@@ -84,7 +84,7 @@ def advantages(rewards: Tensor, *, normalize: bool = False) -> Tensor:
     return found[:, 0].reshape(number, group)
 
 
-def centred(drawn: dict[str, Any]) -> dict[str, Any]:
+def centered(drawn: dict[str, Any]) -> dict[str, Any]:
     """Give the scores mean 0 under the policy, as every score has."""
     mean = (drawn["sc_prob"] * drawn["sc_score"]).sum(-1, keepdims=True)
     return drawn | {"sc_score": drawn["sc_score"] - mean}
@@ -182,7 +182,7 @@ with evaluate(False):
             },
             implementation=(ESTIMATOR, ENUMERATION),
             check=_group_variance,
-            prepare=centred,
+            prepare=centered,
             note="Over all groups, with the leave-one-out baseline $b_{-i}$ and "
             "`normalize_rewards` off; $s$ is one component of the gradient.",
         ),

@@ -162,7 +162,7 @@ def gradient(value: Tensor, logits: Tensor) -> Tensor:
 
 
 def ascend(objective: Callable[[Tensor], Tensor], logits: Tensor, steps: int = 500) -> Tensor:
-    """Return the policy that maximises an objective, found by L-BFGS from `logits`.
+    """Return the policy that maximizes an objective, found by L-BFGS from `logits`.
 
     Args:
         objective: takes logits and returns a scalar.

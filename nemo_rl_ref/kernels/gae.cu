@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Generalised advantage estimation as a scan along time: one pass over memory, no loop over tokens.
+// Generalized advantage estimation as a scan along time: one pass over memory, no loop over tokens.
 //
 // From right to left a row carries (v, y) of the nearest unmasked token so far, (0, 0) at its end.
 // With c = gamma lambda and f = gamma (1 - lambda), an unmasked token with reward r and value V
@@ -8,7 +8,7 @@
 //     y' = r + f v + c y,   v' = V,   advantage = y' - V,   return = y'
 //
 // and a masked one leaves it alone: advantage = y - v, return = y - v + V. A run of tokens does the
-// same with other numbers, so neighbouring runs can be joined in any order:
+// same with other numbers, so neighboring runs can be joined in any order:
 //
 //     y' = a + d (f v + c y),   v' = V of the leftmost unmasked token
 //
@@ -17,7 +17,7 @@
 // come down the same way. Sums and powers are double, which powers of c near 1 need.
 #include "common.cuh"
 
-constexpr int kTokens = 4;    // neighbouring tokens that a thread has in each part of a tile
+constexpr int kTokens = 4;    // neighboring tokens that a thread has in each part of a tile
 constexpr int kParts = 4;     // of a tile
 constexpr int kMostWarps = 4; // of a block; one warp joins kParts * kMostWarps runs, at most 32
 

@@ -45,7 +45,7 @@ def left_pad(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _prefill(model: Any, ids: Tensor, lengths: Tensor) -> tuple[Tensor, Any, Tensor]:
-    """Run the prompts of all rows, equal neighbours once.
+    """Run the prompts of all rows, equal neighbors once.
 
     Returns:
         Logits of the first response token (B, V), the cache and the prompt mask (B, L), of all

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One look for all figures: colours that colour-blind readers can tell apart, legible on a phone.
+"""One look for all figures: colors that color-blind readers can tell apart, legible on a phone.
 
-Colour never carries a difference alone: each line style below also has its own dashes and marker.
+Color never carries a difference alone: each line style below also has its own dashes and marker.
 Axes have no ground of their own. The site draws figures without any, and inverts them in the dark.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Line styles to use in this order. The colours are those of Okabe and Ito (2008).
+#: Line styles to use in this order. The colors are those of Okabe and Ito (2008).
 LINES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     {"color": "#D55E00", "linestyle": "--", "marker": "s"},

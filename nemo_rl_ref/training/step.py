@@ -2,7 +2,7 @@
 """One update: forward, log-probabilities, loss, backward, optimizer step.
 
 The loss functions are NeMo RL's (:mod:`nemo_rl_ref.algorithms.loss`) or follow its protocol. They
-are normalised by the counts of the *global* batch, so the gradients of micro-batches and of
+are normalized by the counts of the *global* batch, so the gradients of micro-batches and of
 data-parallel ranks add up to the gradient of the whole.
 """
 
@@ -143,7 +143,7 @@ def run_batch(
 
     Args:
         model: From ``accelerator.prepare``.
-        loss_fn: The loss. It is normalised by the counts of the whole batch, so that the results
+        loss_fn: The loss. It is normalized by the counts of the whole batch, so that the results
             of micro-batches and processes sum to those of the whole.
         batch: The global batch, the same on all processes, its rows a multiple of their number.
         accelerator: The run's ``accelerate.Accelerator``.

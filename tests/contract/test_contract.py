@@ -42,7 +42,7 @@ class Clean:
         }
 
     def total(self, logprobs: Tensor, data: dict) -> Tensor:
-        """The sum to minimise; `logprobs` are 0 where a mask is."""
+        """The sum to minimize; `logprobs` are 0 where a mask is."""
         return -logprobs.sum()
 
     def metrics(self, loss: Tensor, logprobs: Tensor, mask: Tensor) -> dict:

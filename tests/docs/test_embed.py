@@ -159,7 +159,7 @@ def test_what_is_refused(site):
     )
     result = site.build("-q", builder="dummy")
     page = f"{site.top}/docs/index.md"
-    assert f"{page}:3: WARNING: no cell is labelled 'dpo-curv'; did you mean 'dpo-curve'?" in (
+    assert f"{page}:3: WARNING: no cell is labeled 'dpo-curv'; did you mean 'dpo-curve'?" in (
         result.text
     )
     assert f"{page}:6: WARNING: embed takes a label, written '#label', got 'dpo-curve'" in (
@@ -191,7 +191,7 @@ def test_warnings_in_a_notebook_name_its_line(site):
     result = site.build("-q", builder="dummy")
     notebook = f"{site.top}/notebooks/one.py"
     assert f"{notebook}:4: WARNING: 'myst' cross-reference target not found" in result.text
-    assert f"{notebook}:7: WARNING: no cell is labelled 'none'" in result.text
+    assert f"{notebook}:7: WARNING: no cell is labeled 'none'" in result.text
 
 
 def test_other_builders(built):

@@ -231,7 +231,7 @@ def test_a_new_result_rewrites_the_pages_that_show_it(site):
 
 def test_what_nobody_checked_is_refused(site):
     refused = {
-        "lost": ("```{equation} lost\n```", "no equation is labelled 'lost'; did you mean 'loss'?"),
+        "lost": ("```{equation} lost\n```", "no equation is labeled 'lost'; did you mean 'loss'?"),
         "bare": ("$$\na\n$$", "docs/bare.md:3: WARNING: a displayed equation without a label"),
         "own": ("$$\na\n$$ (eq-own)", "the equation 'eq-own' is not checked"),
         "math": ("```{math}\na\n```", "docs/math.md:3: WARNING: a displayed equation without a"),

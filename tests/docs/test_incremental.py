@@ -58,7 +58,7 @@ def test_a_page_is_read_again_when_its_cell_is_gone(project):
     path.write_text(text.replace("label: other", "label: renamed"))
     result = project.build()
     assert result.code != 0
-    assert "losses.md:22: WARNING: no cell is labelled 'other'" in result.text
+    assert "losses.md:22: WARNING: no cell is labeled 'other'" in result.text
     path.write_text(text)
     assert project.build().code == 0
 

@@ -29,7 +29,7 @@ SYMBOLS = load_manifest()["symbols"]
 
 
 def cell(label):
-    """The text of a labelled cell of the notebook."""
+    """The text of a labeled cell of the notebook."""
     (found,) = re.findall(
         rf"# %%\n#\| label: {label}\n(.*?)\n\n*(?=# %%)", NOTEBOOK.read_text(), re.S
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The project's notebooks and the pages that use them: nothing is stored or labelled in vain."""
+"""The project's notebooks and the pages that use them: nothing is stored or labeled in vain."""
 
 import re
 

@@ -16,7 +16,7 @@ EXPRESSIONS = [
 
 
 def floats(dtype):
-    """All numbers of a 16-bit type, those halfway between two, and their neighbours in float32."""
+    """All numbers of a 16-bit type, those halfway between two, and their neighbors in float32."""
     patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     exact = patterns.float()
     between = (exact.view(torch.int32) + (1 << (15 if dtype == torch.bfloat16 else 12))).view(

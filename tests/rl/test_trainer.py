@@ -387,7 +387,7 @@ def test_ppo(tmp_path):
     for one in metrics:
         assert one["critic/loss"] > 0 and one["critic/explained_var"] <= 1
         assert one["probs_ratio_max"] > 1.0001  # the second epoch is off-policy
-        assert abs(one["advantages/mean"]) < 1e-4  # normalised over tokens
+        assert abs(one["advantages/mean"]) < 1e-4  # normalized over tokens
 
 
 def test_explained_variance_is_that_of_the_whole_batch_with_several_updates(tmp_path, monkeypatch):

@@ -162,7 +162,7 @@ class DPOLossDataDict(TypedDict):
 
 
 class DPOLossFn(PreferenceLossFn):
-    r"""Direct preference optimisation.
+    r"""Direct preference optimization.
 
     .. math::
         L(θ) &= w_p L_p(θ) + w_s L_s(θ) \\

@@ -81,6 +81,6 @@ class LossFunction(Protocol):
                 - DRAFT: ``teacher_logits``, ``student_logits``, ``mask``.
 
         Returns:
-            The scalar loss to minimise, and metrics by name.
+            The scalar loss to minimize, and metrics by name.
         """
         ...

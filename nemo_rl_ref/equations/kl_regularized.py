@@ -19,7 +19,7 @@ from nemo_rl_ref.equations.world import kl as kl_of
 
 __all__ = ["EQUATIONS"]
 
-Z = symbol("Z", "Z(x)", "normaliser of the best policy under the KL penalty", POSITIVE)
+Z = symbol("Z", "Z(x)", "normalizer of the best policy under the KL penalty", POSITIVE)
 best = indexed(
     "best",
     r"\pi^*(#1 \mid x)",
@@ -84,7 +84,7 @@ def _value(inputs: Inputs) -> Tensor:
 
 
 def _reward(inputs: Inputs) -> Tensor:
-    """The reward itself; the equation states it by the policy that the optimiser found."""
+    """The reward itself; the equation states it by the policy that the optimizer found."""
     return inputs.R[:, inputs.Y - 1]
 
 
@@ -118,13 +118,13 @@ def _with_best(drawn: dict[str, Any]) -> dict[str, Any]:
     """Give the equation the policy that `best_logprob` finds, and Z by the value of that policy."""
     drawn = _moderate_beta(drawn)
     tensors = {name: torch.from_numpy(drawn[name]) for name in ("R", "ref", "beta")}
-    policies, normalisers = [], []
+    policies, normalizers = [], []
     for place in range(len(drawn["R"])):
         inputs = Inputs({"Y": drawn["Y"], **{name: v[place] for name, v in tensors.items()}})
         log_best = best_logprob(inputs).detach()
         policies.append(log_best.exp())
-        normalisers.append(torch.exp(objective(log_best, inputs) / inputs.beta))
-    return drawn | {"best": torch.stack(policies).numpy(), "Z": torch.stack(normalisers).numpy()}
+        normalizers.append(torch.exp(objective(log_best, inputs) / inputs.beta))
+    return drawn | {"best": torch.stack(policies).numpy(), "Z": torch.stack(normalizers).numpy()}
 
 
 with evaluate(False):
