@@ -195,7 +195,7 @@ def ensure_executed(root: Path, store: Path, log: Log = print) -> dict[str, Path
         wait(copies.values(), return_when=FIRST_EXCEPTION)
         for copy in copies.values():
             copy.cancel()  # after a failure: those that have not begun; the others come to an end
-        done = [copy for copy in copies.values() if copy.done() and not copy.canceled()]
+        done = [copy for copy in copies.values() if copy.done() and not copy.cancelled()]
         for copy in done:
             copy.result()  # raises what a notebook raised
         return {name: copy.result() for name, copy in copies.items()}
