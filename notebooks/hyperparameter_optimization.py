@@ -830,16 +830,16 @@ for task in POOL:
 # ## Search methods
 
 # %%
-#| label: modelled
-#| num: modelled-searches = {len(searches["random"])}
-#| num: modelled-trials = {MODEL_BUDGET}
-#| num: modelled-fitted = {MODELLED["fitted_to"]}
-#| num: modelled-correlation = {MODELLED['left_out_rank_correlation']:.2f}
-#| num: modelled-noise = {percent(MODELLED["noise"])}
-#| num: modelled-tpe = {shown_interval(MORE['tpe'])}
-#| num: modelled-gp = {shown_interval(MORE['gp'])}
-#| num: modelled-cmaes = {shown_interval(MORE['cmaes'])}
-#| num: modelled-curse = {percent(statistics.mean(seen - true for runs in searches.values() for
+#| label: modeled
+#| num: modeled-searches = {len(searches["random"])}
+#| num: modeled-trials = {MODEL_BUDGET}
+#| num: modeled-fitted = {MODELLED["fitted_to"]}
+#| num: modeled-correlation = {MODELLED['left_out_rank_correlation']:.2f}
+#| num: modeled-noise = {percent(MODELLED["noise"])}
+#| num: modeled-tpe = {shown_interval(MORE['tpe'])}
+#| num: modeled-gp = {shown_interval(MORE['gp'])}
+#| num: modeled-cmaes = {shown_interval(MORE['cmaes'])}
+#| num: modeled-curse = {percent(statistics.mean(seen - true for runs in searches.values() for
 #|   seen, true in (taken(run, MODEL_BUDGET) for run in runs)))}
 METHODS = {"random": "random", "tpe": "TPE", "gp": "Gaussian process", "cmaes": "CMA-ES"}
 
@@ -884,7 +884,7 @@ for method in ("tpe", "cmaes"):
 Markdown("\n".join(rows))
 
 # %%
-#| label: fig-modelled
+#| label: fig-modeled
 #| alt: True value of what a search would take over the number of trials, for random search, TPE, a
 #|   Gaussian process and CMA-ES.
 #| caption: Means over the searches; bars at the end are 95 % intervals.
