@@ -274,11 +274,11 @@ class ShowEquation(EquationDirective):
             nodes.raw(
                 "",
                 f'<details class="equation-play" hidden data-play="{text}" data-title="{title}">'
-                "<summary>Move it</summary>",
+                '<summary>Move it</summary><div class="equation-curve"></div>',
                 format="html",
             ),
             *self.table(("symbol", "value"), rows),
-            nodes.raw("", '<div class="equation-curve"></div></details>', format="html"),
+            nodes.raw("", "</details>", format="html"),
         ]
 
 

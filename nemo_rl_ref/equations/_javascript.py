@@ -7,6 +7,7 @@ What is translated is the SymPy object that is printed and checked, term by term
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +18,8 @@ from nemo_rl_ref.equations import _functions as f
 from nemo_rl_ref.equations._equation import Equation, draw_inputs, printed_values
 from nemo_rl_ref.equations._symbols import PROBABILITIES, Symbol
 
-#: Sliders of an equation, at most; the other entries of its arrays stay as they were drawn.
-MOST = 8
+#: Sliders of an equation and of an array, at most; other entries stay as they were drawn.
+MOST, OF_ARRAY = 8, 2
 
 RUNTIME = """const equationRuntime = {
   logsigma: x => x > 0 ? -Math.log1p(Math.exp(-x)) : x - Math.log1p(Math.exp(x)),
@@ -166,7 +167,7 @@ def sliders(equation: Equation) -> dict[str, Any]:
         values[name] = _rounded(value[row]) if isinstance(value, np.ndarray) else value
     found: list[dict[str, Any]] = []
     free = _free(equation)
-    for symbol in equation.drawn():
+    for symbol in sorted(equation.drawn(), key=lambda symbol: bool(symbol.shape)):  # numbers first
         if symbol.name in free:
             found += _of_symbol(symbol, drawn[symbol.name][usual], values[symbol.name])
     return {"body": to_javascript(equation), "values": values, "sliders": found[:MOST]}
@@ -200,7 +201,7 @@ def _of_symbol(symbol: Symbol, drawn: np.ndarray, value: Any) -> list[dict[str, 
     if high <= low:
         return []
     made = []
-    for places in np.ndindex(np.shape(value)):
+    for places in itertools.islice(np.ndindex(np.shape(value)), OF_ARRAY):
         latex = symbol.latex
         for number, place in enumerate(places, start=1):
             latex = latex.replace(f"#{number}", str(place + 1))
