@@ -26,6 +26,7 @@ extensions = [
     "source_checks",
     "copy_loss",
     "equations",
+    "key_table",
     "glossary_links",
     "section_search",
     "repository_links",

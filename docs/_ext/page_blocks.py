@@ -36,6 +36,7 @@ DIRECTIVES = {
     "embed": "embedded from a notebook that is executed",
     "equation": "an equation that is checked against the code",
     "equation-table": "an equation that is checked against the code",
+    "key-table": "drawn from what is known of NeMo RL",
     "notation-table": "an equation that is checked against the code",
     "csv-table": "included from a file that is tested",
     "literalinclude": "included from a file that is tested",

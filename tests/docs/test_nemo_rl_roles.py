@@ -18,7 +18,7 @@ PLACES = json.loads((FOLDER / "places.json").read_text())
 def page(site, monkeypatch):
     """Builds a site of one page with the project's own facts about NeMo RL."""
     (site.top / "nemo_rl_ref/upstream").mkdir()
-    for name in FILES:
+    for name in (*FILES, "readers.json"):
         shutil.copy(FOLDER / name, site.top / "nemo_rl_ref/upstream")
     conf = site.top / "conf.py"  # the checks of the whole project's sources have no project here
     conf.write_text(conf.read_text().replace('    "source_checks",\n', ""))
@@ -102,3 +102,14 @@ def test_every_place_is_of_a_key_and_of_one_commit():
     assert sorted(set(PLACES["places"]) - FACTS.keys) == []
     assert {number for number, _ in PLACES["places"].values()} == set(range(len(PLACES["files"])))
     assert all(line >= 1 for _, line in PLACES["places"].values())
+
+
+def test_a_section_of_keys_is_a_table_with_types_values_and_readers(page):
+    built = page("Set `dpo.sft_loss_weight`.\n\n```{key-table} dpo\n:but: dpo.val_period\n```")
+    assert built.code == 0, built.text
+    rows = [[c.get_text() for c in r.select("td")] for r in built.page("index.html").select("tr")]
+    (row,) = [row for row in rows if row and row[0] == "dpo.sft_loss_weight"]
+    assert "float" in row[1] and "(" in row[3] and row[4].partition(":")[2].isdecimal()
+    assert row[5] == "Home"
+    assert not [row for row in rows if row and row[0] == "dpo.val_period"]
+    assert "NeMo RL has no key below dop" in page("```{key-table} dop\n```").text
