@@ -148,8 +148,9 @@ def _finite(value: Any) -> float:
     """The value of a number that is finite in float32, which rewards are kept in, else NaN."""
     if getattr(value, "ndim", None) == 0:  # of NumPy or PyTorch
         value = value.item()
-    if isinstance(value, Real) and abs(float(value)) <= torch.finfo(torch.float32).max:
-        return float(value)
+    number: Any = value
+    if isinstance(value, Real) and abs(number) <= torch.finfo(torch.float32).max:
+        return float(number)
     return math.nan
 
 

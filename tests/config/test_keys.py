@@ -176,7 +176,7 @@ def test_unknown_keys_are_one_error_with_the_nearest():
             """
             dpo: {sft_loss_wieght: 1}
             policy:
-              optimizer: {name: x, kwargs: {lr: 1}}
+              optimzer: {name: x, kwargs: {lr: 1}}
               scheduler: [{name: a}, {nmae: b}]
               megatron_cfg: {tensor_modl_parallel_size: 2}
             zzz: {qqq: 1}
@@ -184,7 +184,7 @@ def test_unknown_keys_are_one_error_with_the_nearest():
         )
     assert str(caught.value).splitlines()[1:] == [
         "  dpo.sft_loss_wieght: NeMo RL has no such key; the nearest key is dpo.sft_loss_weight",
-        "  policy.optimizer: NeMo RL has no such key; the nearest key is policy.optimizer",
+        "  policy.optimzer: NeMo RL has no such key; the nearest key is policy.optimizer",
         "  policy.scheduler.1.nmae: NeMo RL has no such key;"
         " the nearest key is policy.scheduler.1.name",
         "  policy.megatron_cfg.tensor_modl_parallel_size: NeMo RL has no such key;"

@@ -242,7 +242,7 @@ def test_an_equation_is_moved_from_the_keyboard(page, serve, project_html):
         page.keyboard.press("ArrowRight")
     assert shown.inner_text() != before
     assert before.split()[0] not in ("NaN", "Infinity", "")
-    assert box.locator("svg[role=img] title").inner_text().count(" at ") >= 1
+    assert box.locator("svg[role=img] title").text_content().count(" at ") >= 1
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     assert page.problems == []
 

@@ -33,8 +33,8 @@ STEPS, BETAS = "dpo.max_num_steps", "policy.optimizer.kwargs.betas"
 REFUSED = {
     "nothing": ({}, ["got {}", "expected keys"]),
     "unknown key": (
-        {"policy.optimizer.kwargs.lr": {"log_uniform": [1e-6, 1e-3]}},
-        ["got policy.optimizer.kwargs.lr", f"did you mean {LR}?"],
+        {"policy.optimzer.kwargs.lr": {"log_uniform": [1e-6, 1e-3]}},
+        ["got policy.optimzer.kwargs.lr", f"did you mean {LR}?"],
     ),
     "misspelt in an open section": (
         {"policy.optimizer.kwargs.lrr": {"log_uniform": [1e-6, 1e-3]}},
