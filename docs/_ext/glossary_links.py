@@ -2,7 +2,8 @@
 """Glossary terms become links where a page uses them first.
 
 A page's first mention of each term of `{glossary}` in running text is linked, in lower case or
-at the beginning of a sentence, in the singular or with an s. Headings, links, code, formulas,
+at the beginning of a sentence, in the singular or with an s, and shows its definition when pointed at.
+Terms that are everyday words are not. Headings, links, code, formulas,
 citations and captions are left alone, and so are the pages of PLAIN.
 """
 
@@ -20,6 +21,8 @@ from sphinx.util.typing import ExtensionMetadata
 GLOSSARY = "reference/glossary"
 #: Pages without such links: the glossary, lists, the API, the page that stands word for word.
 PLAIN = re.compile(r"index$|.*/index$|reference/|notebooks/|genindex|search")
+#: Filled when the first page is written.
+DEFINITIONS: dict[str, str] = {}
 #: Text inside these is not running text.
 CLOSED = (
     nodes.reference,
@@ -33,6 +36,11 @@ CLOSED = (
     addnodes.pending_xref,
     addnodes.desc,
 )
+#: Terms that are words of everyday language, too, or verbs: a pattern cannot tell which is meant.
+EVERYDAY = {
+    "answer", "bias", "chosen", "group", "prefix", "prompt", "rejected", "return", "reward", "score",
+    "student", "teacher", "temperature", "token",
+}  # fmt: skip
 CLOSED_CLASSES = {"cell", "equation-note", "notebook-links", "embedded-from", "sd-card"}
 
 
@@ -57,6 +65,17 @@ def is_open(text: nodes.Text) -> bool:
     return found_paragraph
 
 
+def definitions(app: Sphinx) -> dict[str, str]:
+    """What the glossary says of each term, as plain text; kept for the pages to come."""
+    known = DEFINITIONS
+    if not known:
+        for item in app.env.get_doctree(GLOSSARY).findall(nodes.definition_list_item):
+            said = " ".join(item.next_node(nodes.definition).astext().split())
+            for term in item.findall(nodes.term):
+                known[term.astext().lower()] = said
+    return known
+
+
 def link_terms(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     """Link the first use of each term on a page."""
     if app.builder.format != "html" or PLAIN.match(docname):
@@ -65,11 +84,12 @@ def link_terms(app: Sphinx, doctree: nodes.document, docname: str) -> None:
     terms = {
         name.lower(): node_id
         for (kind, name), (page, node_id) in objects
-        if kind == "term" and page == GLOSSARY
+        if kind == "term" and page == GLOSSARY and name.lower() not in EVERYDAY
     }
     if not terms:
         return
     words = pattern(list(terms))
+    meanings = definitions(app)
     for text in [text for text in doctree.findall(nodes.Text) if is_open(text)]:
         content, done = text.astext(), 0
         pieces: list[nodes.Node] = []
@@ -80,7 +100,9 @@ def link_terms(app: Sphinx, doctree: nodes.document, docname: str) -> None:
                 continue
             terms[term] = None
             inner = nodes.Text(match[0])
-            link = make_refnode(app.builder, docname, GLOSSARY, node_id, inner, term)
+            link = make_refnode(
+                app.builder, docname, GLOSSARY, node_id, inner, meanings.get(term, term)
+            )
             link["classes"].append("term")
             pieces += [nodes.Text(content[done : match.start()]), link]
             done = match.end()
@@ -90,5 +112,6 @@ def link_terms(app: Sphinx, doctree: nodes.document, docname: str) -> None:
 
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
+    app.connect("builder-inited", lambda app: DEFINITIONS.clear())
     app.connect("doctree-resolved", link_terms)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

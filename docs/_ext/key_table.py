@@ -57,7 +57,7 @@ class KeyTable(EquationDirective):
         pages = self.pages(root)
         rows = [
             (
-                f"`{key}`",
+                f"{{nemo:key}}`{key}`",
                 code(facts.key_fields.get(key, {}).get("type", "")),
                 code(facts.key_fields.get(key, {}).get("default", "")),
                 values_text(facts.set_in(key)),
@@ -69,7 +69,7 @@ class KeyTable(EquationDirective):
         head = ("key", "type", "default", "set to", "read by", "explained in")
         return [
             *self.parsed(f"{len(keys)} keys."),
-            *self.table(head, rows),
+            nodes.container("", *self.table(head, rows), classes=["key-table"]),
         ]
 
     @staticmethod

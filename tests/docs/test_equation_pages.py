@@ -182,6 +182,22 @@ def test_a_term_is_linked_where_a_page_uses_it_first(pages):
         ("Margins", "reference/glossary.html#term-margin"),
         ("log-ratios", "reference/glossary.html#term-log-ratio"),
     ]
+    (margins, _) = pages("terms.html").select("article a.term")
+    assert margins["title"] == "A margin."
+
+
+def test_everyday_words_are_no_terms(site):
+    """As in "`setup` returns NeMo RL's loss", "the answer is taken from one run", "a bad score"."""
+    words = ["return", "answer", "score", "group", "bias"]
+    terms = "\n\n".join(f"{word}\n  A word." for word in [*words, "margin"])
+    site.write("docs/reference/glossary.md", f"# Glossary\n\n```{{glossary}}\n{terms}\n```\n")
+    site.write(
+        "docs/other.md",
+        "# Other\n\nIt returns a loss. The answer is a score of a group without bias: a margin.\n",
+    )
+    built = site.build()
+    assert built.code == 0, built.text
+    assert [a.get_text() for a in built.page("other.html").select("a.term")] == ["margin"]
 
 
 def test_a_failed_check_ends_the_build_with_its_message(site):
