@@ -5,6 +5,10 @@
 
 const MOST_HITS = 12;
 
+/** Whether a word that is being typed has come to an ending of a stem: "clipp" of "clip". */
+const isStemOf = (term, word) =>
+  term.length >= 4 && word.length - term.length <= 3 && word.startsWith(term);
+
 /** The sections that answer a query, best first: [section, score]. */
 function findSections(query, index, stem) {
   const american = index.american.map(([from, to]) => [new RegExp(from), to.replaceAll("$", "$")]);
@@ -25,8 +29,9 @@ function findSections(query, index, stem) {
     const whole = /[_.]/.test(word) ? word : reduce(word);
     take(whole, 1);
     if (place === asked.length - 1 && word.length > 1)
-      // it may not be typed to its end
-      for (const term in index.terms) if (term !== whole && term.startsWith(word)) take(term, 0.5);
+      // it may not be typed to its end, in which case its stem may be shorter than what there is
+      for (const term in index.terms)
+        if (term !== whole && (term.startsWith(word) || isStemOf(term, word))) take(term, 0.5);
     for (const [section, score] of found) {
       const [sum, count] = scores.get(section) ?? [0, 0];
       scores.set(section, [sum + score, count + 1]);
