@@ -73,6 +73,13 @@ def run(batches, loss_fn, learning_rate=1e-3, model=None, micro_rows=None, max_g
     ]  # fmt: skip
 
 
+def test_an_update_has_the_gradient_of_its_own_batch_alone(batches):
+    """At a learning rate of 0, what came before must not matter."""
+    _, (_, second) = run(batches[:2], dpo(), learning_rate=0.0)
+    _, (alone,) = run(batches[1:2], dpo(), learning_rate=0.0)
+    assert second["grad_norm"] == alone["grad_norm"]
+
+
 def measure(model, loss_fn, batch, micro_rows=64):
     return run_batch(
         model, loss_fn, batch, make_accelerator("float32"), micro_rows=micro_rows, backward=False

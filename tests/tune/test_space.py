@@ -172,14 +172,18 @@ def test_distributions_have_ends_steps_and_scales():
             GLOBAL: {"log_int": [1, 64]},
             "dpo.val_at_start": {"choice": [True, False]},
             BETAS: {"choice": [[0.9, 0.98], [0.9, 0.999]]},
+            "dpo.sft_loss_weight": {"log_uniform": [0.01, 1.0]},
         }
     )
     found = space.distributions()
+    logarithmic = optuna.distributions.FloatDistribution(0.01, 1.0, log=True)
+    assert found["dpo.sft_loss_weight"] == logarithmic
     assert found[LR] == optuna.distributions.FloatDistribution(0.1, 0.5, step=0.1)
     assert found[STEPS] == optuna.distributions.IntDistribution(10, 30, step=10)
     assert found[GLOBAL] == optuna.distributions.IntDistribution(1, 64, log=True)
     assert found[BETAS].choices == ("[0.9, 0.98]", "[0.9, 0.999]")
     drawn = {LR: 0.2, STEPS: 20, GLOBAL: 7, "dpo.val_at_start": True, BETAS: "[0.9, 0.98]"}
+    drawn["dpo.sft_loss_weight"] = 0.1
     assert space.suggest(FixedTrial(drawn)) == {**drawn, BETAS: [0.9, 0.98]}
 
 

@@ -176,6 +176,11 @@ def front_of(points):
     return study
 
 
+def test_the_earlier_of_equal_trials_of_a_front_that_a_rule_chooses_from():
+    study = front_of([(0.7, 0.2), (0.8, 0.3), (0.8, 0.3)])
+    assert choose(study, f"{ACCURACY} where {KL} <= 1")[0].number == 1
+
+
 POINTS = [(0.5, 0.0), (0.8, 0.1), (0.85, 0.5), (0.9, 1.0), (0.7, 0.9)]
 
 
