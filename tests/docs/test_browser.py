@@ -229,6 +229,20 @@ def test_search_from_the_keyboard(page, serve, project_html, served):
     assert page.problems == []
 
 
+def test_a_term_shows_its_definition_from_the_keyboard(page, serve, project_html):
+    """A title alone is shown to a pointer only."""
+    page.goto(f"{serve(project_html)}/advanced/algorithm-development/custom-dpo.html")
+    term = page.locator("article a.term").first
+    shown = "e => getComputedStyle(e, '::after').content"
+    assert term.evaluate(shown) == "none"
+    term.focus()
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
+    assert term.evaluate("e => e === document.activeElement")
+    assert term.get_attribute("title") in term.evaluate(shown)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
 def test_an_equation_is_moved_from_the_keyboard(page, serve, project_html):
     address = serve(project_html)
     page.goto(f"{address}/advanced/algorithm-development/mathematical-foundations/preferences.html")
