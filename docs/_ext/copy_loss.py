@@ -14,6 +14,7 @@ from typing import Any
 
 from docutils import nodes
 from embed import copy_button
+from listings import SLICING_CODE
 from page_uses import note_use, offer
 from sphinx.application import Sphinx
 from sphinx.util import logging
@@ -35,19 +36,21 @@ def source_of(name: str, prefix: str = "nemo_rl_ref") -> str:
     Raises:
         NotAlone: there is no such class.
     """
-    module, _, short = name.rpartition(".")
-    path = TOP / f"{module.replace('.', '/')}.py"
+    path = file_of(name)
     if not path.is_file():
-        raise NotAlone(f"{name}: there is no module {module}")
-    return whole_class(path.read_text(encoding="utf-8"), short, prefix)
+        raise NotAlone(f"{name}: there is no module {name.rpartition('.')[0]}")
+    return whole_class(path.read_text(encoding="utf-8"), name.rpartition(".")[2], prefix)
 
 
-def described(name: str) -> str | None:
-    """Return the text, for the comparison with the last build."""
-    try:
-        return source_of(name)
-    except NotAlone:
-        return None
+def file_of(name: str) -> Path:
+    """Return the file that a class by its full name is in."""
+    return TOP / f"{name.rpartition('.')[0].replace('.', '/')}.py"
+
+
+def stands_on(name: str) -> list[str]:
+    """Return what decides about the text, without making it: the file, and how it is cut."""
+    path = file_of(name)
+    return [SLICING_CODE, path.read_text(encoding="utf-8") if path.is_file() else ""]
 
 
 def buttons(name: str, says: str) -> str:
@@ -93,7 +96,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
     app.setup_extension("embed")
     app.setup_extension("sphinx.ext.autodoc")
-    offer("loss", described)
+    offer("loss", stands_on)
     app.add_role("copy-loss", CopyLoss())
     app.add_directive("copy-loss", CopyLossLine)
     app.connect("autodoc-process-docstring", add_to_entry, priority=900)  # after Napoleon

@@ -168,7 +168,7 @@ class Embed(SphinxDirective):
     def copy_note(self, label: str) -> list[nodes.Node]:
         """Say that the listing runs alone, or offer it with what it needs."""
         note_use(self.env, "listing", label)
-        listing = EXECUTED.listings.get(label)
+        listing = EXECUTED.listing(label)
         if listing is None:  # not plain Python
             return []
         if listing.missing:
@@ -217,7 +217,7 @@ def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the extension."""
     app.setup_extension("notebook_pages")
     app.add_js_file("copy_text.js", loading_method="defer")
-    offer("listing", lambda name: getattr(EXECUTED.listings.get(name), "text", None))
+    offer("listing", EXECUTED.listing_stands_on)
     offer("cell", lambda name: [[c.notebook, c.cell] for c in EXECUTED.labels.get(name, [])])
     offer(
         "value", lambda name: [[v.notebook, v.text, v.label] for v in EXECUTED.values.get(name, [])]

@@ -16,7 +16,7 @@ from typing import Any
 
 from docutils import nodes
 from execution import ensure_executed, write_atomically
-from listings import Listing, listings_of
+from listings import SLICING_CODE, Listing, listings_of
 from notebook_cells import (
     VALUES_MIME,
     LabelledCell,
@@ -48,14 +48,14 @@ class Executed:
         contents: the same as JSON data.
         labels: the cells of each label; more than one is an error.
         values: the stored values of each name; more than one is an error.
-        listings: what a reader gets who copies a labeled cell with what it needs.
+        listings: of the notebooks that a page has asked for, see `listing`.
     """
 
     copies: dict[str, Path] = field(default_factory=dict)
     contents: dict[str, dict[str, Any]] = field(default_factory=dict)
     labels: dict[str, list[LabelledCell]] = field(default_factory=dict)
     values: dict[str, list[StoredValue]] = field(default_factory=dict)
-    listings: dict[str, Listing] = field(default_factory=dict)
+    listings: dict[str, dict[str, Listing]] = field(default_factory=dict)
 
     def collect(self, copies: dict[str, Path]) -> None:
         """Read executed notebooks and list what pages can use of them."""
@@ -65,11 +65,28 @@ class Executed:
             content = json.loads(path.read_text(encoding="utf-8"))
             self.contents[name] = content
             source = f"{FOLDER}/{name}.py"
-            self.listings |= listings_of(content["cells"])
             for cell in labelled_cells(name, source, content):
                 self.labels.setdefault(cell.label, []).append(cell)
             for value in stored_values(name, source, content):
                 self.values.setdefault(value.name, []).append(value)
+
+    def listing(self, label: str) -> Listing | None:
+        """What a reader gets who copies a labeled cell; None if it is no plain Python."""
+        if label not in self.labels:
+            return None
+        name = self.labels[label][0].notebook
+        if name not in self.listings:
+            self.listings[name] = listings_of(self.contents[name]["cells"])
+        return self.listings[name].get(label)
+
+    def listing_stands_on(self, label: str) -> list[str]:
+        """What decides about a listing, without making it: the code up to its cell."""
+        if label not in self.labels:
+            return []
+        labeled = self.labels[label][0]
+        cells = self.contents[labeled.notebook]["cells"]
+        code = [cell["source"] for cell in cells[: cells.index(labeled.cell) + 1]]
+        return [SLICING_CODE, *code]
 
 
 #: Filled at the start of a build. A process builds one site; its parallel readers are forks.

@@ -22,7 +22,7 @@ from typing import Any
 
 from docutils import nodes
 from sphinx import addnodes
-from sphinx.application import Sphinx
+from sphinx.application import ENV_PICKLE_FILENAME, Sphinx
 from sphinx.search.en import SearchEnglish
 from sphinx.util.typing import ExtensionMetadata
 
@@ -206,9 +206,17 @@ def all_entries(app: Sphinx) -> list[Entry]:
     return entries
 
 
+def is_current(app: Sphinx) -> bool:
+    """Say whether the index is newer than the pages as they were read, and all else it is made of."""
+    index = Path(app.outdir, INDEX)
+    made_of = (Path(app.doctreedir, ENV_PICKLE_FILENAME), Path(app.srcdir, WORDS), Path(__file__))
+    newest = max(path.stat().st_mtime for path in made_of if path.is_file())
+    return index.is_file() and index.stat().st_mtime > newest
+
+
 def write_index(app: Sphinx, error: Exception | None) -> None:
-    """Write the index into the site, when it is built."""
-    if error is None and app.builder.format == "html":
+    """Write the index into the site, when it is built and a page has changed."""
+    if error is None and app.builder.format == "html" and not is_current(app):
         index = make_index(all_entries(app))
         text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
         Path(app.outdir, INDEX).write_text(f"window.searchSections = {text};\n", "utf-8")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every build checks in the sources: names in backquotes, addresses, blocks, commands.
 
-Each finding is a warning with file and line, so the build fails. Commands are parsed in a process
-of their own, which imports the package; its findings are kept under `_build/commands` until a
-command or the package changes. `{block-counts}` is a table of what became of each block.
+Each finding is a warning with file and line, so the build fails. Findings are kept under
+`_build/sources` until a source changes. Commands are parsed in a process of their own, which imports
+the package; what it finds is kept under `_build/commands` until a command or the package changes.
+`{block-counts}` is a table of what became of each block.
 
     python docs/_ext/source_checks.py
 
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import commands
 from docutils import nodes
 from execution import write_atomically
-from known_names import Names
+from known_names import Names, our_paths
 from nemo_rl_facts import FACTS, FILES, Facts, UnknownName
 from nemo_rl_roles import NEMO, NemoRL
 from page_blocks import COMMANDS, YAML, Checked, all_blocks, dedented, our_signatures, treat
@@ -49,6 +50,9 @@ RAW = re.compile(r"github\.com/NVIDIA-NeMo/RL/(?:blob|tree|raw)/\S*")
 DASHED = re.compile(r"(?<![\w)–-])(?:--|–)[a-z][\w-]*")
 #: Roles whose text holds names that this file checks.
 PLAIN_ROLES = {"", "code"}
+#: What is read, besides the facts about NeMo RL: these, and files that end so.
+TOP_FILES = ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml")
+READ = (".md", ".py", ".toml", ".yaml")
 COUNTS: Counter[str] = Counter()
 
 logger = logging.getLogger(__name__)
@@ -190,18 +194,37 @@ def findings(top: Path, blocks: list[Checked], run: Callable[[str], str] | None)
     ]
 
 
+def digest_of(top: Path) -> str:
+    """Hash the sources: the names of all files that may be named, what is in those that are read."""
+    digest = hashlib.sha256()
+    read = {*TOP_FILES, *(f"{FACTS}/{name}" for name in FILES)}
+    for name in sorted({*our_paths(top), *read}):
+        digest.update(name.encode() + b"\0")
+        if name in read or name.endswith(READ):
+            digest.update((top / name).read_bytes() + b"\0")
+    return digest.hexdigest()[:24]
+
+
 def check_sources(app: Sphinx) -> None:
-    """Warn of each finding."""
+    """Warn of each finding; what was found is kept until a source changes."""
     top = Path(app.srcdir)
     if not (top / FACTS / FILES[0]).is_file():
         return  # a small site of the tests, which is not about NeMo RL
-    blocks = checked_blocks(top)
+    built = Path(app.outdir).parent
+    kept = built / "sources" / f"{digest_of(top)}.json"
+    if not kept.is_file():
+        blocks = checked_blocks(top)
+        counts = Counter(checked.treatment for checked in blocks)
+        found = findings(top, blocks, ask_once(top, built / "commands"))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        for old in kept.parent.glob("*.json"):
+            old.unlink()
+        write_atomically(kept, json.dumps([counts, found]).encode())
+    counts, found = json.loads(kept.read_text(encoding="utf-8"))
     COUNTS.clear()
-    COUNTS.update(checked.treatment for checked in blocks)
-    store = Path(app.outdir).parent / "commands"
-    for finding in findings(top, blocks, ask_once(top, store)):
-        location = f"{top / finding.file}:{finding.line}"
-        logger.warning(finding.message, location=location, type="sources")
+    COUNTS.update(counts)
+    for file, line, message in found:
+        logger.warning(message, location=f"{top / file}:{line}", type="sources")
 
 
 class BlockCounts(SphinxDirective):

@@ -108,7 +108,7 @@ def test_no_built_file_loads_from_elsewhere(project_html):
 
 def test_an_unchanged_build_executes_nothing_and_loads_no_torch(project_html, tmp_path):
     html = shutil.copytree(project_html, tmp_path / "html")  # other tests read the original
-    for store in ("notebooks", "equations"):
+    for store in ("notebooks", "equations", "commands", "sources", "math"):
         (tmp_path / store).symlink_to(project_html.parent / store)
     code = (
         "import sys; from sphinx.cmd.build import main; code = main(sys.argv[1:]);"

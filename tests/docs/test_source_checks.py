@@ -187,3 +187,21 @@ def test_a_commands_answer_is_kept_until_the_question_changes(tmp_path):
     kept.write_text("[]")
     assert run('[["sh", "make htlm"]]') == "[]"  # nothing ran
     assert "htm" in run('[["sh", "make htm"]]')
+
+
+def test_findings_are_kept_until_a_source_changes(tmp_path):
+    """What is read counts, and the name of every file that may be named."""
+    for file in (*source_checks.TOP_FILES, "docs/page.md", "tests/test_a.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("before")
+    (tmp_path / source_checks.FACTS).mkdir(parents=True)
+    for name in source_checks.FILES:
+        (tmp_path / source_checks.FACTS / name).write_text("{}")
+    digests = [source_checks.digest_of(tmp_path)]
+    assert source_checks.digest_of(tmp_path) == digests[0]
+    facts = f"{source_checks.FACTS}/{source_checks.FILES[0]}"
+    for file in ("docs/page.md", "tests/test_a.py", "Makefile", facts, "configs/new.csv"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("after")
+        digests.append(source_checks.digest_of(tmp_path))
+    assert len(set(digests)) == len(digests)
