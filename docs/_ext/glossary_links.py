@@ -67,13 +67,11 @@ def is_open(text: nodes.Text) -> bool:
 
 def definitions(app: Sphinx) -> dict[str, str]:
     """What the glossary says of each term, as plain text; kept for the pages to come."""
-    known = DEFINITIONS
-    if not known:
-        for item in app.env.get_doctree(GLOSSARY).findall(nodes.definition_list_item):
-            said = " ".join(item.next_node(nodes.definition).astext().split())
-            for term in item.findall(nodes.term):
-                known[term.astext().lower()] = said
-    return known
+    if not DEFINITIONS:
+        for said in app.env.get_doctree(GLOSSARY).findall(nodes.definition):
+            for term in said.parent.findall(nodes.term):
+                DEFINITIONS[term.astext().lower()] = " ".join(said.astext().split())
+    return DEFINITIONS
 
 
 def link_terms(app: Sphinx, doctree: nodes.document, docname: str) -> None:
