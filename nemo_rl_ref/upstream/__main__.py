@@ -23,7 +23,7 @@ from nemo_rl_ref.files.whole import write_text
 from nemo_rl_ref.upstream import COMMIT, FOLDER, read_facts
 from nemo_rl_ref.upstream.checkout import Checkout, CheckoutError
 from nemo_rl_ref.upstream.drift import Change, as_json, as_markdown, find_drift, shared_names
-from nemo_rl_ref.upstream.extract import extract, facts_text
+from nemo_rl_ref.upstream.extract import extract, extract_all, facts_text
 from nemo_rl_ref.upstream.golden import golden_text, make_golden
 from nemo_rl_ref.upstream.update import update
 from nemo_rl_ref.upstream.uses import Uses
@@ -77,7 +77,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def _extract(arguments: argparse.Namespace) -> int:
     checkout = Checkout(arguments.checkout, arguments.at)
     _refuse_another_commit(checkout, arguments.to)
-    facts = extract(checkout)
+    facts = extract_all(checkout)
     for name, content in facts.items():
         write_text(arguments.to / name, facts_text(name, content))
     _print_notes(checkout.notes)

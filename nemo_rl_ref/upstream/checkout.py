@@ -8,6 +8,7 @@ import io
 import re
 import subprocess
 import tarfile
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ YAML_FILES = re.compile(
     r"examples/(configs/.*|modelopt/[^/]*|nemo_gym/.*|swe_bench/[^/]*)[.]yaml"
     r"|research/[^/]*/configs/.*[.]yaml"
 )
+
+#: The scripts among them that read configurations.
+SCRIPTS = re.compile(r"examples/([^/]*/)?[^/]*[.]py|research/[^/]*/[^/]*[.]py")
 
 
 class CheckoutError(ValueError):
@@ -97,11 +101,19 @@ class Checkout:
     @cached_property
     def modules(self) -> dict[str, ast.Module]:
         """The parsed Python files below ``nemo_rl`` by path; a note for each that is no Python."""
+        return self._parse(path for path in self.texts if path.startswith("nemo_rl/"))
+
+    @cached_property
+    def programs(self) -> dict[str, ast.Module]:
+        """`modules`, and the scripts of the examples and of research."""
+        return self.modules | self._parse(path for path in self.texts if SCRIPTS.fullmatch(path))
+
+    def _parse(self, paths: Iterable[str]) -> dict[str, ast.Module]:
         found = {}
-        for path, text in self.texts.items():
-            if path.startswith("nemo_rl/") and path.endswith(".py"):
+        for path in paths:
+            if path.endswith(".py"):
                 try:
-                    found[path] = ast.parse(text, filename=path)
+                    found[path] = ast.parse(self.texts[path], filename=path)
                 except (SyntaxError, ValueError) as error:
                     line = getattr(error, "lineno", None) or 1
                     self._note(path, line, getattr(error, "msg", None) or str(error))

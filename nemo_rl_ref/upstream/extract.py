@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_rl_ref.upstream.checkout import Checkout
 from nemo_rl_ref.upstream.keys import extract_keys
+from nemo_rl_ref.upstream.readers import extract_readers
 
 if TYPE_CHECKING:
     import griffe
@@ -26,7 +27,7 @@ _DEFINITION = re.compile(r"\s*(async\s+def|def|class)\b")
 
 
 def extract(checkout: Checkout) -> dict[str, Facts]:
-    """Collect what the files of this package hold, ``golden.json`` excepted.
+    """Collect what two commits are compared by.
 
     Args:
         checkout: The commit to read. What could not be read is in its `notes` afterwards.
@@ -66,12 +67,20 @@ def extract(checkout: Checkout) -> dict[str, Facts]:
     }
 
 
+def extract_all(checkout: Checkout) -> dict[str, Facts]:
+    """Collect all that is kept of a commit: what `extract` does, and ``readers.json``."""
+    facts = extract(checkout)
+    return facts | {"readers.json": extract_readers(checkout, facts["keys.json"])}
+
+
 def facts_text(name: str, content: Facts) -> str:
     """Write one of the files, sorted and an item a line, so that a later difference can be read."""
-    indent = 0 if name == "manifest.json" else 1
+    indent = 0 if name in ("manifest.json", "readers.json") else 1
     text = json.dumps(content, indent=indent, sort_keys=True, default=str)
     if name == "places.json":  # file and line of a key on the key's own line
         text = re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", text)
+    if name == "readers.json":  # the same of the lines that read it
+        text = re.sub(r"\n(?=[\d\[\]])", "", text)
     return text + "\n"
 
 

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The lines of NeMo RL that read each configuration key.
 
-``readers.json`` is made from a checkout at the pinned commit::
-
-    python -m nemo_rl_ref.upstream.readers path/to/RL
-
 The source is parsed, nothing is imported or executed. A read is ``x["key"]``, ``x.get("key")``,
 ``x.key``, ``"key" in x`` or ``getattr(x, "key")``. It reads the key ``section.key`` if what stands
 before it is named after the section, with or without config or cfg at its end, or is a variable that
@@ -14,23 +10,16 @@ was given the section in the same file. A section is handed over as a whole by `
 
 from __future__ import annotations
 
-import argparse
 import ast
-import json
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from nemo_rl_ref.files.whole import write_text
-from nemo_rl_ref.upstream import COMMIT, load_keys
-
-#: Where configurations are read, in a checkout.
-SOURCES = ("nemo_rl/**/*.py", "examples/*.py", "examples/*/*.py", "research/*/*.py")
+from nemo_rl_ref.upstream import read_facts
+from nemo_rl_ref.upstream.checkout import Checkout
 
 #: Before the name of a section that goes somewhere as a whole.
 _WHOLE = "**"
@@ -63,22 +52,18 @@ class Read:
     is_config: bool
 
 
-def find_reads(checkout: Path, sources: Sequence[str] = SOURCES) -> dict[str, list[Read]]:
-    """Find every read of a name in a checkout.
+def find_reads(programs: Mapping[str, ast.Module]) -> dict[str, list[Read]]:
+    """Find every read of a name.
 
     Args:
-        checkout: The folder of a checkout of NeMo RL.
-        sources: Globs of its Python files.
+        programs: Parsed Python files by path.
 
     Returns:
         By name: the lines, in the order of files and lines.
     """
     found: dict[str, set[Read]] = defaultdict(set)
-    paths = sorted({path for glob in sources for path in checkout.glob(glob)})
-    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
-    sections_of = _sections_of_classes(trees.values())
-    for path, tree in trees.items():
-        file = path.relative_to(checkout).as_posix()
+    sections_of = _sections_of_classes(programs.values())
+    for file, tree in sorted(programs.items()):
         for node, given in _nodes(tree, sections_of):
             handed = [(f"{_WHOLE}{one[-1]}", one[:-1]) for one in _handed_over(node, given)]
             read = [(name, _resolve(before, given)) for name, before in _reads(node)]
@@ -290,6 +275,23 @@ def _is_config(part: str) -> bool:
     return _WORDS.search(part) is not None or part in ("grpo", "ppo", "dpo", "sft", "rm", "policy")
 
 
+def extract_readers(checkout: Checkout, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Make ``readers.json``: what `make_readers` returns, files by their number in a list.
+
+    Args:
+        checkout: The commit.
+        keys: The content of its ``keys.json``.
+    """
+    readers = make_readers(find_reads(checkout.programs), keys["keys"], keys["open"])
+    files = sorted({place[0] for one in readers.values() if isinstance(one, list) for place in one})
+    number = {file: place for place, file in enumerate(files)}
+    numbered = {
+        key: [[number[file], line] for file, line in one] if isinstance(one, list) else one
+        for key, one in readers.items()
+    }
+    return {"commit": checkout.commit, "files": files, "readers": numbered}
+
+
 @cache
 def load_readers() -> dict[str, Any]:
     """Read ``readers.json``: what `make_readers` returns for the pinned commit.
@@ -297,38 +299,9 @@ def load_readers() -> dict[str, Any]:
     Raises:
         ValueError: If the file describes another commit.
     """
-    path = Path(__file__).with_name("readers.json")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if content["commit"] != COMMIT:
-        raise ValueError(f"readers.json: commit is {content['commit']}, expected {COMMIT}")
+    content = read_facts("readers.json")
     files = content["files"]
     return {
         key: [[files[number], line] for number, line in one] if isinstance(one, list) else one
         for key, one in content["readers"].items()
     }
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Write ``readers.json`` beside this file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("checkout", type=Path, help="folder of a checkout of NVIDIA-NeMo/RL")
-    checkout = parser.parse_args(argv).checkout
-    if not (checkout / "nemo_rl").is_dir():
-        sys.exit(f"checkout: got {checkout}, expected a folder with nemo_rl/")
-    known = load_keys()
-    readers = make_readers(find_reads(checkout), known["keys"], known["open"])
-    files = sorted({place[0] for one in readers.values() if isinstance(one, list) for place in one})
-    numbered = {
-        key: [[files.index(file), line] for file, line in one] if isinstance(one, list) else one
-        for key, one in readers.items()
-    }
-    path = Path(__file__).with_name("readers.json")
-    text = json.dumps({"commit": COMMIT, "files": files, "readers": numbered}, indent=0)
-    write_text(path, re.sub(r"\n(?=[\d\[\]])", "", text) + "\n")
-    print(
-        f"{path}: {len(readers)} keys, {sum(one is None for one in readers.values())} read by none"
-    )
-
-
-if __name__ == "__main__":
-    main()

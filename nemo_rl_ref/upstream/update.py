@@ -11,7 +11,7 @@ from typing import Any
 
 from nemo_rl_ref.files.whole import write_text
 from nemo_rl_ref.upstream.checkout import Checkout
-from nemo_rl_ref.upstream.extract import extract, facts_text
+from nemo_rl_ref.upstream.extract import extract_all, facts_text
 from nemo_rl_ref.upstream.golden import golden_text
 
 #: The files that may name the pinned commit, or a line of NeMo RL at it.
@@ -37,7 +37,7 @@ def update(
     """
     notes: list[str] = []
     folder = root / "nemo_rl_ref/upstream"
-    texts = {folder / name: facts_text(name, facts) for name, facts in extract(new).items()}
+    texts = {folder / name: facts_text(name, facts) for name, facts in extract_all(new).items()}
     texts[folder / "golden.json"] = golden_text(dict(golden))
     renamed = new.renamed_since(old.commit)
     for path in sorted({path for glob in NAMING for path in root.glob(glob)}):

@@ -267,7 +267,9 @@ def test_the_files_are_what_the_checkout_gives(tmp_path, capsys):
     assert main(["extract", path, "--at", COMMIT, "--to", str(tmp_path)]) == 0
     assert capsys.readouterr().err == ""  # no notes
     names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == ["keys.json", "manifest.json", "places.json", "sources.json"]
+    assert names == [
+        "keys.json", "manifest.json", "places.json", "readers.json", "sources.json",
+    ]  # fmt: skip
     for name in names:
         assert (tmp_path / name).read_bytes() == (FOLDER / name).read_bytes(), name
 

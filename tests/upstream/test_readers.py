@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which line of NeMo RL reads a key, found in source text; and what is recorded of it."""
 
+import ast
 import os
 from pathlib import Path
 
@@ -26,10 +27,8 @@ def shape(cfg: RewardShapingConfig):
 """
 
 
-def reads_of(tmp_path, source):
-    (tmp_path / "nemo_rl").mkdir()
-    (tmp_path / "nemo_rl/grpo.py").write_text(source.lstrip("\n"))
-    return find_reads(tmp_path)
+def reads_of(source):
+    return find_reads({"nemo_rl/grpo.py": ast.parse(source.lstrip("\n"))})
 
 
 EXPECTED = {
@@ -44,14 +43,14 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("key", EXPECTED)
-def test_the_line_that_reads_a_key_is_found(key, tmp_path):
-    found = make_readers(reads_of(tmp_path, SOURCE), EXPECTED, ())
+def test_the_line_that_reads_a_key_is_found(key):
+    found = make_readers(reads_of(SOURCE), EXPECTED, ())
     assert found[key] == EXPECTED[key]
 
 
-def test_a_declared_key_that_no_line_reads_is_told_from_one_that_is_read(tmp_path):
+def test_a_declared_key_that_no_line_reads_is_told_from_one_that_is_read():
     read = SOURCE + "\ndef f(c):\n    return c.grpo.filter_overlong_prompts\n"
-    found = make_readers(reads_of(tmp_path, read), ["grpo.filter_overlong_prompts"], ())
+    found = make_readers(reads_of(read), ["grpo.filter_overlong_prompts"], ())
     assert found["grpo.filter_overlong_prompts"] is not None
 
 

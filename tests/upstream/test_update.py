@@ -14,7 +14,7 @@ from nemo_rl_checkouts import commit
 from nemo_rl_ref.upstream import COMMIT, FOLDER
 from nemo_rl_ref.upstream.__main__ import main
 from nemo_rl_ref.upstream.checkout import Checkout
-from nemo_rl_ref.upstream.extract import extract, facts_text
+from nemo_rl_ref.upstream.extract import extract_all, facts_text
 from nemo_rl_ref.upstream.golden import _agree, _encode, golden_text, make_golden
 from nemo_rl_ref.upstream.update import update
 
@@ -42,7 +42,7 @@ def pinned(tmp_path):
         (tmp_path / "here" / name).parent.mkdir(parents=True)
         (tmp_path / "here" / name).write_text(textwrap.dedent(text))
     folder = tmp_path / "here/nemo_rl_ref/upstream"
-    for name, content in extract(old).items():
+    for name, content in extract_all(old).items():
         (folder / name).write_text(facts_text(name, content))
     (folder / "golden.json").write_text(golden_text(GOLDEN | {"commit": first}))
     return old, tmp_path / "here"
@@ -65,6 +65,7 @@ def test_every_file_names_the_new_commit_and_links_move_with_their_lines(pinned)
         "keys.json",
         "manifest.json",
         "places.json",
+        "readers.json",
         "sources.json",
     )
     assert changed == {"docs/page.md", *(f"nemo_rl_ref/upstream/{name}" for name in names)}
@@ -102,7 +103,9 @@ def test_a_line_that_is_gone_is_a_note_with_page_and_line(pinned):
 def test_the_difference_is_as_small_as_the_change(pinned):
     _, here = pinned
     folder = here / "nemo_rl_ref/upstream"
-    names = ("golden.json", "keys.json", "manifest.json", "places.json", "sources.json")
+    names = (
+        "golden.json", "keys.json", "manifest.json", "places.json", "readers.json", "sources.json",
+    )  # fmt: skip
     before = {name: (folder / name).read_text().splitlines() for name in names}
     pin(pinned, {"nemo_rl/dpo.py": DPO.replace("step_39(a, b=1)", "step_39(a, b=2)")})
     for name, lines in before.items():
