@@ -11,7 +11,6 @@ configuration files give it, the line that reads it, and the pages here that nam
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -20,12 +19,15 @@ from typing import Any, ClassVar
 from docutils import nodes
 from docutils.parsers.rst import directives
 from equations import EquationDirective
-from nemo_rl_facts import FACTS, Place, above_key, read_facts, value_text
+from nemo_rl_facts import FACTS, FILES, READERS, Facts, Place, read_facts, value_text
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 
 #: Values and pages that a row names, at most.
 MOST = 3
+#: A key in backquotes; where a page keeps which others name which.
+KEY = re.compile(r"`\+{0,2}([a-z_]+(?:\.\w+)+)")
+NAMED = "pages that name keys"
 
 
 class KeyTable(EquationDirective):
@@ -37,31 +39,26 @@ class KeyTable(EquationDirective):
 
     def run(self) -> list[nodes.Node]:
         """Make the table."""
-        root = Path(self.env.srcdir)
-        folder = root / FACTS
+        folder = Path(self.env.srcdir) / FACTS
         facts = read_facts(folder)
-        readers = json.loads((folder / "readers.json").read_text("utf-8"))
-        self.env.note_dependency(str(folder / "readers.json"))
-        but = tuple(f"{key}." for key in self.options.get("but", "").split())
-        wanted = tuple(self.arguments[0].split())
-        below = tuple(f"{section}." for section in wanted)
-        sections = {above for key in facts.keys for above in above_key(key)}
+        for name in (*FILES, READERS):
+            self.env.note_dependency(str(folder / name))
+        wanted, but = self.arguments[0].split(), self.options.get("but", "").split()
         keys = [
             key
-            for key in sorted(facts.keys)
-            if (key in wanted or key.startswith(below)) and not f"{key}.".startswith(but or ("\0",))
-            if "#" not in key and "*" not in key and key not in sections
+            for key in sorted(facts.keys - facts.sections)
+            if not {"#", "*"} & set(key.split(".")) and within(key, wanted) and not within(key, but)
         ]
         if not keys:
             raise self.error(f"NeMo RL has no key below {' or '.join(wanted)}")
-        pages = self.pages(root)
+        pages = self.pages()
         rows = [
             (
                 f"{{nemo:key}}`{key}`",
                 code(facts.key_fields.get(key, {}).get("type", "")),
                 code(facts.key_fields.get(key, {}).get("default", "")),
                 values_text(facts.set_in(key)),
-                self.read_by(facts, readers, key),
+                read_by(facts, key),
                 " ".join(f"{{doc}}`/{page}`" for page in pages.get(key, ())[:MOST]),
             )
             for key in keys
@@ -72,28 +69,37 @@ class KeyTable(EquationDirective):
             nodes.container("", *self.table(head, rows), classes=["key-table"]),
         ]
 
-    @staticmethod
-    def read_by(facts: Any, readers: dict[str, Any], key: str) -> str:
-        """Link to the first line that reads a key, or say that none was found."""
-        found = readers["readers"].get(key)
-        if isinstance(found, list):
-            number, line = found[0]
-            place = Place(readers["files"][number], line)
-            name = place.file.rpartition("/")[2]
-            return f"[{name}:{line}]({facts.url(place)})"
-        return found if isinstance(found, str) else "no line found"
-
-    def pages(self, root: Path) -> dict[str, list[str]]:
+    def pages(self) -> dict[str, list[str]]:
         """The pages that name each key, those that name it most often first."""
-        counts: dict[str, Counter[str]] = {}
-        for page in sorted(self.env.found_docs):
-            if page.startswith(("notebooks/", "reference/")):
-                continue
-            path = self.env.doc2path(page)
+        paths = {
+            page: self.env.doc2path(page)
+            for page in sorted(self.env.found_docs)
+            if not page.startswith(("notebooks/", "reference/"))
+        }
+        for path in paths.values():
             self.env.note_dependency(path)
-            for key in re.findall(r"`\+{0,2}([a-z_]+(?:\.\w+)+)", Path(path).read_text("utf-8")):
-                counts.setdefault(key, Counter())[page] += 1
-        return {key: [page for page, _ in count.most_common()] for key, count in counts.items()}
+        if NAMED not in self.env.temp_data:  # once for all tables of the page
+            counts: dict[str, Counter[str]] = {}
+            for page, path in paths.items():
+                for key in KEY.findall(Path(path).read_text("utf-8")):
+                    counts.setdefault(key, Counter())[page] += 1
+            self.env.temp_data[NAMED] = {
+                key: [page for page, _ in count.most_common()] for key, count in counts.items()
+            }
+        return self.env.temp_data[NAMED]
+
+
+def within(key: str, sections: list[str]) -> bool:
+    """Say whether a key is one of several, or below one."""
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
+
+
+def read_by(facts: Facts, key: str) -> str:
+    """Link to the first line that reads a key, or say that none was found."""
+    found = facts.readers.get(key)
+    if isinstance(found, Place):
+        return f"[{found.file.rpartition('/')[2]}:{found.line}]({facts.url(found)})"
+    return found or "no line found"
 
 
 def code(text: str) -> str:

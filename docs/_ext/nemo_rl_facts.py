@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 SOURCE = "https://github.com/NVIDIA-NeMo/RL"
 FACTS = "nemo_rl_ref/upstream"
 FILES = ("manifest.json", "keys.json", "places.json")
+#: Read when somebody asks which line reads a key.
+READERS = "readers.json"
 CONFIGS = "examples/configs"
 
 
@@ -47,7 +49,7 @@ class Facts:
         manifest, keys, places = (
             json.loads((folder / name).read_text(encoding="utf-8")) for name in FILES
         )
-        self.commit = manifest["commit"]
+        self.folder, self.commit = folder, manifest["commit"]
         for name, content in zip(FILES[1:], (keys, places), strict=True):
             if content["commit"] != self.commit:
                 raise ValueError(
@@ -218,6 +220,21 @@ class Facts:
             if name.endswith(".MasterConfig"):
                 walk(symbol["fields"], "", ())
         return found
+
+    @cached_property
+    def sections(self) -> set[str]:
+        """The keys that others stand below."""
+        return {above for key in self.keys for above in above_key(key)}
+
+    @cached_property
+    def readers(self) -> dict[str, Place | str | None]:
+        """By key the first line that reads it, or what is known instead; see `readers.json`."""
+        content = json.loads((self.folder / READERS).read_text(encoding="utf-8"))
+        files = content["files"]
+        return {
+            key: Place(files[one[0][0]], one[0][1]) if isinstance(one, list) else one
+            for key, one in content["readers"].items()
+        }
 
     def set_in(self, key: str) -> dict[str, Any]:
         """The values of a key in NeMo RL's own configuration files that set it, by file."""

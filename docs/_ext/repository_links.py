@@ -6,11 +6,11 @@ Where nothing names an address that a reader can open (see `repository.py`), the
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import repository
+from nemo_rl_facts import FACTS, FILES, read_facts
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 
@@ -22,8 +22,8 @@ def describe(app: Sphinx, config: Any) -> None:
     """Give the templates the address, the commit with its date, and NeMo RL's commit."""
     root = Path(app.srcdir)
     address = repository.address(root)
-    upstream = root / "nemo_rl_ref/upstream/manifest.json"
-    pinned = json.loads(upstream.read_text("utf-8"))["commit"] if upstream.is_file() else ""
+    facts = root / FACTS
+    pinned = read_facts(facts).commit if (facts / FILES[0]).is_file() else ""
     commit, _, date = (repository.git(root, "log", "-1", "--format=%h %cs") or "").partition(" ")
     config.html_context |= {
         "repository": address,

@@ -6,7 +6,7 @@ import re
 import shutil
 
 import pytest
-from nemo_rl_facts import FILES, Facts
+from nemo_rl_facts import FILES, READERS, Facts
 from small_site import TOP
 
 FOLDER = TOP / "nemo_rl_ref" / "upstream"
@@ -18,7 +18,7 @@ PLACES = json.loads((FOLDER / "places.json").read_text())
 def page(site, monkeypatch):
     """Builds a site of one page with the project's own facts about NeMo RL."""
     (site.top / "nemo_rl_ref/upstream").mkdir()
-    for name in (*FILES, "readers.json"):
+    for name in (*FILES, READERS):
         shutil.copy(FOLDER / name, site.top / "nemo_rl_ref/upstream")
     conf = site.top / "conf.py"  # the checks of the whole project's sources have no project here
     conf.write_text(conf.read_text().replace('    "source_checks",\n', ""))
